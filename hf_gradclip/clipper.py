@@ -1,0 +1,235 @@
+"""Measure once, decide on a small vector, apply once: the step that every integration runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.report import ClipReport
+from hf_gradclip.strategy import State, describe, flatten, name_of, unflatten, where
+from hf_gradclip.types import ClipPlan, NormStats
+from hf_gradclip.views.local import LocalView
+from hf_gradclip.views.view import GradientView
+
+logger = logging.getLogger("hf_gradclip")
+
+LEAVE, CLIP, SKIP, NONFINITE = range(4)
+
+
+class NonFiniteError(RuntimeError):
+    """The gradient norm is NaN or inf, and the policy or the limit says to stop."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one step will do. All tensors are on the device.
+
+    Args:
+        stats: what was measured.
+        plan: what to do; it touches nothing where the norm is not finite.
+        finite: whether the total norm is finite, 0-d bool.
+        action: LEAVE, CLIP, SKIP or NONFINITE, 0-d uint8: the one number that a step may read.
+    """
+
+    stats: NormStats
+    plan: ClipPlan
+    finite: Tensor
+    action: Tensor
+
+
+class Clipper:
+    """Clips the gradients that a view shows, by the strategy of a configuration, and keeps the strategy's state.
+
+    In a plain torch loop::
+
+        clipper = Clipper.for_model(model, "adaptive")
+        loss.backward()
+        norm = clipper.step()
+        optimizer.step()
+
+    Args:
+        config: what to do.
+        view: where the gradients are.
+    """
+
+    def __init__(self, config: ClipConfig, view: GradientView) -> None:
+        self.config = config
+        self.view = view
+        self.step_was_skipped = False
+        self._skips_in_a_row = 0
+        self.reset()
+
+    @classmethod
+    def for_model(cls, model: nn.Module, spec: Any = "adaptive", **settings: Any) -> Clipper:
+        """A clipper for the `.grad` of a model's trainable parameters.
+
+        Args:
+            model: any module, wrapped by DDP or torch.compile or not. Sharded parameters are refused.
+            spec: see hf_gradclip.config.
+            **settings: `nonfinite`, `max_consecutive_skips`; they win over the spec.
+
+        Raises:
+            SpecError: for a wrong spec.
+            ValueError: if nothing is trainable, or the parameters are sharded.
+        """
+        return cls(ClipConfig.parse(spec, **settings), LocalView(model))
+
+    def reset(self) -> None:
+        """Forget everything: the strategy's state, the counters, the report."""
+        self._layout = self.view.layout
+        self.state: State = self.config.gradient.init(self._layout)
+        self.report = ClipReport(self._layout.device, self._layout.dtype)
+        self._skips_in_a_row = 0
+        self.step_was_skipped = False
+
+    def __repr__(self) -> str:
+        return f"Clipper({self.config}, {self.view.backend}, {len(self._layout)} segments)"
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Clip the gradients, between backward and `optimizer.step()`.
+
+        Returns:
+            The 2-norm of the whole gradient before clipping, 0-d, on the device.
+
+        Raises:
+            NonFiniteError: by policy "raise", or after `max_consecutive_skips` skipped steps in a row.
+        """
+        decision, action = self.settle(self.decide())
+        if action == CLIP:
+            self.view.apply_(decision.plan)
+        elif self.step_was_skipped and (action == SKIP or not self.view.guarded):
+            self.view.drop_()
+        return decision.stats.total
+
+    @torch.no_grad()
+    def decide(self, rescale: bool = False) -> Decision:
+        """Measure and decide; keep the new state where the norm is finite. No host read."""
+        layout = self.view.layout
+        if layout is not self._layout:
+            logger.warning(
+                "The set of trainable parameters changed from %d to %d: the statistics of %s start anew.",
+                len(self._layout.names),
+                len(layout.names),
+                name_of(self.config.gradient),
+            )
+            self.reset()
+        stats = self.view.measure(self.config.gradient.needs, rescale)
+        plan, new = self.config.gradient.update(stats, self.state)
+        finite = stats.total.isfinite()
+        self.state = where(finite, new, self.state)
+
+        scale_S = torch.where(finite, plan.scale_S, 1.0)
+        bound_S = None if plan.bound_S is None else torch.where(finite, plan.bound_S, float("inf"))
+        plan = replace(plan, scale_S=scale_S, bound_S=bound_S)
+        action = plan.clipped_S.any().to(torch.uint8) * CLIP
+        if plan.skip is not None:
+            action = torch.where(plan.skip, SKIP, action)
+        action = torch.where(finite, action, NONFINITE)
+        return Decision(stats, plan, finite, action)
+
+    def settle(self, decision: Decision) -> tuple[Decision, int]:
+        """Read the action where it matters, guard against non-finite norms, count the step.
+
+        Returns:
+            The decision (measured again if only the squares had overflowed) and its action; CLIP where the action
+            need not be read, since the plan is then exact without it.
+        """
+        guarded = self.view.guarded
+        on_cpu = decision.action.device.type == "cpu"
+        policy_reads = self.config.nonfinite != "pass" and not guarded
+        if not (on_cpu or policy_reads or decision.plan.skip is not None):
+            self._count(decision, skipped=~decision.finite if guarded else torch.zeros_like(decision.finite))
+            self.step_was_skipped = False
+            return decision, CLIP
+
+        action = int(decision.action)  # the one host read of a step
+        if action == NONFINITE:
+            again = self.decide(rescale=True)
+            if (action := int(again.action)) != NONFINITE:
+                decision = again
+        passed = action == NONFINITE and self.config.nonfinite == "pass" and not guarded
+        self.step_was_skipped = action in (SKIP, NONFINITE) and not passed
+        self._count(decision, skipped=torch.full_like(decision.finite, self.step_was_skipped))
+        if action != NONFINITE or not guarded:
+            self._guard(decision, action)
+        return decision, action
+
+    def _count(self, decision: Decision, skipped: Tensor) -> None:
+        self.report.add(decision.stats, decision.plan, decision.finite, skipped)
+
+    def _guard(self, decision: Decision, action: int) -> None:
+        if action == NONFINITE and self.config.nonfinite == "raise":
+            raise NonFiniteError(
+                f"The gradient norm is {float(decision.stats.total)}, and nonfinite='raise'. "
+                f"{_culprits(decision.stats)} Use nonfinite='skip' to leave such steps out."
+            )
+        self._skips_in_a_row = self._skips_in_a_row + 1 if self.step_was_skipped else 0
+        if self._skips_in_a_row >= self.config.max_consecutive_skips:
+            why = "a NaN or inf norm" if action == NONFINITE else f"{name_of(self.config.gradient)} asked for it"
+            raise NonFiniteError(
+                f"{self._skips_in_a_row} steps in a row were skipped (max_consecutive_skips="
+                f"{self.config.max_consecutive_skips}), the last because of {why}. {_culprits(decision.stats)} "
+                "No weight has moved since. Lower the learning rate, look at the data of these steps, or raise it."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, on the CPU, loadable with `weights_only=True`; keyed by parameter name."""
+        return {
+            "version": 1,
+            "strategy": name_of(self.config.gradient),
+            "spec": describe(self.config.gradient),
+            "names": list(self._layout.names),
+            "state": {key: value.detach().cpu().clone() for key, value in flatten(self.state).items()},
+            "skips_in_a_row": self._skips_in_a_row,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> str:
+        """Take the state of a checkpoint, bit for bit, or start anew and say why.
+
+        Returns:
+            "" if the state was taken as it is, else one sentence that says what happened instead.
+        """
+        spec, word = describe(self.config.gradient), name_of(self.config.gradient)
+        if "spec" not in saved or "state" not in saved:
+            return f"The saved clip state cannot be read, so {word} starts anew."
+        restart = self._restart(saved)
+        if restart:
+            return restart
+        flat = {key: value.clone() for key, value in saved["state"].items()}
+        if saved["names"] != list(self._layout.names):
+            place = {name: i for i, name in enumerate(saved["names"])}
+            order = torch.tensor([place[name] for name in self._layout.names])
+            flat = {key: value[order] if key.endswith("_S") else value for key, value in flat.items()}
+        mine = flatten(self.state)
+        flat = {key: value.to(device=mine[key].device, dtype=mine[key].dtype) for key, value in flat.items()}
+        self.state = unflatten(self.state, flat)
+        self._skips_in_a_row = int(saved.get("skips_in_a_row", 0))
+        if saved["spec"] != spec:
+            return f"The checkpoint was made with {saved['spec']}; its statistics go on under {spec}."
+        return ""
+
+    def _restart(self, saved: dict[str, Any]) -> str:
+        """Why a saved state cannot be taken; "" if it can."""
+        word, mine = describe(self.config.gradient), flatten(self.state)
+        if set(saved["state"]) != set(mine) or saved["strategy"] != name_of(self.config.gradient):
+            return f"The checkpoint's clip state is of {saved['spec']}, so {word} starts anew."
+        if set(saved["names"]) != set(self._layout.names):
+            return f"The checkpoint's clip state is of other trainable parameters, so {word} starts anew."
+        if any(saved["state"][key].shape != value.shape for key, value in mine.items()):
+            return f"The checkpoint's clip state is of {saved['spec']}, of another size, so {word} starts anew."
+        return ""
+
+
+def _culprits(stats: NormStats) -> str:
+    """Which parameters hold a NaN or inf; reads to the host, on the way to an error."""
+    bad = sorted({stats.layout.names[i] for i in stats.layout.param_S[~stats.sumsq_S.isfinite()].tolist()})
+    if not bad:
+        return ""
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"Not finite: {', '.join(bad[:5])}{more}."

@@ -1,0 +1,304 @@
+"""From what a person writes to strategies: a string, a number, a dict or a YAML file becomes a checked ClipConfig.
+
+    None                          what `max_grad_norm` says
+    "none"                        measure and log only
+    1.0                           global_norm with that max_norm
+    "zclip:z_threshold=3"         name[:key=value,...]
+    "adagc+value:max_value=1"     a chain; `+` before a letter
+    {"strategy": "zclip", ...}    one strategy, its fields beside it
+    {"gradient": spec, ...}       a whole configuration; the same as YAML
+
+A name is looked up as a strategy of this package, then a preset, then a YAML file, then the dotted path of a class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_gradclip import strategies as _strategies
+from hf_gradclip.strategy import Chain, SpecError, Strategy, describe
+
+NONFINITE = ("skip", "raise", "pass")
+_YAML = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Everything that decides about clipping.
+
+    Args:
+        gradient: the strategy for the gradients.
+        nonfinite: at a NaN or inf norm, after which nobody else skips the step: "skip" it exactly, "raise", or "pass"
+            the gradients on as they are (what the stock Trainer does).
+        max_consecutive_skips: skipped steps in a row after which training stops with an error; >= 1.
+
+    Raises:
+        SpecError: for a value that breaks these rules.
+    """
+
+    gradient: Strategy
+    nonfinite: str = "skip"
+    max_consecutive_skips: int = 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gradient, Strategy):
+            raise SpecError(
+                f"ClipConfig(gradient={self.gradient!r}): must be a Strategy. ClipConfig.parse reads specs."
+            )
+        if self.nonfinite not in NONFINITE:
+            known = " or ".join(NONFINITE)
+            raise SpecError(
+                f"ClipConfig(nonfinite={self.nonfinite!r}): must be {known}.{_nearest(self.nonfinite, NONFINITE)}"
+            )
+        limit = self.max_consecutive_skips
+        if type(limit) is not int or limit < 1:
+            raise SpecError(
+                f"ClipConfig(max_consecutive_skips={limit!r}): must be a whole number >= 1. The default is 20."
+            )
+
+    def __str__(self) -> str:
+        return f"{describe(self.gradient)} (nonfinite={self.nonfinite})"
+
+    @classmethod
+    def parse(
+        cls,
+        spec: Any,
+        *,
+        max_grad_norm: float | None = None,
+        nonfinite: str | None = None,
+        max_consecutive_skips: int | None = None,
+    ) -> ClipConfig:
+        """Read a spec as described at the top of this file.
+
+        Args:
+            spec: None, str, number, dict, Strategy or ClipConfig.
+            max_grad_norm: what `None` stands for: global_norm with that limit, or "none" for 0. With it a non-finite
+                norm is passed on, as in the stock Trainer.
+            nonfinite: overrides the spec's policy.
+            max_consecutive_skips: overrides the spec's limit.
+
+        Raises:
+            SpecError: for anything that is not a spec; no other exception.
+        """
+        if spec is None:
+            if max_grad_norm is None:
+                raise SpecError(
+                    "clip=None: means what max_grad_norm says, and there is none here. Try clip='adaptive'."
+                )
+            given: Any = {"gradient": max_grad_norm or "none", "nonfinite": "pass"}
+        else:
+            given = spec
+        try:
+            settings = _settings(given)
+        except SpecError as error:
+            if isinstance(given, str):
+                raise SpecError(f"clip={given!r}: {error}") from None
+            raise
+        if nonfinite is not None:
+            settings["nonfinite"] = nonfinite
+        if max_consecutive_skips is not None:
+            settings["max_consecutive_skips"] = max_consecutive_skips
+        return cls(**settings)
+
+
+def strategy_names() -> list[str]:
+    """The strategies of this package: the files of its folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(_strategies.__path__))
+
+
+def preset_names() -> list[str]:
+    """The presets of this package."""
+    folder = resources.files("hf_gradclip") / "presets"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """The one Strategy of a file of the folder."""
+    module = importlib.import_module(f"{_strategies.__name__}.{name}")
+    return next(
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, Strategy) and cls.__module__ == module.__name__
+    )
+
+
+def _settings(spec: Any) -> dict[str, Any]:
+    """The fields of a ClipConfig that a spec gives."""
+    if isinstance(spec, ClipConfig):
+        return {f.name: getattr(spec, f.name) for f in fields(spec)}
+    if isinstance(spec, Mapping) and "strategy" not in spec:
+        known = [f.name for f in fields(ClipConfig)]
+        for key in spec:
+            if key not in known:
+                raise SpecError(
+                    f"clip={_show(spec)}: unknown key {key!r}.{_nearest(key, [*known, 'strategy'])} "
+                    f"A whole configuration has {', '.join(known)}; one strategy has 'strategy' and its fields."
+                )
+        if "gradient" not in spec:
+            raise SpecError(f"clip={_show(spec)}: says nothing about the gradient. Add 'gradient': 'adaptive', say.")
+        return {**spec, **_settings_of_gradient(spec["gradient"])}
+    if isinstance(spec, str) and spec.strip().endswith(_YAML):
+        return _settings(_read_yaml(Path(spec.strip())))
+    return {"gradient": _strategy(spec)}
+
+
+def _settings_of_gradient(spec: Any) -> dict[str, Any]:
+    if spec is None:
+        raise SpecError("{'gradient': None}: must name a strategy. 'none' measures and logs only.")
+    return {"gradient": _strategy(spec)}
+
+
+def _strategy(spec: Any) -> Strategy:
+    if isinstance(spec, Strategy):
+        return spec
+    if isinstance(spec, bool):
+        raise SpecError(f"{spec}: is no strategy. Write a name, a number or a dict; 'none' measures and logs only.")
+    if isinstance(spec, (int, float)):
+        if spec == 0:
+            raise SpecError("0: is no limit. To switch clipping off use clip='none'.")
+        return _build("global_norm", {"max_norm": spec})
+    if isinstance(spec, Mapping):
+        values = dict(spec)
+        name = values.pop("strategy", None)
+        if not isinstance(name, str):
+            raise SpecError(f"{_show(spec)}: 'strategy' must be a name. Known: {_known()}.")
+        for key in values:
+            if not isinstance(key, str):
+                raise SpecError(f"{_show(spec)}: the key {key!r} must be a word.")
+        return _build(name, values)
+    if isinstance(spec, str):
+        return _parse(spec)
+    raise SpecError(f"clip={_show(spec)}: a {type(spec).__name__} is no spec. Write a name, a number or a dict.")
+
+
+def _parse(text: str) -> Strategy:
+    """`name[:key=value,...]`, chained with `+` before a letter."""
+    parts = [_parse_one(part) for part in re.split(r"\+(?=\s*[A-Za-z])", text)]
+    flat = [p for part in parts for p in (part.parts if isinstance(part, Chain) else (part,))]
+    return Chain(tuple(flat)) if len(flat) > 1 else flat[0]
+
+
+def _parse_one(text: str) -> Strategy:
+    name, colon, rest = text.strip().partition(":")
+    if not name:
+        raise SpecError(f"{text!r}: a strategy needs a name. Known: {_known()}.")
+    number = _literal(name)
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and not colon:
+        return _strategy(number)
+    values: dict[str, Any] = {}
+    for item in rest.split(",") if colon else []:
+        key, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or not key or not value:
+            raise SpecError(f"{item!r} is not key=value. Write {name}:key=value,key=value.")
+        if key in values:
+            raise SpecError(f"{key} is given twice.")
+        values[key] = _literal(value)
+    return _build(name.strip(), values)
+
+
+def _literal(text: str) -> Any:
+    """true, false, none, inf, a number, else the word itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _build(name: str, values: dict[str, Any]) -> Strategy:
+    """Look the name up and construct."""
+    if name in strategy_names():
+        return _construct(name, strategy_class(name), values)
+    if name in preset_names():
+        preset = yaml.safe_load((resources.files("hf_gradclip") / "presets" / f"{name}.yaml").read_text("utf-8"))
+        return _from_file(name, preset, values)
+    if name.endswith(_YAML):
+        return _from_file(name, _read_yaml(Path(name)), values)
+    if "." in name:
+        return _construct(name, _import(name), values)
+    raise SpecError(f"no strategy or preset is called {name!r}.{_nearest(name, _names())} Known: {_known()}.")
+
+
+def _from_file(name: str, content: Any, values: dict[str, Any]) -> Strategy:
+    """A strategy from a preset or YAML file, with keys that win over the file's."""
+    if isinstance(content, Mapping) and "strategy" in content:
+        return _strategy({**content, **values})
+    if values:
+        raise SpecError(f"{name} holds more than one strategy, so it takes no keys, and {sorted(values)} were given.")
+    if isinstance(content, Mapping):
+        raise SpecError(f"{name} holds a whole configuration and cannot be a part of another spec. Give it alone.")
+    return _strategy(content)
+
+
+def _construct(name: str, cls: type[Strategy], values: dict[str, Any]) -> Strategy:
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            has = f"It has {', '.join(known)}." if known else "It has no fields."
+            raise SpecError(f"{name} has no field {key!r}.{_nearest(key, known)} {has}")
+    try:
+        return cls(**values)
+    except TypeError:
+        missing = [f.name for f in fields(cls) if f.name not in values]  # type: ignore[arg-type]
+        raise SpecError(
+            f"{name} needs a value for {missing[0] if missing else known}. Write {name}:{missing[0]}=1."
+        ) from None
+
+
+def _import(path: str) -> type[Strategy]:
+    module, _, attribute = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise SpecError(
+            f"{path!r} is no strategy, no preset, and cannot be imported ({error}). Known: {_known()}."
+        ) from None
+    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
+        raise SpecError(f"{path!r} is not a subclass of hf_gradclip.Strategy.")
+    return cls
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecError(f"cannot read {str(path)!r} ({error}).") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{str(path)!r} is not YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(content, (str, int, float, Mapping)) or isinstance(content, bool):
+        raise SpecError(f"{str(path)!r} holds {_show(content)}, which is no spec.")
+    if isinstance(content, str) and content.strip().endswith(_YAML):
+        raise SpecError(f"{str(path)!r} points to another file. Write the strategy in it.")
+    return content
+
+
+def _nearest(word: Any, known: Any) -> str:
+    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]}?" if match else ""
+
+
+def _names() -> list[str]:
+    return strategy_names() + preset_names()
+
+
+def _known() -> str:
+    return ", ".join(_names())
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:200]}..."

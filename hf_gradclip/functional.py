@@ -1,0 +1,75 @@
+"""A drop-in for `torch.nn.utils.clip_grad_norm_` on this package's kernels."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hf_gradclip.kernels import eager
+from hf_gradclip.strategy import Needs, limit_scale
+from hf_gradclip.types import Layout
+from hf_gradclip.views.local import measure, writable
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clip the norm of all gradients together, in place.
+
+    Same signature and results as `torch.nn.utils.clip_grad_norm_`, with three differences: the norm is taken in
+    float32 rows and float64 sums whatever the gradients' dtype, elements up to the largest float do not overflow it,
+    and on the CPU nothing is written when nothing is clipped. Other norm types than 2 and inf, and sharded
+    gradients, are handed to torch.
+
+    Args:
+        parameters: tensors with `.grad`, or one tensor; missing gradients count as zero.
+        max_norm: the limit.
+        norm_type: order of the norm.
+        error_if_nonfinite: raise instead of scaling by a NaN or inf norm. Reads the norm to the host.
+        foreach: handed to torch for the orders it computes.
+
+    Returns:
+        The norm before clipping, 0-d, float32 (float64 if a gradient is float64), on the first gradient's device.
+
+    Raises:
+        RuntimeError: if `error_if_nonfinite` and the norm is NaN or inf.
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    else:
+        given = parameters
+        parameters = list(parameters)
+        if isinstance(given, types.GeneratorType) and not parameters:
+            warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
+    order = float(norm_type)
+    present = [p for p in parameters if p.grad is not None]
+    if order not in (2.0, float("inf")) or any(hasattr(p.grad, "device_mesh") for p in present):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    if not present:
+        return torch.tensor(0.0)
+
+    grads = [writable(p) for p in present]
+    device = next(p.grad.device for p in present if p.grad is not None)
+    layout = Layout.of_parameters(tuple(map(str, range(len(grads)))), [p.numel() for p in present], device)
+    needs = Needs(max_abs=order != 2.0)
+    stats = measure(grads, layout, needs, rescale=False)
+    norm = stats.total if order == 2.0 else stats.max_abs
+    if device.type == "cpu" and order == 2.0 and not norm.isfinite():
+        norm = measure(grads, layout, needs, rescale=True).total
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"clip_grad_norm_(norm_type={norm_type}): the norm of the gradients is {float(norm)}, so they cannot be "
+            "clipped. Set error_if_nonfinite=False to scale them by it anyway."
+        )
+    eager.scale_(grads, limit_scale(float(max_norm), norm))
+    wide = any(grad is not None and grad.dtype == torch.float64 for grad in grads)
+    return norm.to(torch.float64 if wide else torch.float32)

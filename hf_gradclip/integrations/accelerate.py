@@ -1,0 +1,350 @@
+"""Accelerate: the clip call of a loop, the step it guards, and the state that goes with its checkpoints.
+
+`attach` serves a plain Accelerate loop. The Trainer integration uses the same `Attachment`, so a skipped step, the
+loss scale and the refusals are handled in one place.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.report import announce, logger
+from hf_gradclip.strategy import flatten, name_of, warmup_of
+from hf_gradclip.views.local import LocalView, unwrap
+
+STATE_NAME = "gradclip.pt"
+
+_SHARDED = "reads no sharded gradients yet; use clip=None with max_grad_norm, or DDP"
+_REFUSED = {
+    "DEEPSPEED": f"DeepSpeed steps inside backward, and hf_gradclip {_SHARDED}.",
+    "FSDP": f"FSDP shards the gradients, and hf_gradclip {_SHARDED}.",
+    "MEGATRON_LM": "Megatron-LM clips inside its own step. Set its clip_grad, or use FSDP or DDP through Accelerate.",
+    "XLA": "XLA traces the step, and hf_gradclip reads a flag in it. Use clip=None with max_grad_norm.",
+}
+
+
+class UnsupportedBackendError(RuntimeError):
+    """Clipping would be inactive or wrong here, so training does not start."""
+
+
+def attach(
+    accelerator: Accelerator,
+    clip: Any = "adaptive",
+    *,
+    auto: bool = False,
+    nonfinite: str | None = None,
+    max_consecutive_skips: int | None = None,
+) -> Attachment:
+    """Let `accelerator.clip_grad_norm_` clip by a strategy. Before or after `prepare`.
+
+    `accelerator.clip_grad_norm_(model.parameters(), max_norm)` then runs the strategy; its `max_norm` is not used,
+    which is said once. A step without that call is an error, or with `auto=True` is clipped without it. State is
+    saved by `save_state` and taken back by `load_state`.
+
+    Args:
+        accelerator: of this process.
+        clip: see hf_gradclip.config.
+        auto: clip before every optimizer step, so that the loop needs no clip call.
+        nonfinite: "skip", "raise" or "pass"; wins over the spec.
+        max_consecutive_skips: wins over the spec.
+
+    Returns:
+        The attachment: `attachment.clipper` for the state, `attachment.scalars()` for the logs.
+
+    Raises:
+        SpecError: for a wrong spec.
+        UnsupportedBackendError: by name, with what to use instead.
+    """
+    config = ClipConfig.parse(clip, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips)
+    attachment = Attachment(accelerator, config, auto=auto)
+    attachment.take_over_clip_call()
+    attachment.hook_checkpoints()
+    attachment.follow_loop()
+    return attachment
+
+
+class Attachment:
+    """The clippers of an accelerator: one per prepared model, each with its own state.
+
+    Args:
+        accelerator: of this process.
+        config: what to do.
+        auto: clip before every optimizer step that no clip call preceded.
+
+    Raises:
+        UnsupportedBackendError: see `refuse_unsupported`.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: ClipConfig, auto: bool = False) -> None:
+        refuse_unsupported(accelerator)
+        self.accelerator = accelerator
+        self.config = config
+        self.auto = auto
+        self._clippers: list[tuple[weakref.ref[nn.Module], Clipper]] = []
+        self._clipped: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._of_optimizer: weakref.WeakKeyDictionary[Any, list[Clipper]] = weakref.WeakKeyDictionary()
+        self._said_max_norm = False
+
+    @property
+    def clipper(self) -> Clipper:
+        """The clipper of the one prepared model.
+
+        Raises:
+            ValueError: if no model, or more than one, was prepared.
+        """
+        if len(self._clippers) != 1:
+            raise ValueError(
+                f"attachment.clipper: there are {len(self._clippers)} prepared models with trainable parameters. "
+                "Use attachment.clipper_of(model)."
+            )
+        return self._clippers[0][1]
+
+    def scalars(self) -> dict[str, float]:
+        """The `clip/` values since the last call, for `accelerator.log`. One host read."""
+        return self.clipper.report.scalars()
+
+    def clipper_of(self, model: nn.Module) -> Clipper:
+        """The clipper of a model, made at the first call. The model may be wrapped or not."""
+        bare = unwrap(model)
+        for known, clipper in self._clippers:
+            if known() is bare:
+                return clipper
+        scaler = self.accelerator.scaler
+        guarded = scaler is not None and scaler.is_enabled()
+        view = LocalView(bare, unscale=self.accelerator.unscale_gradients if guarded else None, guarded=guarded)
+        clipper = Clipper(self.config, view)
+        self._clippers.append((weakref.ref(bare), clipper))
+        self._of_optimizer.clear()
+        if self.accelerator.is_main_process:
+            announce(self.in_force(clipper))
+        return clipper
+
+    def in_force(self, clipper: Clipper) -> str:
+        """One line for the start of a run: strategy with its parameters, backend, segments, what a step costs."""
+        world = self.accelerator.num_processes
+        ranks = f", {self.accelerator.distributed_type.value} x {world}" if world > 1 else ""
+        reads = 0 if self.config.nonfinite == "pass" or clipper.view.guarded else 1
+        return (
+            f"clip: {self.config}; {clipper.view.backend}{ranks}, {len(clipper.view.layout)} segments; "
+            f"a step reads the gradients once, sends nothing, reads {reads} number{'s'[: reads != 1]} to the host"
+        )
+
+    def forget(self) -> None:
+        """Drop all clippers: the next call makes new ones."""
+        self._clippers.clear()
+        self._of_optimizer.clear()
+        self._clipped.clear()
+
+    def clip(self, model: nn.Module) -> Tensor:
+        """Clip the gradients of one model; the norm before clipping, 0-d, on the device."""
+        return self._clip(self.clipper_of(model))
+
+    def _clip(self, clipper: Clipper) -> Tensor:
+        self.watch_optimizers()
+        norm = clipper.step()
+        for optimizer in self.accelerator._optimizers:
+            if clipper in self._clippers_of(optimizer):
+                self._clipped[optimizer] = clipper.step_was_skipped
+        return norm
+
+    def _clippers_of(self, optimizer: Any) -> list[Clipper]:
+        """The clippers of the models whose parameters an optimizer steps."""
+        if optimizer not in self._of_optimizer:
+            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._of_optimizer[optimizer] = [
+                clipper
+                for model, clipper in self._clippers
+                if any(id(p) in mine for p in getattr(model(), "parameters", list)())
+            ]
+        return self._of_optimizer[optimizer]
+
+    def watch_optimizers(self) -> None:
+        """Wrap the step of every prepared optimizer once: a step must be clipped, and a skip must be seen."""
+        for optimizer in self.accelerator._optimizers:
+            if not hasattr(optimizer, "_gradclip_attachment"):
+                optimizer.step = types.MethodType(_watched(optimizer.step), optimizer)
+            optimizer._gradclip_attachment = self
+
+    def before_step(self, optimizer: Any) -> None:
+        """Clip if `auto`, else insist that somebody did."""
+        if optimizer in self._clipped:
+            return
+        for clipper in self._clippers_of(optimizer):
+            if not self.auto:
+                raise RuntimeError(
+                    f"attach(accelerator, {name_of(self.config.gradient)!r}): optimizer.step() was called without "
+                    "accelerator.clip_grad_norm_(model.parameters(), max_norm) before it, so nothing would be clipped. "
+                    "Add that call between backward and step, or use attach(..., auto=True)."
+                )
+            self._clip(clipper)
+
+    def after_step(self, optimizer: Any) -> None:
+        """Tell Accelerate, and so its schedulers, whether this step was skipped."""
+        skipped = self._clipped.pop(optimizer, False)
+        if skipped or optimizer.scaler is None:
+            optimizer._is_overflow = skipped
+
+    def take_over_clip_call(self) -> None:
+        """Replace `accelerator.clip_grad_norm_` on this instance."""
+
+        def clip_grad_norm_(
+            _: Accelerator, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
+        ) -> Tensor:
+            return self._clip_call(parameters, max_norm)
+
+        self.accelerator.clip_grad_norm_ = types.MethodType(clip_grad_norm_, self.accelerator)
+
+    def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+        given = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.requires_grad}
+        sizes = []
+        for model in self.accelerator._models:
+            trainable = {id(p) for p in model.parameters() if p.requires_grad}
+            if given == trainable:
+                if not self._said_max_norm and self.accelerator.is_main_process:
+                    self._said_max_norm = True
+                    announce(f"clip_grad_norm_(max_norm={max_norm}): the strategy decides, this number is not used.")
+                if not self.accelerator.sync_gradients:
+                    return self.clipper_of(model).view.measure(self.config.gradient.needs).total
+                return self.clip(model)
+            sizes.append(len(trainable))
+        raise ValueError(
+            f"accelerator.clip_grad_norm_({len(given)} trainable parameters): must be all trainable parameters of one "
+            f"prepared model, which have {sizes or 'none been prepared'}. Pass model.parameters()."
+        )
+
+    def follow_loop(self) -> None:
+        """Make the clippers for what is prepared now, and for what `prepare` brings later."""
+        for name in ("prepare", "backward"):
+            setattr(self.accelerator, name, _then(getattr(self.accelerator, name), self.start))
+        self.start()
+
+    def start(self) -> None:
+        """Make the missing clippers and watch the new optimizers."""
+        for model in self.accelerator._models:
+            if any(p.requires_grad for p in model.parameters()):
+                self.clipper_of(model)
+        self.watch_optimizers()
+
+    def hook_checkpoints(self) -> None:
+        """State goes with `save_state` and `load_state`, through their pre-hooks: other checkpoints still load."""
+
+        def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
+            if self.accelerator.is_main_process:
+                for i, model in enumerate(self.accelerator._models):
+                    save_state(self.clipper_of(model), os.path.join(output_dir, _numbered(i)))
+
+        def load(models: list[nn.Module], input_dir: str) -> None:
+            for i, model in enumerate(self.accelerator._models):
+                path = os.path.join(input_dir, _numbered(i))
+                load_state(self.clipper_of(model), path, say=self.accelerator.is_main_process)
+
+        self.accelerator.register_save_state_pre_hook(save)
+        self.accelerator.register_load_state_pre_hook(load)
+
+
+def _then(original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+    """`original`, followed by `after`."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        after()
+        return result
+
+    return call
+
+
+def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer's `step`, clipped before and reported after."""
+
+    @functools.wraps(original)
+    def step(optimizer: Any, closure: Any = None) -> Any:
+        attachment: Attachment = optimizer._gradclip_attachment
+        if not optimizer.gradient_state.sync_gradients:
+            return original(closure)
+        attachment.before_step(optimizer)
+        result = original(closure)
+        attachment.after_step(optimizer)
+        return result
+
+    return step
+
+
+def _numbered(i: int) -> str:
+    return STATE_NAME if i == 0 else STATE_NAME.replace(".", f"_{i}.")
+
+
+def save_state(clipper: Clipper, path: str) -> None:
+    """Write a clipper's state, so that a reader never sees half a file."""
+    torch.save(clipper.state_dict(), f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_state(clipper: Clipper, path: str, say: bool = True) -> None:
+    """Take a clipper's state from a file, or say what happens instead. Never raises over a missing or foreign file."""
+    if not os.path.isfile(path):
+        if flatten(clipper.state) and say:
+            logger.warning(
+                "%s is missing: the checkpoint was made without hf_gradclip or optimizer state. %s starts anew.",
+                path,
+                name_of(clipper.config.gradient),
+            )
+        return
+    message = clipper.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    if message and say:
+        logger.warning("%s: %s", path, message)
+
+
+def refuse_unsupported(accelerator: Accelerator) -> None:
+    """Stop at start-up where clipping would be inactive or wrong.
+
+    Raises:
+        UnsupportedBackendError: with the backend's name, the reason and what to use instead.
+    """
+    kind: DistributedType = accelerator.distributed_type
+    if kind.value in _REFUSED or kind.name in _REFUSED:
+        raise UnsupportedBackendError(f"{kind.value}: {_REFUSED[kind.name]}")
+    sizes = getattr(accelerator, "parallelism_config", None)
+    for axis, name in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence"), ("pp_size", "pipeline")):
+        if getattr(sizes, axis, 1) > 1:
+            raise UnsupportedBackendError(
+                f"ParallelismConfig({axis}={getattr(sizes, axis)}): {name} parallelism is not tested with hf_gradclip. "
+                f"Use {axis}=1, or clip=None with max_grad_norm."
+            )
+    if "clip_grad_norm_" in vars(accelerator) or Accelerator.clip_grad_norm_.__module__ != Accelerator.__module__:
+        raise UnsupportedBackendError(
+            "accelerator.clip_grad_norm_ is already replaced, by another library or by a second attach(). "
+            "One of the two would be inactive: remove the other patch."
+        )
+
+
+def check_run(clipper: Clipper, steps: int | None) -> list[str]:
+    """What a person should know before a run starts: warnings, in words."""
+    warnings = []
+    warmup = warmup_of(clipper.config.gradient)
+    if steps is not None and 0 < steps < 2 * warmup:
+        warnings.append(
+            f"The run has {steps} steps and {name_of(clipper.config.gradient)} warms up for {warmup} of them. "
+            f"Set warmup_steps to {max(steps // 4, 2)} or less, or train longer."
+        )
+    view = clipper.view
+    if isinstance(view, LocalView):
+        half = sum(p.dtype == torch.float16 for p in view.parameters)
+        if half:
+            warnings.append(
+                f"{half} trainable parameters are float16: their gradients lose small values and overflow early. "
+                "Load the model in float32 with fp16=True, or use bf16."
+            )
+    return warnings

@@ -1,0 +1,167 @@
+"""transformers.Trainer: the same loop, with clipping by strategy in the seam where `max_grad_norm` acts."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import is_sagemaker_mp_enabled
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.integrations.accelerate import (
+    STATE_NAME,
+    Attachment,
+    UnsupportedBackendError,
+    check_run,
+    load_state,
+    refuse_unsupported,
+    save_state,
+)
+from hf_gradclip.report import announce, logger
+
+_IN_BACKWARD = (
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adafactor_layerwise",
+    "galore_adamw_8bit_layerwise",
+)
+
+
+class GradClipMixin:
+    """Clips by strategy in any Trainer subclass: `class MySFTTrainer(GradClipMixin, SFTTrainer)`.
+
+    Everything else is the Trainer's: accumulation, mixed precision, callbacks, logging, checkpoints. `grad_norm` in
+    the logs stays the norm before clipping; the keys of `ClipReport` come beside it. A skipped step is reported
+    through `accelerator.optimizer_step_was_skipped`, so the scheduler waits.
+
+    Args:
+        *args: the Trainer's.
+        clip: see hf_gradclip.config. None means what `TrainingArguments.max_grad_norm` says; anything else wins
+            over that number, and `max_grad_norm` is no ceiling above it.
+        **kwargs: the Trainer's.
+
+    Raises:
+        SpecError: for a wrong spec.
+        UnsupportedBackendError: where a strategy would be inactive, by name. With `clip=None` such a backend clips as
+            the stock Trainer does.
+    """
+
+    # What the Trainer beside us provides.
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    state: Any
+    model_wrapped: nn.Module
+
+    def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
+        self._clip_spec = clip
+        self._clip_attachment: Attachment | None = None
+        self._clip_started: tuple[Any, ...] | None = None
+        super().__init__(*args, **kwargs)
+
+    @property
+    def clipper(self) -> Clipper | None:
+        """The clipper of this run: its state and its report. None before `train()`, or where the backend clips."""
+        if self._clip_attachment is None or self._clip_started is None:
+            return None
+        return self._clip_attachment.clipper_of(self.model_wrapped)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Check the spec and the backend as soon as there is an accelerator."""
+        limit = self.args.max_grad_norm
+        if limit is None or limit < 0:
+            raise ValueError(
+                f"TrainingArguments(max_grad_norm={limit}): must be a number >= 0. 0 switches clipping off."
+            )
+        config = ClipConfig.parse(self._clip_spec, max_grad_norm=limit)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self._clip_attachment = None
+        try:
+            self._refuse_optimizers()
+            refuse_unsupported(self.accelerator)
+        except UnsupportedBackendError:
+            if self._clip_spec is not None:
+                raise
+            return
+        self._clip_attachment = Attachment(self.accelerator, config)
+
+    def _refuse_optimizers(self) -> None:
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        if name in _IN_BACKWARD:
+            raise UnsupportedBackendError(
+                f"TrainingArguments(optim={name!r}): steps inside backward, before any gradient can be clipped. "
+                "Use another optim, or clip=None."
+            )
+        if is_sagemaker_mp_enabled():
+            raise UnsupportedBackendError(
+                "SageMaker model parallelism clips its own master gradients. Use DDP, or clip=None."
+            )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        self._start_clipping()
+        return prepared
+
+    def _start_clipping(self) -> None:
+        """Make the clipper, or go on with it: its state lives as long as the optimizer's, at one batch size."""
+        attachment = self._clip_attachment
+        if attachment is None:
+            return
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        started = (weakref.ref(optimizer), getattr(self, "_train_batch_size", None))
+        if self._clip_started == started:
+            attachment.watch_optimizers()
+            return
+        if self._clip_started is not None:
+            announce("The optimizer or the batch size is a new one, so the clip state starts anew.")
+        attachment.forget()
+        self._clip_started = started
+        clipper = attachment.clipper_of(self.model_wrapped)
+        attachment.watch_optimizers()
+        if self.accelerator.is_main_process:
+            for warning in check_run(clipper, self.state.max_steps):
+                logger.warning(warning)
+            if self._clip_spec is not None and self.args.max_grad_norm not in (0, 1):
+                logger.warning(
+                    "max_grad_norm=%s is set and overruled by clip=%r.", self.args.max_grad_norm, self._clip_spec
+                )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if self._clip_attachment is None:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return self._clip_attachment.clip(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self._clip_attachment is None:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        return self._clip_attachment.clip(model) if grad_norm is None else grad_norm
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.clipper is not None and self.args.should_save:
+            save_state(self.clipper, os.path.join(output_dir, STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or self._clip_attachment is None:
+            return
+        self._start_clipping()
+        assert self.clipper is not None
+        load_state(self.clipper, os.path.join(checkpoint, STATE_NAME), say=self.accelerator.is_main_process)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add what clipping did since the last log to the training logs."""
+        if "loss" in logs and self.clipper is not None:
+            logs |= self.clipper.report.scalars()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class GradClipTrainer(GradClipMixin, Trainer):
+    """`transformers.Trainer` with `clip=`: see GradClipMixin."""

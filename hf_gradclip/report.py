@@ -1,0 +1,146 @@
+"""What is logged: meters that count on the device, and the one place that reads them to the host."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+
+import torch
+from torch import Tensor
+
+from hf_gradclip.types import ClipPlan, NormStats
+
+logger = logging.getLogger("hf_gradclip")
+
+ZERO_STEPS = 10
+_FOLD = 512
+
+
+def announce(text: str) -> None:
+    """Say something once to the person at the terminal; `logging.getLogger("hf_gradclip")` silences it."""
+    if not logger.handlers and not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    logger.info(text)
+
+
+class ClipReport:
+    """Counts every step on the device; reads once per log.
+
+    The keys are stable. Norms are of the whole gradient in its own units; "since" means since the last read.
+
+    | key | meaning |
+    |---|---|
+    | `clip/norm_mean`, `clip/norm_max` | pre-clip norm over the finite steps since |
+    | `clip/norm_post` | norm after clipping, last applied step; absent where elements were bounded |
+    | `clip/scale` | norm out / norm in, last applied step; absent where elements were bounded |
+    | `clip/threshold` | the norm (or value) at which the last finite step began to clip; only where it is one number |
+    | `clip/rate` | share of the steps since in which any segment was scaled or bounded |
+    | `clip/tensor_rate` | share of the tensor-steps since |
+    | `clip/skipped`, `clip/nonfinite` | steps since that did not reach the optimizer, that had a NaN or inf |
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, prefix: str = "clip") -> None:
+        self._prefix = prefix
+        self._zero = torch.zeros((), dtype=dtype, device=device)
+        self._norms: list[Tensor] = []
+        self._all_norms: list[float] = []
+        self._run = dict.fromkeys(("steps", "clipped", "skipped", "nonfinite"), 0)
+        self._last: dict[str, float] = {}
+        self._warned_zero = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums = dict.fromkeys(("steps", "clipped", "tensors", "tensor_steps", "skipped", "nonfinite"), self._zero)
+        self._at: dict[str, Tensor] = {}
+        self._norms = []
+
+    def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor) -> None:
+        """Count one step. All arguments are on the device; `finite` and `skipped` are 0-d bools."""
+        applied = finite & ~skipped
+        clipped_S = (plan.clipped_S & applied).expand(len(stats.layout))
+        self._count("steps", torch.ones_like(self._zero))
+        self._count("clipped", clipped_S.any())
+        self._count("tensors", clipped_S.sum())
+        self._count("tensor_steps", torch.full_like(self._zero, len(stats.layout)))
+        self._count("skipped", skipped)
+        self._count("nonfinite", ~finite)
+        self._norms.append(torch.where(finite, stats.total, float("nan")))
+        if len(self._norms) >= _FOLD:
+            self._norms = [torch.cat([norm.view(-1) for norm in self._norms])]
+        self._keep("norm_in", stats.total, applied)
+        unknown = plan.bound_S is not None and (plan.bound_S < float("inf")).any()
+        post = stats.scaled(plan.scale_S).total
+        self._keep("norm_post", torch.where(unknown, float("nan"), post) if torch.is_tensor(unknown) else post, applied)
+        if plan.threshold is not None:
+            self._keep("threshold", plan.threshold, finite)
+
+    def _count(self, key: str, value: Tensor) -> None:
+        self._sums[key] = self._sums[key] + value
+
+    def _keep(self, key: str, value: Tensor, when: Tensor) -> None:
+        self._at[key] = torch.where(when, value, self._at.get(key, torch.full_like(self._zero, float("nan"))))
+
+    def scalars(self) -> dict[str, float]:
+        """The keys above, since the last call; empty if no step was counted. One host read."""
+        sums = self._drain()
+        if not sums or not sums["steps"]:
+            return {}
+        shown = {"norm_mean": sums["norm_mean"], "norm_max": sums["norm_max"], "norm_post": sums.get("norm_post")}
+        if sums.get("norm_in"):
+            shown["scale"] = sums["norm_post"] / sums["norm_in"]
+        shown["threshold"] = sums.get("threshold")
+        shown["rate"] = sums["clipped"] / sums["steps"]
+        shown["tensor_rate"] = sums["tensors"] / max(sums["tensor_steps"], 1)
+        shown["skipped"], shown["nonfinite"] = sums["skipped"], sums["nonfinite"]
+        return {f"{self._prefix}/{k}": v for k, v in shown.items() if v is not None and v == v}
+
+    def summary(self) -> dict[str, float]:
+        """The whole run on this process: steps, clipped, rate, skipped, nonfinite, norm_median, norm_max, threshold."""
+        self._drain()
+        shown: dict[str, float] = dict(self._run)
+        shown["rate"] = self._run["clipped"] / max(self._run["steps"], 1)
+        if self._all_norms:
+            shown["norm_median"] = statistics.median(self._all_norms)
+            shown["norm_max"] = max(self._all_norms)
+        if "threshold" in self._last:
+            shown["threshold"] = self._last["threshold"]
+        return shown
+
+    def _drain(self) -> dict[str, float]:
+        """Read everything to the host at once, add it to the run, start anew."""
+        if not self._norms:
+            return {}
+        keys = [*self._sums, *self._at]
+        small = torch.stack([*self._sums.values(), *self._at.values()])
+        norms = torch.cat([norm.view(-1) for norm in self._norms])
+        values = torch.cat([small, norms]).tolist()
+        read = dict(zip(keys, values[: len(keys)], strict=True))
+        finite = [norm for norm in values[len(keys) :] if norm == norm]
+        for key in self._run:
+            self._run[key] += int(read[key])
+        self._last |= {key: read[key] for key in self._at}
+        self._check_zero(finite)
+        self._all_norms += finite
+        read["norm_mean"] = sum(finite) / len(finite) if finite else float("nan")
+        read["norm_max"] = max(finite, default=float("nan"))
+        self._clear()
+        return read
+
+    def _check_zero(self, new: list[float]) -> None:
+        if self._warned_zero:
+            return
+        run = 0
+        for norm in self._all_norms[-ZERO_STEPS:] + new:
+            run = run + 1 if norm == 0.0 else 0
+            if run >= ZERO_STEPS:
+                self._warned_zero = True
+                logger.warning(
+                    "The gradient norm was exactly 0 for %d steps in a row: nothing is being learnt. Check that the "
+                    "loss depends on the trainable parameters and that the labels are not all masked.",
+                    ZERO_STEPS,
+                )
+                return

@@ -1,0 +1,67 @@
+"""Clip at a percentile of the norms seen so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_gradclip.strategy import Needs, State, Strategy, check_types, limit_scale, require
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+
+
+class AutoClipState(NamedTuple):
+    """`norms`: the window, shape (window,), inf where not filled yet. `seen`: norms ever put in, 0-d."""
+
+    seen: Tensor
+    norms: Tensor
+
+
+@dataclass(frozen=True)
+class AutoClip(Strategy):
+    """Limit the norm of the whole gradient to a percentile of the last `window` norms, this one included.
+
+    A low percentile clips often: 10 clips nine steps of ten. The paper keeps every norm for ever; a window forgets
+    the large norms of the first steps. Zero norms are not remembered, else they would pull the limit to 0.
+
+    Args:
+        percentile: where the limit lies among the norms, interpolated linearly; in (0, 100]. 100 never clips.
+        window: norms remembered; >= 1.
+
+    References:
+        Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation Networks",
+        2020, arXiv 2007.14469.
+    """
+
+    percentile: float = 10.0
+    window: int = 1000
+
+    needs = Needs()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self, "percentile", lambda v: 0 < v <= 100, "must be in (0, 100]. The paper uses 10.")
+        require(self, "window", lambda v: 1 <= v <= 1_000_000, "must be from 1 to 1000000. The default is 1000.")
+
+    def init(self, layout: Layout) -> State:
+        """An empty window."""
+        norms = torch.full((self.window,), float("inf"), dtype=layout.dtype, device=layout.device)
+        return AutoClipState(torch.zeros((), dtype=torch.int64, device=layout.device), norms)
+
+    def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
+        """One scale for all segments, from the total norm."""
+        norm = stats.total
+        here = torch.arange(self.window, device=norm.device) == state.seen % self.window
+        norms = torch.where(here & (norm > 0), norm, state.norms)
+        seen = state.seen + (norm > 0)
+
+        rank = (seen.clamp(min=1, max=self.window) - 1) * (self.percentile / 100)
+        low = rank.floor().long()
+        high = (low + 1).clamp(max=self.window - 1)
+        ordered = norms.sort().values
+        at_low, at_high = ordered[low.view(1)], ordered[high.view(1)]
+        limit = torch.where(rank == low, at_low, at_low + (rank - low) * (at_high - at_low)).view(())
+        scale = torch.where(norm > limit, limit_scale(limit, norm), 1.0)
+        return ClipPlan(scale, threshold=limit), AutoClipState(seen, norms)

@@ -1,0 +1,234 @@
+"""A strategy says how hard to clip, from a small vector of norms. It never sees a gradient, a rank or a device.
+
+A strategy is a frozen dataclass: its fields are its configuration. `init` makes its state, `update` is a pure
+function of (statistics, state). `Chain` composes strategies; `needs` says what must be measured.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+
+State = Any
+"""A NamedTuple of tensors; a field whose name ends in `_S` holds one number per segment. Nested tuples in a chain."""
+
+
+class SpecError(ValueError):
+    """A clip specification that cannot be: the message has what was typed, the rule and the fix."""
+
+
+class Stateless(NamedTuple):
+    """The state of a strategy that remembers nothing."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a strategy reads beside the norms.
+
+    Args:
+        max_abs: the largest absolute element per segment. Costs a second reduction over ranks.
+    """
+
+    max_abs: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(max_abs=self.max_abs or other.max_abs)
+
+
+class Strategy(ABC):
+    """How hard to clip. Subclasses are final frozen dataclasses, checked in `__post_init__`.
+
+    `bounds` is True for a strategy that sets `ClipPlan.bound_S`: the norms after it are not known.
+    """
+
+    bounds: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What must be measured."""
+
+    @abstractmethod
+    def init(self, layout: Layout) -> State:
+        """The state before the first step, on `layout.device`."""
+
+    @abstractmethod
+    def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
+        """Decide one step. Pure: no gradients, no collectives, no host read.
+
+        The caller keeps the new state only if the total norm is finite, so a strategy need not guard against NaN.
+        """
+
+
+@dataclass(frozen=True)
+class Chain(Strategy):
+    """Strategies in order: each sees the statistics as the ones before it leave them, and the scales multiply.
+
+    Raises:
+        SpecError: if anything follows a strategy that bounds elements, whose result has no known norm.
+    """
+
+    parts: tuple[Strategy, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2:
+            raise SpecError(f"Chain({self.parts!r}): must hold two strategies or more.")
+        for part in self.parts:
+            if isinstance(part, Chain):
+                raise SpecError("Chain(...): a chain cannot hold a chain. Write one chain with all the parts.")
+        for early in self.parts[:-1]:
+            if early.bounds:
+                word = name_of(early)
+                raise SpecError(
+                    f"{describe(self)}: nothing may follow {word}, because the norms after it are not known. "
+                    f"Put {word} last."
+                )
+
+    @property
+    def needs(self) -> Needs:
+        """The union of what the parts need."""
+        needs = Needs()
+        for part in self.parts:
+            needs = needs | part.needs
+        return needs
+
+    def init(self, layout: Layout) -> State:
+        """A tuple with the state of each part."""
+        return tuple(part.init(layout) for part in self.parts)
+
+    def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
+        """Fold the parts; the chain has a threshold only where exactly one part has one."""
+        plans, states = [], []
+        for part, part_state in zip(self.parts, state, strict=True):
+            plan, new = part.update(stats, part_state)
+            plans.append(plan)
+            states.append(new)
+            stats = stats.scaled(plan.scale_S)
+        scale_S = plans[0].scale_S
+        for plan in plans[1:]:
+            scale_S = scale_S * plan.scale_S
+        skips = [plan.skip for plan in plans if plan.skip is not None]
+        thresholds = [plan.threshold for plan in plans if plan.threshold is not None]
+        return ClipPlan(
+            scale_S=scale_S,
+            bound_S=plans[-1].bound_S,
+            threshold=thresholds[0] if len(thresholds) == 1 else None,
+            skip=torch.stack(skips).any() if skips else None,
+        ), tuple(states)
+
+
+def limit_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
+    """The factor that brings `norm` down to `limit`: min(1, limit / (norm + 1e-6)), as in torch."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def where(ok: Tensor, new: State, old: State) -> State:
+    """`new` where `ok` (0-d bool), else `old`, for every tensor of a state."""
+    if isinstance(new, Tensor):
+        return torch.where(ok, new, old)
+    return rebuild(new, [where(ok, a, b) for a, b in zip(new, old, strict=True)])
+
+
+def rebuild(like: State, values: Sequence[State]) -> State:
+    """A state of the type of `like` (NamedTuple or tuple) with other values."""
+    return type(like)(*values) if hasattr(like, "_fields") else tuple(values)
+
+
+def flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a state by path: {"mean": ...}, or {"0.mean": ..., "1.gamma_S": ...} for a chain."""
+    if isinstance(state, Tensor):
+        return {prefix: state}
+    keys = getattr(state, "_fields", None) or range(len(state))
+    flat: dict[str, Tensor] = {}
+    for key, value in zip(keys, state, strict=True):
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def unflatten(like: State, flat: dict[str, Tensor], prefix: str = "") -> State:
+    """The inverse of `flatten`, with the structure of `like`.
+
+    Raises:
+        KeyError: if a tensor of `like` is not in `flat`.
+    """
+    if isinstance(like, Tensor):
+        return flat[prefix]
+    keys = getattr(like, "_fields", None) or range(len(like))
+    values = [
+        unflatten(value, flat, f"{prefix}.{key}" if prefix else str(key)) for key, value in zip(keys, like, strict=True)
+    ]
+    return rebuild(like, values)
+
+
+def name_of(strategy: Strategy) -> str:
+    """The word a spec uses: `zclip` for the strategies of this package, a dotted path for others."""
+    cls = type(strategy)
+    package, _, module = cls.__module__.rpartition(".")
+    return module if package == "hf_gradclip.strategies" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def describe(strategy: Strategy) -> str:
+    """The spec with every field written out; parsing it gives the strategy back."""
+    if isinstance(strategy, Chain):
+        return "+".join(describe(part) for part in strategy.parts)
+    shown = ",".join(f"{f.name}={_literal(getattr(strategy, f.name))}" for f in fields(strategy))  # type: ignore[arg-type]
+    return name_of(strategy) + (f":{shown}" if shown else "")
+
+
+def warmup_of(strategy: Strategy) -> int:
+    """Steps before the strategy adapts: the largest `warmup_steps` in it, 0 where there is none."""
+    if isinstance(strategy, Chain):
+        return max(warmup_of(part) for part in strategy.parts)
+    return int(getattr(strategy, "warmup_steps", 0))
+
+
+def require(strategy: Strategy, field: str, rule: Callable[[Any], bool], text: str) -> None:
+    """Refuse a field whose value breaks a rule.
+
+    Raises:
+        SpecError: `ZClip(alpha=2): must be in [0, 1). The paper uses 0.97.`
+    """
+    value = getattr(strategy, field)
+    if not rule(value):
+        raise SpecError(f"{type(strategy).__name__}({field}={_literal(value)}): {text}")
+
+
+def check_types(strategy: Strategy) -> None:
+    """Refuse a field of the wrong type; whole numbers are welcome where a float is asked for, and become one.
+
+    Raises:
+        SpecError: `ZClip(alpha='high'): must be a number.`
+    """
+    hints = typing.get_type_hints(type(strategy))
+    for field in fields(strategy):  # type: ignore[arg-type]
+        value, hint = getattr(strategy, field.name), hints[field.name]
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+            try:
+                object.__setattr__(strategy, field.name, float(value))
+            except OverflowError:
+                raise SpecError(f"{type(strategy).__name__}({field.name}=...): too large for a float.") from None
+            continue
+        if type(value) not in allowed:
+            names = " or ".join(_KINDS.get(kind, kind.__name__) for kind in allowed)
+            raise SpecError(f"{type(strategy).__name__}({field.name}={value!r}): must be {names}.")
+
+
+_KINDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    return str(value)

@@ -1,0 +1,116 @@
+"""What flows between the parts: where the numbers belong, what was measured, what to do.
+
+Shape letters: S segments (a segment is a parameter, or one output row of it), P parameters.
+The three records hold tensors and know nothing of ranks, backends or strategies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of a model: the same, in the same order, on every rank.
+
+    Args:
+        names: parameter names without wrapper prefixes, length P.
+        numel_S: elements per segment of the whole (unsharded) parameter, int64, shape (S,).
+        param_S: index into `names` per segment, int64, shape (S,).
+    """
+
+    names: tuple[str, ...]
+    numel_S: Tensor
+    param_S: Tensor
+
+    @classmethod
+    def of_parameters(cls, names: tuple[str, ...], numels: list[int], device: torch.device) -> Layout:
+        """One segment per parameter."""
+        return cls(
+            names=names,
+            numel_S=torch.tensor(numels, dtype=torch.int64, device=device),
+            param_S=torch.arange(len(names), dtype=torch.int64, device=device),
+        )
+
+    def __len__(self) -> int:
+        return int(self.numel_S.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics live."""
+        return self.numel_S.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the statistics: float64, or float32 where the device has no float64 (MPS)."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """One measurement, reduced over ranks, in true (unscaled) units.
+
+    Args:
+        sumsq_S: sum of squares per segment, shape (S,); a missing gradient is 0.
+        layout: what the segments are.
+        max_abs_S: largest absolute element per segment, shape (S,), NaN given as inf; only if asked for.
+    """
+
+    sumsq_S: Tensor
+    layout: Layout
+    max_abs_S: Tensor | None = None
+
+    @cached_property
+    def norm_S(self) -> Tensor:
+        """2-norm per segment, shape (S,)."""
+        return self.sumsq_S.sqrt()
+
+    @cached_property
+    def total(self) -> Tensor:
+        """2-norm of the whole gradient, 0-d."""
+        return self.sumsq_S.sum().sqrt()
+
+    @cached_property
+    def max_abs(self) -> Tensor:
+        """Largest absolute element of the whole gradient, 0-d.
+
+        Raises:
+            ValueError: if the strategy did not ask for it with `Needs(max_abs=True)`.
+        """
+        if self.max_abs_S is None:
+            raise ValueError("NormStats.max_abs: not measured. Set needs = Needs(max_abs=True) on the strategy.")
+        return self.max_abs_S.amax() if len(self.layout) else self.sumsq_S.new_zeros(())
+
+    def scaled(self, scale_S: Tensor) -> NormStats:
+        """The statistics after the gradients are multiplied by `scale_S`, shape (S,) or 0-d."""
+        max_abs_S = None if self.max_abs_S is None else self.max_abs_S * scale_S
+        return replace(self, sumsq_S=self.sumsq_S * scale_S.square(), max_abs_S=max_abs_S)
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """What to do with the gradients: g <- clamp(g * scale, -bound, +bound).
+
+    Args:
+        scale_S: factor per segment, shape (S,), or 0-d for one number that serves all; 1 leaves a segment alone.
+        bound_S: largest absolute element per segment, shape (S,); inf leaves a segment alone.
+        threshold: the norm (or value) at which this step begins to clip, 0-d; None where it is not one number.
+        skip: True if the optimizer must not step, 0-d bool.
+    """
+
+    scale_S: Tensor
+    bound_S: Tensor | None = None
+    threshold: Tensor | None = None
+    skip: Tensor | None = None
+
+    @property
+    def clipped_S(self) -> Tensor:
+        """Which segments are changed, bool, shape (S,) or 0-d."""
+        clipped_S = self.scale_S < 1
+        if self.bound_S is not None:
+            clipped_S = clipped_S | (self.bound_S < float("inf"))
+        return clipped_S

@@ -1,0 +1,44 @@
+"""What every view can do. A view owns the loss scale and the reductions over ranks; it decides nothing."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from hf_gradclip.strategy import Needs
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+
+
+class GradientView(ABC):
+    """The gradients of one model on one backend."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """The segments, equal on every rank. A new object when the set of trainable parameters has changed."""
+
+    @property
+    @abstractmethod
+    def backend(self) -> str:
+        """A few words for the start-up line: where the gradients live."""
+
+    @property
+    @abstractmethod
+    def guarded(self) -> bool:
+        """True if somebody else skips a step with a non-finite gradient (a GradScaler)."""
+
+    @abstractmethod
+    def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
+        """Read the gradients once, in true units, reduced over ranks.
+
+        Args:
+            needs: what to measure beside the norms.
+            rescale: divide by the largest element before squaring, for gradients whose squares overflow.
+        """
+
+    @abstractmethod
+    def apply_(self, plan: ClipPlan, part: int | None = None) -> None:
+        """g <- clamp(g * scale, +-bound). `part` names one piece where a backend steps piece by piece."""
+
+    @abstractmethod
+    def drop_(self) -> None:
+        """Make the coming optimizer step do nothing: no gradient, so no weight, moment, decay or counter moves."""
