@@ -228,7 +228,8 @@ class Clipper:
 
 def _culprits(stats: NormStats) -> str:
     """Which parameters hold a NaN or inf; reads to the host, on the way to an error."""
-    bad = sorted({stats.layout.names[i] for i in stats.layout.param_S[~stats.sumsq_S.isfinite()].tolist()})
+    broken = stats.layout.param_S[~stats.sumsq_S.isfinite()].unique().tolist()
+    bad = [stats.layout.names[i] for i in broken]
     if not bad:
         return ""
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""

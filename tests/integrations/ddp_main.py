@@ -1,0 +1,101 @@
+"""Run by accelerate launch on two gloo ranks: many scenarios in one start, results to a JSON file per rank."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer
+
+import hf_gradclip
+from hf_gradclip import GradClipMixin, GradClipTrainer
+from tests.integrations.test_accelerate import batches
+from tests.tiny import logged, tiny_llama, train, weights_of
+
+OPTIMIZERS = {"adamw_torch_fused": 3e-3, "adamw_torch": 3e-3, "sgd": 0.3, "rmsprop": 1e-3}
+LIMIT = 0.42  # the global batch is twice that of one process, so the norms are smaller
+
+
+def ranks_agree(weights: torch.Tensor) -> bool:
+    both = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
+    dist.all_gather(both, weights)
+    return torch.equal(*both)
+
+
+def parity(results: dict) -> None:
+    for optim, rate in OPTIMIZERS.items():
+        settings = {"optim": optim, "learning_rate": rate}
+        stock = train(Trainer, max_grad_norm=LIMIT, **settings)
+        free = train(Trainer, max_grad_norm=0, **settings)
+        for clip in (f"global_norm:max_norm={LIMIT}", None):
+            limit = LIMIT if clip is None else 1.0
+            ours = train(GradClipTrainer, clip=clip, max_grad_norm=limit, **settings)
+            norms, theirs = torch.tensor(logged(ours)), torch.tensor(logged(stock))
+            results[f"parity {optim} {clip}"] = {
+                "world": ours.args.world_size,
+                "norm": ((norms - theirs).abs() / theirs).max().item(),
+                "weights": (weights_of(ours.model) - weights_of(stock.model)).abs().max().item(),
+                "without": (weights_of(free.model) - weights_of(stock.model)).abs().max().item(),
+                "clipped": int((theirs > LIMIT).sum()),
+                "steps": len(theirs),
+                "agree": ranks_agree(weights_of(ours.model)),
+            }
+
+
+def engaged(results: dict) -> None:
+    before = weights_of(tiny_llama())
+    ours = train(GradClipTrainer, clip="global_norm:max_norm=1e-12", optim="sgd", learning_rate=0.5, max_steps=5)
+    results["engaged"] = {"moved": (weights_of(ours.model).double() - before.double()).abs().max().item()}
+
+
+def nan_on_one_rank(results: dict) -> None:
+    class Poisoned(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step in (8, 9) and self.args.process_index == 1 else loss
+
+    class Ours(GradClipMixin, Poisoned):
+        pass
+
+    ours = train(Ours, clip="zclip:warmup_steps=5,z_threshold=1", max_steps=20)
+    results["nan"] = {
+        "skipped": sum(logged(ours, "clip/skipped")),
+        "finite": bool(weights_of(ours.model).isfinite().all()),
+        "agree": ranks_agree(weights_of(ours.model)),
+        "clipped": sum(logged(ours, "clip/rate")[5:]),
+    }
+
+
+def plain_loop(results: dict) -> None:
+    """Each rank takes half of every batch; one process must come to the same weights."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    attachment = hf_gradclip.attach(accelerator, "adagc:warmup_steps=4")
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    half = slice(2 * accelerator.process_index, 2 * accelerator.process_index + 2)
+    norms = []
+    for batch, _ in batches(20):
+        accelerator.backward(model(**{key: value[half] for key, value in batch.items()}).loss)
+        norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+    results["loop"] = {
+        "norms": norms,
+        "weights": weights_of(model).tolist(),
+        "names": list(attachment.clipper.state_dict()["names"]),
+        "backend": accelerator.distributed_type.value,
+    }
+
+
+if __name__ == "__main__":
+    found: dict = {}
+    for scenario in (parity, engaged, nan_on_one_rank, plain_loop):
+        scenario(found)
+    Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()

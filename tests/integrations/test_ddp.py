@@ -1,0 +1,75 @@
+"""Two gloo ranks: DDP under the Trainer against the stock Trainer, and a plain loop against one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_gradclip import Clipper
+from tests.integrations.ddp_main import LIMIT, OPTIMIZERS
+from tests.integrations.test_accelerate import batches
+from tests.tiny import tiny_llama, weights_of
+
+pytestmark = pytest.mark.dist
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ddp")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launch, "--num_machines", "1", "-m", "tests.integrations.ddp_main", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [f"global_norm:max_norm={LIMIT}", None])
+def test_trains_like_the_stock_trainer(ranks, optim, clip) -> None:
+    for result in ranks:
+        found = result[f"parity {optim} {clip}"]
+        assert found["world"] == 2
+        assert found["steps"] == 50
+        assert 5 <= found["clipped"] <= 45
+        assert found["norm"] < 1e-5
+        assert found["weights"] < 1e-5
+        assert found["without"] > 1e-4, "clipping matters in this run"
+        assert found["agree"]
+
+
+def test_clipping_is_engaged(ranks) -> None:
+    assert all(result["engaged"]["moved"] <= 5 * 0.5e-12 for result in ranks)
+
+
+def test_a_nan_on_one_rank_is_skipped_on_both(ranks) -> None:
+    for result in ranks:
+        assert result["nan"]["skipped"] == 2
+        assert result["nan"]["finite"]
+        assert result["nan"]["agree"]
+        assert result["nan"]["clipped"] > 0
+
+
+def test_a_plain_loop_equals_one_process(ranks) -> None:
+    """adagc, whose scales differ between tensors, past its warm-up: 20 steps on the same batches."""
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    clipper = Clipper.for_model(model, "adagc:warmup_steps=4")
+    norms = []
+    for batch, _ in batches(20):
+        model(**batch).loss.backward()
+        norms.append(float(clipper.step()))
+        optimizer.step()
+        optimizer.zero_grad()
+    rate = clipper.report.scalars()
+    assert 0 < rate["clip/tensor_rate"] < 1
+    for result in ranks:
+        assert result["loop"]["backend"] == "MULTI_CPU"
+        assert result["loop"]["names"] == clipper.state_dict()["names"], "no wrapper prefix in the names"
+        torch.testing.assert_close(torch.tensor(result["loop"]["norms"]), torch.tensor(norms), rtol=1e-5, atol=0)
+        torch.testing.assert_close(torch.tensor(result["loop"]["weights"]), weights_of(model), rtol=0, atol=1e-5)

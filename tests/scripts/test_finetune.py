@@ -1,0 +1,75 @@
+"""scripts/finetune.py: the main job end to end, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "--max_steps 12 --max_text_bytes 150000 --vocab_size 400 --block_size 32 --max_eval_samples 16 --logging_steps 3"
+)
+SMALL += " --eval_steps 6 --save_steps 6 --warmup_steps 2"
+
+
+def launch(*flags: str, ok: bool = True) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "scripts/finetune.py", *SMALL.split(), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_main_job_and_its_resume(tmp_path) -> None:
+    first = launch("--clip", "zclip:warmup_steps=4,z_threshold=0.5", "--output_dir", str(tmp_path))
+    assert "clip: zclip:z_threshold=0.5" in first
+    assert "12/12" in first, "a progress bar"
+    assert "steps 12, clipped" in first
+    assert "norm: median" in first
+    assert "threshold at the end" in first
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
+    assert 0 < metrics["clip/clipped"] < 12
+    history = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    saved = torch.load(tmp_path / "checkpoint-6" / "gradclip.pt", weights_only=True)
+    assert saved["state"]["seen"] == 6
+    assert (tmp_path / "model.safetensors").exists()
+
+    flags = ["--clip", "zclip:warmup_steps=4,z_threshold=0.5", "--output_dir", str(tmp_path), "--max_steps", "14"]
+    again = launch(*flags, "--resume_from_checkpoint", "true")
+    assert "starts anew" not in again
+    assert "steps 2, clipped" in again
+
+
+def test_files_lora_and_a_run_file(tmp_path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of a small file, with {i * i} in it" for i in range(2000)))
+    run = tmp_path / "run.yaml"
+    run.write_text(f"clip: adagc:warmup_steps=4\nlora_r: 4\ntrain_file: {text}\noutput_dir: {tmp_path / 'out'}\n")
+    command = [sys.executable, "scripts/finetune.py", str(run), *SMALL.split(), "--learning_rate", "1e-2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "clip: adagc:lambda_rel=1.04,beta=0.99,warmup_steps=4" in done.stderr
+    saved = torch.load(tmp_path / "out" / "checkpoint-12" / "gradclip.pt", weights_only=True)
+    assert saved["names"]
+    assert all("lora_" in name for name in saved["names"])
+    assert (saved["state"]["gamma_S"] < float("inf")).all(), "LoRA's A has no gradient at step 1; it is not lost"
+    assert (saved["state"]["gamma_S"] > 0).all()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--clip", "zclop"], "Did you mean zclip?"),
+        (["--clip", "adaptive", "--clip_nonfinite", "skipp"], "must be skip or raise or pass. Did you mean skip?"),
+    ],
+)
+def test_wrong_flags_stop_with_the_right_word(tmp_path, flags, words) -> None:
+    assert words in launch(*flags, "--output_dir", str(tmp_path), ok=False)
