@@ -13,7 +13,7 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.report import ClipReport
 from hf_gradclip.strategy import State, describe, flatten, name_of, unflatten, where
 from hf_gradclip.types import ClipPlan, NormStats
-from hf_gradclip.views.local import LocalView
+from hf_gradclip.views import view_of
 from hf_gradclip.views.view import GradientView
 
 logger = logging.getLogger("hf_gradclip")
@@ -69,15 +69,15 @@ class Clipper:
         """A clipper for the `.grad` of a model's trainable parameters.
 
         Args:
-            model: any module, wrapped by DDP or torch.compile or not. Sharded parameters are refused.
+            model: any module, wrapped by DDP or torch.compile or not, sharded by FSDP2 or tensor parallelism or not.
             spec: see hf_gradclip.config.
             **settings: `nonfinite`, `max_consecutive_skips`; they win over the spec.
 
         Raises:
             SpecError: for a wrong spec.
-            ValueError: if nothing is trainable, or the parameters are sharded.
+            ValueError: if nothing is trainable.
         """
-        return cls(ClipConfig.parse(spec, **settings), LocalView(model))
+        return cls(ClipConfig.parse(spec, **settings), view_of(model))
 
     def reset(self) -> None:
         """Forget everything: the strategy's state, the counters, the report."""

@@ -18,7 +18,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from hf_gradclip.strategy import Chain, SpecError, Strategy, describe
 
 NONFINITE = ("skip", "raise", "pass")
 _YAML = (".yaml", ".yml")
+_CHAIN = re.compile(r"\+(?=\s*[A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,14 @@ class ClipConfig:
             given = spec
         try:
             settings = _settings(given)
+        except RecursionError:
+            raise SpecError(f"clip={_show(given)}: refers to itself. Write the strategy in it.") from None
         except SpecError as error:
             if isinstance(given, str):
                 raise SpecError(f"clip={given!r}: {error}") from None
             raise
+        except ValueError as error:  # a whole number of thousands of digits cannot even be shown
+            raise SpecError(f"clip: a value is out of range ({error}).") from None
         if nonfinite is not None:
             settings["nonfinite"] = nonfinite
         if max_consecutive_skips is not None:
@@ -147,7 +152,7 @@ def _settings(spec: Any) -> dict[str, Any]:
         if "gradient" not in spec:
             raise SpecError(f"clip={_show(spec)}: says nothing about the gradient. Add 'gradient': 'adaptive', say.")
         return {**spec, **_settings_of_gradient(spec["gradient"])}
-    if isinstance(spec, str) and spec.strip().endswith(_YAML):
+    if isinstance(spec, str) and spec.strip().endswith(_YAML) and not _CHAIN.search(spec):
         return _settings(_read_yaml(Path(spec.strip())))
     return {"gradient": _strategy(spec)}
 
@@ -183,7 +188,7 @@ def _strategy(spec: Any) -> Strategy:
 
 def _parse(text: str) -> Strategy:
     """`name[:key=value,...]`, chained with `+` before a letter."""
-    parts = [_parse_one(part) for part in re.split(r"\+(?=\s*[A-Za-z])", text)]
+    parts = [_parse_one(part) for part in _CHAIN.split(text)]
     flat = [p for part in parts for p in (part.parts if isinstance(part, Chain) else (part,))]
     return Chain(tuple(flat)) if len(flat) > 1 else flat[0]
 
@@ -269,6 +274,14 @@ def _import(path: str) -> type[Strategy]:
         ) from None
     if not (isinstance(cls, type) and issubclass(cls, Strategy)):
         raise SpecError(f"{path!r} is not a subclass of hf_gradclip.Strategy.")
+    if cls is Chain:
+        raise SpecError(f"{path!r}: a chain is written with +, as in adagc+value:max_value=1.")
+    if cls.__abstractmethods__:
+        raise SpecError(f"{path!r} is abstract: it lacks {', '.join(sorted(cls.__abstractmethods__))}.")
+    if not is_dataclass(cls):
+        raise SpecError(
+            f"{path!r} is no dataclass. Put @dataclass(frozen=True) on it: its fields are its configuration."
+        )
     return cls
 
 
@@ -283,6 +296,15 @@ def _read_yaml(path: Path) -> Any:
         raise SpecError(f"{str(path)!r} holds {_show(content)}, which is no spec.")
     if isinstance(content, str) and content.strip().endswith(_YAML):
         raise SpecError(f"{str(path)!r} points to another file. Write the strategy in it.")
+    return _with_numbers(content)
+
+
+def _with_numbers(content: Any) -> Any:
+    """YAML 1.1 reads 1e-3 and inf as words; a spec means numbers."""
+    if isinstance(content, Mapping):
+        return {key: _with_numbers(value) for key, value in content.items()}
+    if isinstance(content, str) and isinstance(number := _literal(content), float):
+        return number
     return content
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_gradclip.kernels import eager
 from hf_gradclip.strategy import Needs, limit_scale
 from hf_gradclip.types import Layout
-from hf_gradclip.views.local import measure, writable
+from hf_gradclip.views.parameters import measure, writable
 
 
 @torch.no_grad()
@@ -25,10 +25,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the norm of all gradients together, in place.
 
-    Same signature and results as `torch.nn.utils.clip_grad_norm_`, with three differences: the norm is taken in
-    float32 rows and float64 sums whatever the gradients' dtype, elements up to the largest float do not overflow it,
-    and on the CPU nothing is written when nothing is clipped. Other norm types than 2 and inf, and sharded
-    gradients, are handed to torch.
+    Same signature and results as `torch.nn.utils.clip_grad_norm_`, with three differences. The norm is taken in
+    float32 rows and float64 sums whatever the gradients' dtype. On the CPU, float32 elements whose squares overflow
+    (1e20) do not turn it into inf. On the CPU nothing is written when nothing is clipped. Other norm types than 2 and
+    inf, and sharded gradients, are handed to torch.
 
     Args:
         parameters: tensors with `.grad`, or one tensor; missing gradients count as zero.
@@ -62,7 +62,7 @@ def clip_grad_norm_(
     layout = Layout.of_parameters(tuple(map(str, range(len(grads)))), [p.numel() for p in present], device)
     needs = Needs(max_abs=order != 2.0)
     stats = measure(grads, layout, needs, rescale=False)
-    norm = stats.total if order == 2.0 else stats.max_abs
+    norm = stats.total if order == 2.0 else torch.where(stats.total.isnan(), stats.total, stats.max_abs)
     if device.type == "cpu" and order == 2.0 and not norm.isfinite():
         norm = measure(grads, layout, needs, rescale=True).total
     if error_if_nonfinite and not norm.isfinite():

@@ -44,6 +44,7 @@ class ClipReport:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, prefix: str = "clip") -> None:
+        self.device = device
         self._prefix = prefix
         self._zero = torch.zeros((), dtype=dtype, device=device)
         self._norms: list[Tensor] = []
@@ -77,6 +78,12 @@ class ClipReport:
         self._keep("norm_post", torch.where(unknown, float("nan"), post) if torch.is_tensor(unknown) else post, applied)
         if plan.threshold is not None:
             self._keep("threshold", plan.threshold, finite)
+
+    def add_overflow(self) -> None:
+        """Count a step that a loss scaler dropped before anything was measured."""
+        for key in ("steps", "skipped", "nonfinite"):
+            self._count(key, torch.ones_like(self._zero))
+        self._norms.append(torch.full_like(self._zero, float("nan")))
 
     def _count(self, key: str, value: Tensor) -> None:
         self._sums[key] = self._sums[key] + value

@@ -10,7 +10,8 @@ import functools
 import os
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,21 +23,16 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.report import announce, logger
 from hf_gradclip.strategy import flatten, name_of, warmup_of
-from hf_gradclip.views.local import LocalView, unwrap
+from hf_gradclip.views import view_of
+from hf_gradclip.views.parameters import unwrap
+from hf_gradclip.views.view import UnsupportedBackendError
 
 STATE_NAME = "gradclip.pt"
 
-_SHARDED = "reads no sharded gradients yet; use clip=None with max_grad_norm, or DDP"
 _REFUSED = {
-    "DEEPSPEED": f"DeepSpeed steps inside backward, and hf_gradclip {_SHARDED}.",
-    "FSDP": f"FSDP shards the gradients, and hf_gradclip {_SHARDED}.",
     "MEGATRON_LM": "Megatron-LM clips inside its own step. Set its clip_grad, or use FSDP or DDP through Accelerate.",
     "XLA": "XLA traces the step, and hf_gradclip reads a flag in it. Use clip=None with max_grad_norm.",
 }
-
-
-class UnsupportedBackendError(RuntimeError):
-    """Clipping would be inactive or wrong here, so training does not start."""
 
 
 def attach(
@@ -95,6 +91,8 @@ class Attachment:
         self._clippers: list[tuple[weakref.ref[nn.Module], Clipper]] = []
         self._clipped: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._of_optimizer: weakref.WeakKeyDictionary[Any, list[Clipper]] = weakref.WeakKeyDictionary()
+        self._seams: Any = None
+        self._paused = False
         self._said_max_norm = False
 
     @property
@@ -121,15 +119,23 @@ class Attachment:
         for known, clipper in self._clippers:
             if known() is bare:
                 return clipper
-        scaler = self.accelerator.scaler
-        guarded = scaler is not None and scaler.is_enabled()
-        view = LocalView(bare, unscale=self.accelerator.unscale_gradients if guarded else None, guarded=guarded)
-        clipper = Clipper(self.config, view)
+        clipper = self._make(model)
         self._clippers.append((weakref.ref(bare), clipper))
         self._of_optimizer.clear()
         if self.accelerator.is_main_process:
             announce(self.in_force(clipper))
         return clipper
+
+    def _make(self, model: nn.Module) -> Clipper:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from hf_gradclip.integrations.deepspeed import ZeroSeams
+
+            self._seams = ZeroSeams(model, self.config)
+            return self._seams.clipper
+        scaler = self.accelerator.scaler
+        guarded = scaler is not None and scaler.is_enabled()
+        unscale = self.accelerator.unscale_gradients if guarded else None
+        return Clipper(self.config, view_of(unwrap(model), unscale, guarded))
 
     def in_force(self, clipper: Clipper) -> str:
         """One line for the start of a run: strategy with its parameters, backend, segments, what a step costs."""
@@ -146,12 +152,18 @@ class Attachment:
         self._clippers.clear()
         self._of_optimizer.clear()
         self._clipped.clear()
+        self._seams = None
 
-    def clip(self, model: nn.Module) -> Tensor:
-        """Clip the gradients of one model; the norm before clipping, 0-d, on the device."""
+    def clip(self, model: nn.Module) -> Tensor | None:
+        """Clip the gradients of one model; the norm before clipping, 0-d, on the device.
+
+        Under DeepSpeed the step is done by now, and this is the norm that was decided on in it.
+        """
         return self._clip(self.clipper_of(model))
 
-    def _clip(self, clipper: Clipper) -> Tensor:
+    def _clip(self, clipper: Clipper) -> Tensor | None:
+        if self._seams is not None:
+            return self._seams.norm  # decided and applied inside backward
         self.watch_optimizers()
         norm = clipper.step()
         for optimizer in self.accelerator._optimizers:
@@ -172,14 +184,25 @@ class Attachment:
 
     def watch_optimizers(self) -> None:
         """Wrap the step of every prepared optimizer once: a step must be clipped, and a skip must be seen."""
+        if self._seams is not None:
+            return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
         for optimizer in self.accelerator._optimizers:
             if not hasattr(optimizer, "_gradclip_attachment"):
                 optimizer.step = types.MethodType(_watched(optimizer.step), optimizer)
             optimizer._gradclip_attachment = self
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While optimizer state is saved or loaded: torch may step once with zero gradients to make the state."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def before_step(self, optimizer: Any) -> None:
         """Clip if `auto`, else insist that somebody did."""
-        if optimizer in self._clipped:
+        if optimizer in self._clipped or self._paused:
             return
         for clipper in self._clippers_of(optimizer):
             if not self.auto:
@@ -201,12 +224,12 @@ class Attachment:
 
         def clip_grad_norm_(
             _: Accelerator, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
-        ) -> Tensor:
+        ) -> Tensor | None:
             return self._clip_call(parameters, max_norm)
 
         self.accelerator.clip_grad_norm_ = types.MethodType(clip_grad_norm_, self.accelerator)
 
-    def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+    def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor | None:
         given = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.requires_grad}
         sizes = []
         for model in self.accelerator._models:
@@ -239,6 +262,8 @@ class Attachment:
 
     def hook_checkpoints(self) -> None:
         """State goes with `save_state` and `load_state`, through their pre-hooks: other checkpoints still load."""
+        for name in ("save_state", "load_state"):
+            setattr(self.accelerator, name, self.paused()(getattr(self.accelerator, name)))
 
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
             if self.accelerator.is_main_process:
@@ -314,10 +339,14 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
         UnsupportedBackendError: with the backend's name, the reason and what to use instead.
     """
     kind: DistributedType = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UnsupportedBackendError(
+            "FSDP1: flattens parameters, so norms by parameter are lost. Set fsdp_version: 2, or use clip=None."
+        )
     if kind.value in _REFUSED or kind.name in _REFUSED:
         raise UnsupportedBackendError(f"{kind.value}: {_REFUSED[kind.name]}")
     sizes = getattr(accelerator, "parallelism_config", None)
-    for axis, name in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence"), ("pp_size", "pipeline")):
+    for axis, name in (("cp_size", "context"), ("sp_size", "sequence"), ("pp_size", "pipeline")):
         if getattr(sizes, axis, 1) > 1:
             raise UnsupportedBackendError(
                 f"ParallelismConfig({axis}={getattr(sizes, axis)}): {name} parallelism is not tested with hf_gradclip. "
@@ -339,12 +368,11 @@ def check_run(clipper: Clipper, steps: int | None) -> list[str]:
             f"The run has {steps} steps and {name_of(clipper.config.gradient)} warms up for {warmup} of them. "
             f"Set warmup_steps to {max(steps // 4, 2)} or less, or train longer."
         )
-    view = clipper.view
-    if isinstance(view, LocalView):
-        half = sum(p.dtype == torch.float16 for p in view.parameters)
-        if half:
-            warnings.append(
-                f"{half} trainable parameters are float16: their gradients lose small values and overflow early. "
-                "Load the model in float32 with fp16=True, or use bf16."
-            )
+    parameters = getattr(clipper.view, "parameters", None)
+    half = sum(p.dtype == torch.float16 for p in parameters.trainable) if parameters is not None else 0
+    if half:
+        warnings.append(
+            f"{half} trainable parameters are float16: their gradients lose small values and overflow early. "
+            "Load the model in float32 with fp16=True, or use bf16."
+        )
     return warnings

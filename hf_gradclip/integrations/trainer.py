@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,13 +17,13 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.accelerate import (
     STATE_NAME,
     Attachment,
-    UnsupportedBackendError,
     check_run,
     load_state,
     refuse_unsupported,
     save_state,
 )
 from hf_gradclip.report import announce, logger
+from hf_gradclip.views.view import UnsupportedBackendError
 
 _IN_BACKWARD = (
     "lomo",
@@ -57,6 +59,7 @@ class GradClipMixin:
     optimizer: Any
     state: Any
     model_wrapped: nn.Module
+    is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
         self._clip_spec = clip
@@ -88,6 +91,8 @@ class GradClipMixin:
             if self._clip_spec is not None:
                 raise
             return
+        if self._clip_spec is None and self.is_deepspeed_enabled:
+            config = replace(config, nonfinite="skip")  # what ZeRO does itself, and so the stock Trainer under it
         self._clip_attachment = Attachment(self.accelerator, config)
 
     def _refuse_optimizers(self) -> None:
@@ -122,8 +127,14 @@ class GradClipMixin:
         if self._clip_started is not None:
             announce("The optimizer or the batch size is a new one, so the clip state starts anew.")
         attachment.forget()
+        try:
+            clipper = attachment.clipper_of(self.model_wrapped)
+        except UnsupportedBackendError:
+            if self._clip_spec is not None:
+                raise
+            self._clip_attachment = None  # the stock seams serve
+            return
         self._clip_started = started
-        clipper = attachment.clipper_of(self.model_wrapped)
         attachment.watch_optimizers()
         if self.accelerator.is_main_process:
             for warning in check_run(clipper, self.state.max_steps):
@@ -133,7 +144,7 @@ class GradClipMixin:
                     "max_grad_norm=%s is set and overruled by clip=%r.", self.args.max_grad_norm, self._clip_spec
                 )
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         if self._clip_attachment is None:
             return super()._clip_grad_norm(model)  # type: ignore[misc]
         return self._clip_attachment.clip(model)
@@ -143,18 +154,23 @@ class GradClipMixin:
             return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         return self._clip_attachment.clip(model) if grad_norm is None else grad_norm
 
+    def _clip_paused(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._clip_attachment is None else self._clip_attachment.paused()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        with self._clip_paused():
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.clipper is not None and self.args.should_save:
             save_state(self.clipper, os.path.join(output_dir, STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        with self._clip_paused():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None or self._clip_attachment is None:
             return
         self._start_clipping()
-        assert self.clipper is not None
-        load_state(self.clipper, os.path.join(checkpoint, STATE_NAME), say=self.accelerator.is_main_process)
+        if self.clipper is not None:
+            load_state(self.clipper, os.path.join(checkpoint, STATE_NAME), say=self.accelerator.is_main_process)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what clipping did since the last log to the training logs."""

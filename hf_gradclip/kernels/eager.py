@@ -90,17 +90,27 @@ def max_abs(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.de
     return torch.stack(largest).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
+def divisors(largest: Tensor) -> Tensor:
+    """What `sumsq` divides by so that no square overflows: the largest element, 1 where it is 0 or not finite."""
+    return torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+
+
 def scale_(grads: Sequence[Tensor | None], scale_S: Tensor) -> None:
     """Multiply each gradient by its factor, shape (len(grads),) or 0-d. On the CPU a factor of 1 writes nothing."""
     if scale_S.device.type == "cpu":
         factors = scale_S.expand(len(grads)).tolist()  # the early exit on CPU: a read that costs nothing there
-        chosen = [(g, f) for g, f in zip(grads, factors, strict=True) if g is not None and f != 1.0]
-        if chosen:
-            torch._foreach_mul_([g for g, _ in chosen], [f for _, f in chosen])
+        for grad, factor in zip(grads, factors, strict=True):
+            if grad is not None and factor != 1.0:
+                grad.mul_(factor)  # not _foreach_mul_, which rounds the factor to 16 bits with the gradient
         return
-    for grad, factor in zip(grads, scale_S.float().expand(len(grads)), strict=True):
-        if grad is not None:
-            grad.mul_(factor.to(grad.device, non_blocking=True))
+    for grad, scale in zip(grads, scale_S.float().expand(len(grads)), strict=True):
+        if grad is None:
+            continue
+        factor = scale.to(grad.device, non_blocking=True)
+        if grad.element_size() < 4:
+            grad.copy_(grad.float() * factor)  # a 0-d factor would be rounded to 16 bits with the gradient
+        else:
+            grad.mul_(factor)
 
 
 def clamp_(grads: Sequence[Tensor | None], bound_S: Tensor) -> None:

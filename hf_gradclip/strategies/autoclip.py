@@ -57,7 +57,7 @@ class AutoClip(Strategy):
         norms = torch.where(here & (norm > 0), norm, state.norms)
         seen = state.seen + (norm > 0)
 
-        rank = (seen.clamp(min=1, max=self.window) - 1) * (self.percentile / 100)
+        rank = (seen.clamp(min=1, max=self.window) - 1).to(norm.dtype) * (self.percentile / 100)
         low = rank.floor().long()
         high = (low + 1).clamp(max=self.window - 1)
         ordered = norms.sort().values

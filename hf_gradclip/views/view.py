@@ -8,6 +8,10 @@ from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 
+class UnsupportedBackendError(RuntimeError):
+    """Clipping would be inactive or wrong here, so training does not start."""
+
+
 class GradientView(ABC):
     """The gradients of one model on one backend."""
 

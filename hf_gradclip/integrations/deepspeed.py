@@ -1,0 +1,228 @@
+"""DeepSpeed: the engine steps inside `accelerator.backward`, so the clipper goes into the optimizer's own step.
+
+Two seams per ZeRO optimizer: where it computes its norm we measure and decide; where it unscales a part, just before
+stepping it, we apply the plan to that part. DeepSpeed's own clip is held at 0 through every step, whatever config,
+checkpoint or default say. Methods are replaced on the instance, so other engines in the process are not touched.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from hf_gradclip.clipper import CLIP, Clipper, Decision
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.views.local import LocalView
+from hf_gradclip.views.view import UnsupportedBackendError
+from hf_gradclip.views.zero import Bf16, Partition, Stage3, Stage12, ZeroView
+
+_NEEDED: dict[str, tuple[type[Partition], str]] = {
+    "DeepSpeedZeroOptimizer": (
+        Stage12,
+        "scaled_global_norm unscale_and_clip_grads _optimizer_step step params_in_partition averaged_gradients "
+        "grad_partition_insertion_offset grad_start_offset partition_size single_partition_of_fp32_groups clip_grad",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        Stage3,
+        "_get_norm_groups unscale_and_clip_grads _optimizer_step step grad_position fp16_groups averaged_gradients "
+        "fp32_partitioned_groups_flat clip_grad",
+    ),
+    "BF16_Optimizer": (
+        Bf16,
+        "step bf16_groups fp32_groups_gradients fp32_groups_has_gradients clear_hp_grads clear_lp_grads clip_grad",
+    ),
+}
+
+
+class ZeroSeams:
+    """A clipper inside a DeepSpeed engine's step.
+
+    Args:
+        engine: the prepared engine.
+        config: what to do.
+
+    Raises:
+        UnsupportedBackendError: by the setting's name, with what to use instead.
+    """
+
+    def __init__(self, engine: Any, config: ClipConfig) -> None:
+        refuse_settings(engine, config)
+        self._engine = engine
+        self._zero = engine.optimizer
+        self._decision: Decision | None = None
+        self.norm: Tensor | None = None
+        name = type(self._zero).__name__
+        install = {
+            "DeepSpeedZeroOptimizer": self._install_stage12,
+            "DeepSpeedZeroOptimizer_Stage3": self._install_stage3,
+            "BF16_Optimizer": self._install_bf16,
+        }.get(name, self._install_without_zero)
+        if name not in _NEEDED:
+            self.clipper = Clipper(config, LocalView(engine.module))
+            install()
+            return
+        partition, needed = _NEEDED[name]
+        missing = [word for word in needed.split() if not hasattr(self._zero, word)]
+        if missing:
+            raise UnsupportedBackendError(
+                f"DeepSpeed {deepspeed.__version__}: {name} has no {', '.join(missing)}, where hf_gradclip hooks in. "
+                "Install the version in constraints.txt, or use clip=None."
+            )
+        self.view = ZeroView(engine.module, self._zero, partition, guarded=bool(self._zero.dynamic_loss_scale))
+        self.clipper = Clipper(config, self.view)
+        install()
+
+    def _install_without_zero(self) -> None:
+        """Stage 0 in float32: a torch optimizer, stepped by the engine after its all-reduce."""
+        self._engine.clip_fp32_gradients = lambda: None
+        self._zero.register_step_pre_hook(lambda *_: self._keep(self.clipper.step()))
+
+    def _keep(self, norm: Tensor) -> None:
+        self.norm = norm
+        self._engine._global_grad_norm = norm
+
+    def _install_stage12(self) -> None:
+        zero = self._zero
+
+        def scaled_global_norm(_: Any, norm_type: float = 2) -> Tensor:
+            return self._decide()
+
+        def unscale_and_clip_grads(_: Any, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
+            with self._own_clip_off():
+                unscale(grad_groups_flat, total_norm)
+            flats = zero.single_partition_of_fp32_groups
+            self._apply(next(i for i, flat in enumerate(flats) if flat.grad is grad_groups_flat[0]))
+
+        unscale = zero.unscale_and_clip_grads
+        self._replace("scaled_global_norm", scaled_global_norm)
+        self._replace("unscale_and_clip_grads", unscale_and_clip_grads)
+        self._skip_exactly()
+
+    def _install_stage3(self) -> None:
+        def get_norm_groups(_: Any) -> list[Tensor]:
+            return [self._decide()]
+
+        def unscale_and_clip_grads(_: Any, sub_group_id: int, total_norm: Tensor) -> None:
+            with self._own_clip_off():
+                unscale(sub_group_id, total_norm)
+            self._apply(sub_group_id)
+
+        unscale = self._zero.unscale_and_clip_grads
+        self._replace("_get_norm_groups", get_norm_groups)
+        self._replace("unscale_and_clip_grads", unscale_and_clip_grads)
+        self._skip_exactly()
+
+    def _install_bf16(self) -> None:
+        zero, step = self._zero, self._zero.step
+
+        def clipped_step(_: Any, closure: Any = None) -> None:
+            norm = self._decide()
+            if self.clipper.step_was_skipped:
+                zero.clear_hp_grads()
+                zero.clear_lp_grads()
+                zero.overflow, zero._global_grad_norm = True, norm
+                self.view.skipping = False
+                return
+            if self._decision is not None:
+                self.view.apply_(self._decision.plan)
+            with self._own_clip_off():
+                step(closure)
+            zero._global_grad_norm = norm
+
+        self._replace("step", clipped_step)
+
+    def _decide(self) -> Tensor:
+        """Measure and decide; the norm in the units that the optimizer expects at its seam (loss scale still in)."""
+        decision, action = self.clipper.settle(self.clipper.decide())
+        self._decision = decision if action == CLIP else None
+        self.norm = decision.stats.total
+        if self.clipper.step_was_skipped:
+            self.view.drop_()
+        return (self.norm * float(self._zero.loss_scale)).float()
+
+    def _apply(self, part: int) -> None:
+        if self._decision is not None:
+            self.view.apply_(self._decision.plan, part=part)
+
+    def _skip_exactly(self) -> None:
+        """While a strategy skips, no part is stepped; afterwards the step is reported as skipped, scale untouched."""
+        zero, optimizer_step, step = self._zero, self._zero._optimizer_step, self._zero.step
+
+        def guarded_optimizer_step(_: Any, part: int) -> None:
+            if not self.view.skipping:
+                optimizer_step(part)
+
+        def reported_step(_: Any, closure: Any = None) -> None:
+            self._decision, self.norm = None, None
+            step(closure)
+            if self.norm is None:  # a loss scaler dropped the step before its norm was asked for
+                self.norm = torch.tensor(float("inf"), device=self.clipper.report.device)
+                self.clipper.report.add_overflow()
+                self.clipper.step_was_skipped = True
+            if self.view.skipping:
+                zero.overflow = True
+                self.view.skipping = False
+
+        self._replace("_optimizer_step", guarded_optimizer_step)
+        self._replace("step", reported_step)
+
+    @contextmanager
+    def _own_clip_off(self) -> Iterator[None]:
+        clip, self._zero.clip_grad = self._zero.clip_grad, 0.0
+        try:
+            yield
+        finally:
+            self._zero.clip_grad = clip
+
+    def _replace(self, name: str, function: Callable[..., Any]) -> None:
+        setattr(self._zero, name, types.MethodType(function, self._zero))
+
+
+def refuse_settings(engine: Any, config: ClipConfig) -> None:
+    """Stop where a setting would make clipping inactive or wrong.
+
+    Raises:
+        UnsupportedBackendError: by the setting's name, with what to use instead.
+    """
+    zero, name = engine.optimizer, type(engine.optimizer).__name__
+    refused = {
+        "pipeline parallelism": (type(engine).__name__ == "PipelineEngine", "ZeRO without a pipeline"),
+        "ZenFlow": (bool(getattr(zero, "zenflow", False)) or "ZenFlow" in name, "plain optimizer offload"),
+        "SuperOffload": ("SuperOffload" in name, "plain optimizer offload"),
+        "NVMe offload": (_on_nvme(engine), 'offload to "cpu"'),
+        "compute_grad_norm=false": (getattr(zero, "compute_grad_norm", True) is False, "compute_grad_norm=true"),
+        "mixture of experts": (bool(getattr(zero, "has_moe_layers", False)), "a model without DeepSpeed MoE layers"),
+        "Muon": (bool(getattr(zero, "use_muon", False) or getattr(zero, "_uses_muon", False)), "another optimizer"),
+        "torch_autocast with a GradScaler": (
+            getattr(zero, "torch_autocast_gradscaler", None) is not None,
+            "torch_autocast in bf16",
+        ),
+        "ZeRO stage 0 in bf16 or fp16": (
+            name not in _NEEDED and not isinstance(zero, torch.optim.Optimizer),
+            "stage 1, or float32",
+        ),
+    }
+    for what, (found, instead) in refused.items():
+        if found:
+            raise UnsupportedBackendError(
+                f"DeepSpeed with {what}: not supported by hf_gradclip. Use {instead}, or clip=None."
+            )
+    if config.nonfinite == "pass" and name in _NEEDED:
+        raise UnsupportedBackendError(
+            "nonfinite='pass' under DeepSpeed ZeRO: the optimizer itself skips a step with a NaN or inf. "
+            "Use nonfinite='skip' or 'raise'."
+        )
+
+
+def _on_nvme(engine: Any) -> bool:
+    devices = [
+        getattr(engine.zero_offload_optimizer(), "device", None),
+        getattr(engine.zero_offload_param(), "device", None),
+    ]
+    return any(str(getattr(device, "value", device)) == "nvme" for device in devices)

@@ -1,0 +1,140 @@
+"""Sharded gradients as DTensors: FSDP2, HSDP, tensor parallel, both, and plain tensors beside them.
+
+Each rank measures its own shards. Of several ranks that hold the same numbers one contributes and the others give
+zeros, so one SUM all-reduce of S floats over the whole job gives every rank the same statistics. No gradient is
+gathered. Scaling is local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from hf_gradclip.strategy import Needs
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views.parameters import Parameters, measure
+from hf_gradclip.views.view import GradientView
+
+
+class DTensorView(GradientView):
+    """The shards of every trainable parameter's gradient, on this rank.
+
+    Args:
+        model: with DTensor parameters, of one mesh or several; plain parameters count as replicated over the job.
+        unscale: called before each measurement, to take a loss scale out of the gradients.
+        guarded: True if a GradScaler skips the steps with a non-finite gradient.
+
+    Raises:
+        ValueError: if a parameter is placed in a way whose norm cannot be added up from shards.
+    """
+
+    def __init__(self, model: nn.Module, unscale: Callable[[], None] | None = None, guarded: bool = False) -> None:
+        self.parameters = Parameters(model)
+        self._unscale = unscale
+        self._guarded = guarded
+        self._owned_for: Layout | None = None
+        self._owned_S = self._find_owned()
+
+    @property
+    def layout(self) -> Layout:
+        """One segment per trainable parameter, sized as if it were whole."""
+        return self.parameters.layout
+
+    @property
+    def backend(self) -> str:
+        """For the start-up line."""
+        meshes = {p.device_mesh for p in self.parameters.trainable if isinstance(p, DTensor)}
+        shapes = " and ".join(sorted("x".join(str(n) for n in mesh.shape) for mesh in meshes))
+        return f"DTensor shards on a {shapes} mesh, {self.layout.device.type}"
+
+    @property
+    def guarded(self) -> bool:
+        """True if a GradScaler skips the steps with a non-finite gradient."""
+        return self._guarded
+
+    @torch.no_grad()
+    def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
+        """Norms of the whole gradients, from local shards and one all-reduce (two with `max_abs`)."""
+        if self._unscale is not None and not rescale:
+            self._unscale()
+        layout = self.layout
+        if layout is not self._owned_for:
+            self._owned_S = self._find_owned()
+        for parameter in self.parameters.trainable:
+            settle_placements(parameter)
+        local = measure(self.parameters.gradients(), layout, needs, rescale)
+        sumsq_S = torch.where(self._owned_S, local.sumsq_S, 0.0)
+        _reduce(sumsq_S, dist.ReduceOp.SUM, self._device)
+        if local.max_abs_S is not None:
+            _reduce(local.max_abs_S, dist.ReduceOp.MAX, self._device)
+        return NormStats(sumsq_S, layout, local.max_abs_S)
+
+    def apply_(self, plan: ClipPlan, part: int | None = None) -> None:
+        """Scale, then bound, the local shards."""
+        with torch.no_grad():
+            self.parameters.apply_(plan)
+
+    def drop_(self) -> None:
+        """Set every gradient to None."""
+        self.parameters.drop_()
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the job's collectives run; the gradients may be offloaded from it."""
+        mesh = next(p.device_mesh for p in self.parameters.trainable if isinstance(p, DTensor))
+        kind = mesh.device_type
+        return (
+            torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device("cpu")
+        )
+
+    def _find_owned(self) -> Tensor:
+        self._owned_for = self.layout
+        named = zip(self.layout.names, self.parameters.trainable, strict=True)
+        return torch.tensor([owns(name, p) for name, p in named], device=self.layout.device)
+
+
+def owns(name: str, parameter: Tensor) -> bool:
+    """Whether this rank is the one that contributes the parameter's local numbers to the sum.
+
+    A shard belongs to its rank. Along a mesh dimension that replicates, the first coordinate contributes. A plain
+    tensor, or a mesh that covers a part of the job, is held by others too: rank 0 or its mesh contributes.
+
+    Raises:
+        ValueError: for a placement that is neither Shard nor Replicate.
+    """
+    if not isinstance(parameter, DTensor):
+        return dist.get_rank() == 0
+    mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None or not bool((mesh.mesh == 0).any()):
+        return False
+    for place, here in zip(parameter.placements, coordinate, strict=True):
+        if isinstance(place, Replicate):
+            if here != 0:
+                return False
+        elif not isinstance(place, (Shard, _StridedShard)):
+            raise ValueError(
+                f"{name} is placed as {place} on {mesh}: its norm cannot be added up from shards. "
+                "Use Shard or Replicate placements."
+            )
+    return True
+
+
+def settle_placements(parameter: Tensor) -> None:
+    """Bring a gradient whose placement differs from its parameter's (Partial, say) to the parameter's."""
+    grad = parameter.grad
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        parameter.grad = grad.redistribute(parameter.device_mesh, parameter.placements)
+
+
+def _reduce(vector_S: Tensor, op: dist.ReduceOp.RedOpType, device: torch.device) -> None:
+    """All-reduce in place over the whole job, through the device that the job's collectives run on."""
+    moved = vector_S.to(device)
+    dist.all_reduce(moved, op)
+    if moved is not vector_S:
+        vector_S.copy_(moved)

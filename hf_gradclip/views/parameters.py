@@ -1,0 +1,117 @@
+"""The parameters that a view watches, and their gradients as memory of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from hf_gradclip.kernels import eager
+from hf_gradclip.strategy import Needs
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+
+_INNER = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+class Parameters:
+    """The trainable parameters of a model: a tied one once, a frozen one not at all until it is unfrozen.
+
+    Args:
+        model: wrapped by DDP or torch.compile, or not.
+
+    Raises:
+        ValueError: if no parameter is trainable.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap(model)
+        self._read()
+
+    def _read(self) -> None:
+        named = list(named_parameters(self._model))
+        self.trainable = [p for _, p in named if p.requires_grad]
+        self._frozen = [p for _, p in named if not p.requires_grad]
+        if not self.trainable:
+            raise ValueError(
+                f"{type(self._model).__name__} has no trainable parameter (requires_grad=True), so there is nothing "
+                "to clip. Unfreeze or add some before training."
+            )
+        names = tuple(name for name, p in named if p.requires_grad)
+        self._layout = Layout.of_parameters(names, [p.numel() for p in self.trainable], self.trainable[0].device)
+
+    @property
+    def layout(self) -> Layout:
+        """One segment per trainable parameter; a new one when a frozen parameter was unfrozen."""
+        if any(p.requires_grad for p in self._frozen):
+            self._read()
+        return self._layout
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients as flat memory that may be scaled in place, this process's part of sharded ones."""
+        return [writable(parameter) for parameter in self.trainable]
+
+    def apply_(self, plan: ClipPlan) -> None:
+        """Scale, then bound."""
+        grads = self.gradients()
+        eager.scale_(grads, plan.scale_S)
+        if plan.bound_S is not None:
+            eager.clamp_(grads, plan.bound_S)
+
+    def drop_(self) -> None:
+        """Set every gradient to None."""
+        for parameter in self.trainable:
+            parameter.grad = None
+
+
+def measure(grads: list[Tensor | None], layout: Layout, needs: Needs, rescale: bool) -> NormStats:
+    """The statistics of flat gradients, one per segment of the layout, of this process alone."""
+    max_abs_S = None
+    if needs.max_abs or rescale:
+        max_abs_S = eager.max_abs(grads, layout.dtype, layout.device)
+    if not rescale:
+        return NormStats(eager.sumsq(grads, None, layout.dtype, layout.device), layout, max_abs_S)
+    assert max_abs_S is not None
+    divisor_S = eager.divisors(max_abs_S)
+    sumsq_S = eager.sumsq(grads, divisor_S, layout.dtype, layout.device) * divisor_S.square()
+    return NormStats(sumsq_S, layout, max_abs_S)
+
+
+def writable(parameter: Tensor) -> Tensor | None:
+    """The gradient as flat memory that may be scaled in place; None where it is missing.
+
+    A sparse gradient is coalesced first, one whose elements share memory or leave gaps is made contiguous. Of a
+    DTensor it is the local shard.
+    """
+    grad = parameter.grad
+    if grad is None:
+        return None
+    if hasattr(grad, "to_local"):
+        return eager.flat(grad.to_local())
+    if grad.is_sparse:
+        if not grad.is_coalesced():
+            parameter.grad = grad = grad.coalesce()
+        grad = grad._values()
+    memory = eager.flat(grad)
+    if memory is None:
+        parameter.grad = grad.contiguous()
+        memory = eager.flat(parameter.grad)
+    return memory
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, under a name without the prefixes that compilation and checkpointing put inside it."""
+    for name, parameter in model.named_parameters():
+        for prefix in _INNER:
+            name = name.replace(prefix, "")
+        yield name, parameter

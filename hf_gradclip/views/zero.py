@@ -1,0 +1,254 @@
+"""Gradients inside DeepSpeed ZeRO: flat partitions, of which each rank holds pieces of some parameters.
+
+A ZeRO optimizer steps part by part (a parameter group, or a sub-group of stage 3), so the view measures all parts at
+once and applies a plan to one part when its turn comes. The pieces are found once; every number is in units of the
+loss after DeepSpeed's loss scale is taken out. This file reads the optimizer's attributes and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_gradclip.kernels import eager
+from hf_gradclip.strategy import Needs
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views.parameters import named_parameters
+from hf_gradclip.views.view import GradientView
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one parameter's elements in the flat memory of a part: `length` of them from `start`."""
+
+    segment: int
+    start: int
+    length: int
+
+
+class Partition(ABC):
+    """What this rank holds of the gradients under one kind of ZeRO optimizer.
+
+    Args:
+        zero: the ZeRO optimizer.
+        segments: the segment of each trainable parameter, by `id`.
+    """
+
+    parts: list[list[Piece]]
+    kind: str
+
+    def __init__(self, zero: Any, segments: dict[int, int]) -> None:
+        self.zero = zero
+        self.parts = self._find_parts(segments)
+
+    @abstractmethod
+    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+        """The pieces of every part, in the order in which they are stepped."""
+
+    @abstractmethod
+    def measured(self) -> list[Tensor | None]:
+        """The memory of every piece of every part before the step, flat, in the order of `parts`."""
+
+    @abstractmethod
+    def flat(self, part: int) -> Tensor:
+        """The float32 gradient of a part while it is being stepped, 1-D."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the gradients are multiplied by before the unscale seam."""
+        return float(self.zero.loss_scale)
+
+    @property
+    def group(self) -> Any:
+        """The ranks over which the pieces add up to the whole; None where each rank holds everything."""
+        return self.zero.dp_process_group
+
+
+class Stage12(Partition):
+    """DeepSpeedZeroOptimizer: stages 1 and 2, with or without CPU offload."""
+
+    kind = "ZeRO-1/2 partitions"
+
+    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+        # Not through p._hp_mapping, which does not follow round_robin_gradients.
+        zero, parts = self.zero, []
+        for i, params in enumerate(zero.params_in_partition):
+            rank = dist.get_rank(group=zero.real_dp_process_group[i])
+            size = int(zero.partition_size[i])
+            pieces = []
+            for p in params:
+                key = zero.get_param_id(p)
+                start = int(zero.grad_partition_insertion_offset[i][rank][key])
+                skipped = int(zero.grad_start_offset[i][rank][key])
+                pieces.append(Piece(segments[id(p)], start, min(p.numel() - skipped, size - start)))
+            parts.append(pieces)
+        return parts
+
+    def measured(self) -> list[Tensor | None]:
+        """See Partition."""
+        memory: list[Tensor | None] = []
+        for i, pieces in enumerate(self.parts):
+            if self.zero.cpu_offload:
+                flat = self.flat(i)
+                memory += [flat.narrow(0, piece.start, piece.length) for piece in pieces]
+            else:
+                grads = [g for g in self.zero.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
+                memory += [g.reshape(-1) for g, _ in zip(grads, pieces, strict=True)]
+        return memory
+
+    def flat(self, part: int) -> Tensor:
+        """See Partition."""
+        return self.zero.single_partition_of_fp32_groups[part].grad
+
+
+class Stage3(Partition):
+    """DeepSpeedZeroOptimizer_Stage3, with or without CPU offload."""
+
+    kind = "ZeRO-3 partitions"
+
+    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+        zero = self.zero
+        rank = dist.get_rank(group=zero.dp_process_group)
+        parts = []
+        for group in zero.fp16_groups:
+            pieces = []
+            for p in group:
+                _, start, size = zero.grad_position[zero.get_param_id(p)]
+                real = max(0, min(size, p.ds_numel - rank * size))  # the last shard is padded
+                pieces.append(Piece(segments[id(p)], int(start), int(real)))
+            parts.append(pieces)
+        return parts
+
+    def measured(self) -> list[Tensor | None]:
+        """See Partition."""
+        memory: list[Tensor | None] = []
+        for i, pieces in enumerate(self.parts):
+            if self.zero.offload_optimizer:
+                flat = self.flat(i)
+                memory += [flat.narrow(0, piece.start, piece.length) for piece in pieces]
+            else:
+                grads = self.zero.averaged_gradients[i]
+                memory += [g.reshape(-1)[: piece.length] for g, piece in zip(grads, pieces, strict=True)]
+        return memory
+
+    def flat(self, part: int) -> Tensor:
+        """See Partition."""
+        return self.zero.fp32_partitioned_groups_flat[part].grad
+
+
+class Bf16(Partition):
+    """BF16_Optimizer: stage 1 with float32 accumulation, where every rank holds the whole reduced gradient."""
+
+    kind = "whole float32 gradients under ZeRO-1"
+
+    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+        return [[Piece(segments[id(p)], 0, p.numel()) for p in group] for group in self.zero.bf16_groups]
+
+    def measured(self) -> list[Tensor | None]:
+        """See Partition."""
+        memory: list[Tensor | None] = []
+        for grads, there in zip(self.zero.fp32_groups_gradients, self.zero.fp32_groups_has_gradients, strict=True):
+            memory += [g.view(-1) if has else None for g, has in zip(grads, there, strict=True)]
+        return memory
+
+    def flat(self, part: int) -> Tensor:
+        """There is none."""
+        raise AssertionError("BF16_Optimizer has no part-wise seam: its gradients are scaled all at once")
+
+    @property
+    def loss_scale(self) -> float:
+        """Gradients in float32 are never scaled."""
+        return 1.0
+
+    @property
+    def group(self) -> Any:
+        """Every rank holds everything, so nothing is added up."""
+        return None
+
+
+class ZeroView(GradientView):
+    """The pieces of all gradients that this rank holds under ZeRO.
+
+    Args:
+        module: the model, for the parameters' names.
+        zero: its ZeRO optimizer.
+        partition: where that kind of optimizer keeps the pieces.
+        guarded: True if the optimizer's dynamic loss scale explains a skipped step.
+    """
+
+    def __init__(self, module: nn.Module, zero: Any, partition: type[Partition], guarded: bool) -> None:
+        named = [(name, p) for name, p in named_parameters(module) if p.requires_grad]
+        sizes = [int(getattr(p, "ds_numel", p.numel())) for _, p in named]
+        self._partition = partition(zero, {id(p): i for i, (_, p) in enumerate(named)})
+        self._guarded = guarded
+        self.skipping = False
+        device = torch.device(zero.device) if isinstance(zero.device, str) else zero.device
+        self._layout = Layout.of_parameters(tuple(name for name, _ in named), sizes, device)
+        index = [torch.tensor([piece.segment for piece in part], dtype=torch.int64) for part in self._partition.parts]
+        self._segments = [part.to(device) for part in index]
+        self._all_segments = torch.cat(self._segments)
+
+    @property
+    def layout(self) -> Layout:
+        """One segment per trainable parameter, sized as if it were whole."""
+        return self._layout
+
+    @property
+    def backend(self) -> str:
+        """For the start-up line."""
+        return f"{self._partition.kind}, {len(self._partition.parts)} part(s) to step, {self._layout.device.type}"
+
+    @property
+    def guarded(self) -> bool:
+        """True if DeepSpeed's dynamic loss scale explains a skipped step."""
+        return self._guarded
+
+    @torch.no_grad()
+    def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
+        """Norms of the whole gradients, from local pieces and one all-reduce (two with `max_abs`)."""
+        layout, memory, scale = self._layout, self._partition.measured(), self._partition.loss_scale
+        max_abs_S, divisors = None, None
+        if needs.max_abs or rescale:
+            largest = eager.max_abs(memory, layout.dtype, layout.device)
+            max_abs_S = layout_zeros(layout).index_reduce(0, self._all_segments, largest, "amax") / scale
+            if rescale:
+                divisors = eager.divisors(largest)
+        sums = eager.sumsq(memory, divisors, layout.dtype, layout.device)
+        if divisors is not None:
+            sums = sums * divisors.square()
+        sumsq_S = layout_zeros(layout).index_add(0, self._all_segments, sums) / scale**2
+        if self._partition.group is not None:
+            dist.all_reduce(sumsq_S, group=self._partition.group)
+            if max_abs_S is not None:
+                dist.all_reduce(max_abs_S, dist.ReduceOp.MAX, group=self._partition.group)
+        return NormStats(sumsq_S, layout, max_abs_S)
+
+    @torch.no_grad()
+    def apply_(self, plan: ClipPlan, part: int | None = None) -> None:
+        """Scale, then bound, one part in its float32 memory, or all gradients before the step."""
+        if part is None:
+            memory, segments = self._partition.measured(), self._all_segments
+        else:
+            flat = self._partition.flat(part)
+            memory = [flat.narrow(0, piece.start, piece.length) for piece in self._partition.parts[part]]
+            segments = self._segments[part]
+        if not memory:
+            return
+        home = next((m.device for m in memory if m is not None), self._layout.device)
+        eager.scale_(memory, plan.scale_S.expand(len(self._layout))[segments].to(home))
+        if plan.bound_S is not None:
+            eager.clamp_(memory, plan.bound_S[segments].to(home))
+
+    def drop_(self) -> None:
+        """Let the coming parts be left alone; whoever steps them reads `skipping`."""
+        self.skipping = True
+
+
+def layout_zeros(layout: Layout) -> Tensor:
+    """Zeros for the statistics of a layout, shape (S,)."""
+    return torch.zeros(len(layout), dtype=layout.dtype, device=layout.device)
