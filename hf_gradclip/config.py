@@ -42,6 +42,7 @@ class ClipConfig:
         nonfinite: at a NaN or inf norm, after which nobody else skips the step: "skip" it exactly, "raise", or "pass"
             the gradients on as they are (what the stock Trainer does).
         max_consecutive_skips: skipped steps in a row after which training stops with an error; >= 1.
+        check_every: steps between two checks that replicas hold the same gradients; 0 never checks.
 
     Raises:
         SpecError: for a value that breaks these rules.
@@ -50,6 +51,7 @@ class ClipConfig:
     gradient: Strategy
     nonfinite: str = "skip"
     max_consecutive_skips: int = 20
+    check_every: int = 100
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradient, Strategy):
@@ -66,6 +68,10 @@ class ClipConfig:
             raise SpecError(
                 f"ClipConfig(max_consecutive_skips={limit!r}): must be a whole number >= 1. The default is 20."
             )
+        if type(self.check_every) is not int or self.check_every < 0:
+            raise SpecError(
+                f"ClipConfig(check_every={self.check_every!r}): must be a whole number >= 0. The default is 100."
+            )
 
     def __str__(self) -> str:
         return f"{describe(self.gradient)} (nonfinite={self.nonfinite})"
@@ -78,6 +84,7 @@ class ClipConfig:
         max_grad_norm: float | None = None,
         nonfinite: str | None = None,
         max_consecutive_skips: int | None = None,
+        check_every: int | None = None,
     ) -> ClipConfig:
         """Read a spec as described at the top of this file.
 
@@ -87,6 +94,7 @@ class ClipConfig:
                 norm is passed on, as in the stock Trainer.
             nonfinite: overrides the spec's policy.
             max_consecutive_skips: overrides the spec's limit.
+            check_every: overrides the spec's interval.
 
         Raises:
             SpecError: for anything that is not a spec; no other exception.
@@ -104,16 +112,17 @@ class ClipConfig:
         except RecursionError:
             raise SpecError(f"clip={_show(given)}: refers to itself. Write the strategy in it.") from None
         except SpecError as error:
-            if isinstance(given, str):
+            if isinstance(given, (str, int, float)):
                 raise SpecError(f"clip={given!r}: {error}") from None
             raise
         except ValueError as error:  # a whole number of thousands of digits cannot even be shown
             raise SpecError(f"clip: a value is out of range ({error}).") from None
-        if nonfinite is not None:
-            settings["nonfinite"] = nonfinite
-        if max_consecutive_skips is not None:
-            settings["max_consecutive_skips"] = max_consecutive_skips
-        return cls(**settings)
+        given_apart = {
+            "nonfinite": nonfinite,
+            "max_consecutive_skips": max_consecutive_skips,
+            "check_every": check_every,
+        }
+        return cls(**settings | {key: value for key, value in given_apart.items() if value is not None})
 
 
 def strategy_names() -> list[str]:

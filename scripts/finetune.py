@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import ByteLevelBPETokenizer
@@ -46,6 +47,9 @@ class ClipArguments:
         default="adaptive", metadata={"help": "Strategy, preset or YAML file; 'none' measures only."}
     )
     clip_nonfinite: str | None = field(default=None, metadata={"help": "At a NaN or inf norm: skip, raise or pass."})
+    clip_check_every: int | None = field(
+        default=None, metadata={"help": "Steps between two checks that replicas agree; 0 never checks."}
+    )
     clip_max_consecutive_skips: int | None = field(
         default=None, metadata={"help": "Skipped steps in a row after which training stops."}
     )
@@ -87,6 +91,14 @@ class RunArguments(TrainingArguments):
     save_steps: float = field(default=75, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step."})
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = (
+                True  # else two processes on a machine without GPUs are two runs that know nothing of each other
+            )
+        super().__post_init__()
 
 
 def parse(argv: list[str]) -> tuple[ClipArguments, DataArguments, RunArguments]:
@@ -211,6 +223,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             clip_args.clip,
             nonfinite=clip_args.clip_nonfinite,
             max_consecutive_skips=clip_args.clip_max_consecutive_skips,
+            check_every=clip_args.clip_check_every,
         )
     set_seed(args.seed)
     with args.main_process_first(desc="loading the texts"):
@@ -227,14 +240,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    before = trainer.evaluate()
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("true", "True"):
         checkpoint = get_last_checkpoint(args.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    after = trainer.evaluate()
-    metrics = {"eval_loss_before": before["eval_loss"], "eval_loss": after["eval_loss"], **result.metrics}
+    after = trainer.evaluate()["eval_loss"]
+    before = next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), after)
+    metrics = {"eval_loss_before": before, "eval_loss": after, **result.metrics}
     if trainer.clipper is not None:
         summary = trainer.clipper.report.summary()
         metrics |= {f"clip/{key}": value for key, value in summary.items()}

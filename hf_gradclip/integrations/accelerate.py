@@ -7,6 +7,7 @@ loss scale and the refusals are handled in one place.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import types
 import weakref
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -29,9 +31,10 @@ from hf_gradclip.views.view import UnsupportedBackendError
 
 STATE_NAME = "gradclip.pt"
 
+_OWN = "the backend's own clipping: clip=None in the Trainer, or no attach()"
 _REFUSED = {
-    "MEGATRON_LM": "Megatron-LM clips inside its own step. Set its clip_grad, or use FSDP or DDP through Accelerate.",
-    "XLA": "XLA traces the step, and hf_gradclip reads a flag in it. Use clip=None with max_grad_norm.",
+    "MEGATRON_LM": "Megatron-LM clips inside its own step. Set its clip_grad, or use FSDP2 or DDP through Accelerate.",
+    "XLA": f"XLA traces the step, and hf_gradclip reads a flag in it. Use {_OWN}.",
 }
 
 
@@ -92,6 +95,8 @@ class Attachment:
         self._clipped: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._of_optimizer: weakref.WeakKeyDictionary[Any, list[Clipper]] = weakref.WeakKeyDictionary()
         self._seams: Any = None
+        self._steps = 0
+        self._spread: Tensor | None = None
         self._paused = False
         self._said_max_norm = False
 
@@ -110,21 +115,30 @@ class Attachment:
         return self._clippers[0][1]
 
     def scalars(self) -> dict[str, float]:
-        """The `clip/` values since the last call, for `accelerator.log`. One host read."""
+        """The `clip/` values since the last call, for `accelerator.log`. One host read.
+
+        Raises:
+            RuntimeError: if the replicas have come apart.
+        """
+        self.insist_on_replicas()
         return self.clipper.report.scalars()
 
     def clipper_of(self, model: nn.Module) -> Clipper:
         """The clipper of a model, made at the first call. The model may be wrapped or not."""
         bare = unwrap(model)
-        for known, clipper in self._clippers:
-            if known() is bare:
-                return clipper
+        if (known := self._known(model)) is not None:
+            return known
         clipper = self._make(model)
+        insist_on_one_layout(clipper, self.accelerator.device)
         self._clippers.append((weakref.ref(bare), clipper))
         self._of_optimizer.clear()
         if self.accelerator.is_main_process:
             announce(self.in_force(clipper))
         return clipper
+
+    def _known(self, model: nn.Module) -> Clipper | None:
+        bare = unwrap(model)
+        return next((clipper for known, clipper in self._clippers if known() is bare), None)
 
     def _make(self, model: nn.Module) -> Clipper:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -139,12 +153,14 @@ class Attachment:
 
     def in_force(self, clipper: Clipper) -> str:
         """One line for the start of a run: strategy with its parameters, backend, segments, what a step costs."""
-        world = self.accelerator.num_processes
+        world, segments = self.accelerator.num_processes, len(clipper.view.layout)
         ranks = f", {self.accelerator.distributed_type.value} x {world}" if world > 1 else ""
         reads = 0 if self.config.nonfinite == "pass" or clipper.view.guarded else 1
+        sends = clipper.view.reductions(self.config.gradient.needs)
+        sent = f"sends {segments} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
         return (
-            f"clip: {self.config}; {clipper.view.backend}{ranks}, {len(clipper.view.layout)} segments; "
-            f"a step reads the gradients once, sends nothing, reads {reads} number{'s'[: reads != 1]} to the host"
+            f"clip: {self.config}; {clipper.view.backend}{ranks}, {segments} segments; "
+            f"a step reads the gradients once, {sent}, reads {reads} number{'s'[: reads != 1]} to the host"
         )
 
     def forget(self) -> None:
@@ -166,10 +182,36 @@ class Attachment:
             return self._seams.norm  # decided and applied inside backward
         self.watch_optimizers()
         norm = clipper.step()
+        self._check_replicas(clipper, norm)
         for optimizer in self.accelerator._optimizers:
             if clipper in self._clippers_of(optimizer):
                 self._clipped[optimizer] = clipper.step_was_skipped
         return norm
+
+    def _check_replicas(self, clipper: Clipper, norm: Tensor) -> None:
+        """Every `check_every` steps, under DDP: did all ranks measure the same? Read at the next log."""
+        self._steps += 1
+        every = self.config.check_every
+        if world_size() == 1 or clipper.view.reductions(self.config.gradient.needs) or not every or self._steps % every:
+            return
+        number = norm.nan_to_num(nan=-1.0, posinf=-2.0).to(self.accelerator.device)
+        ends = torch.stack([number, -number])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        self._spread = torch.maximum(self._spread, ends.sum()) if self._spread is not None else ends.sum()
+
+    def insist_on_replicas(self) -> None:
+        """Stop, on every rank, if a replica check since the last call found different gradients. One host read.
+
+        Raises:
+            RuntimeError: with the largest difference of the norms.
+        """
+        spread, self._spread = self._spread, None
+        if spread is not None and float(spread) != 0.0:  # at a log only, and only after a check
+            raise RuntimeError(
+                f"The ranks measured gradient norms that differ by up to {float(spread):.3g}. Under DDP they must be "
+                "equal, so the replicas have come apart: look for a gradient that is changed after backward, or a "
+                "parameter that DDP does not reduce. check_every=0 switches this check off."
+            )
 
     def _clippers_of(self, optimizer: Any) -> list[Clipper]:
         """The clippers of the models whose parameters an optimizer steps."""
@@ -268,12 +310,14 @@ class Attachment:
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
             if self.accelerator.is_main_process:
                 for i, model in enumerate(self.accelerator._models):
-                    save_state(self.clipper_of(model), os.path.join(output_dir, _numbered(i)))
+                    if (clipper := self._known(model)) is not None:
+                        save_state(clipper, os.path.join(output_dir, _numbered(i)))
 
         def load(models: list[nn.Module], input_dir: str) -> None:
             for i, model in enumerate(self.accelerator._models):
-                path = os.path.join(input_dir, _numbered(i))
-                load_state(self.clipper_of(model), path, say=self.accelerator.is_main_process)
+                if (clipper := self._known(model)) is not None:
+                    path = os.path.join(input_dir, _numbered(i))
+                    load_state(clipper, path, say=self.accelerator.is_main_process)
 
         self.accelerator.register_save_state_pre_hook(save)
         self.accelerator.register_load_state_pre_hook(load)
@@ -332,6 +376,31 @@ def load_state(clipper: Clipper, path: str, say: bool = True) -> None:
         logger.warning("%s: %s", path, message)
 
 
+def world_size() -> int:
+    """Processes of this job, whatever Accelerate believes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
+    """Compare a hash of parameters and spec over all ranks, once, before the first step.
+
+    Raises:
+        RuntimeError: on every rank, if one differs: their vectors would not add up.
+    """
+    if world_size() == 1:
+        return
+    layout = clipper.view.layout
+    text = f"{clipper.config} {layout.names} {layout.numel_S.tolist()}"
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    ends = torch.tensor([number, -number], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if int(ends.sum()) != 0:
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} clips {len(layout)} segments by {clipper.config}, and another rank something "
+            "else. All ranks must train the same parameters with the same spec."
+        )
+
+
 def refuse_unsupported(accelerator: Accelerator) -> None:
     """Stop at start-up where clipping would be inactive or wrong.
 
@@ -341,7 +410,7 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
     kind: DistributedType = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UnsupportedBackendError(
-            "FSDP1: flattens parameters, so norms by parameter are lost. Set fsdp_version: 2, or use clip=None."
+            f"FSDP1: flattens parameters, so norms by parameter are lost. Set fsdp_version: 2, or use {_OWN}."
         )
     if kind.value in _REFUSED or kind.name in _REFUSED:
         raise UnsupportedBackendError(f"{kind.value}: {_REFUSED[kind.name]}")
@@ -350,8 +419,15 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
         if getattr(sizes, axis, 1) > 1:
             raise UnsupportedBackendError(
                 f"ParallelismConfig({axis}={getattr(sizes, axis)}): {name} parallelism is not tested with hf_gradclip. "
-                f"Use {axis}=1, or clip=None with max_grad_norm."
+                f"Use {axis}=1, or {_OWN}."
             )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and accelerator.num_processes == 1:
+        raise UnsupportedBackendError(
+            f"WORLD_SIZE={launched}, but Accelerate sees one process: these would be {launched} separate runs. "
+            "On a machine without GPUs set ACCELERATE_USE_CPU=true, or use_cpu=True in TrainingArguments; "
+            "with DeepSpeed there, ddp_backend='gloo'."
+        )
     if "clip_grad_norm_" in vars(accelerator) or Accelerator.clip_grad_norm_.__module__ != Accelerator.__module__:
         raise UnsupportedBackendError(
             "accelerator.clip_grad_norm_ is already replaced, by another library or by a second attach(). "
@@ -366,7 +442,7 @@ def check_run(clipper: Clipper, steps: int | None) -> list[str]:
     if steps is not None and 0 < steps < 2 * warmup:
         warnings.append(
             f"The run has {steps} steps and {name_of(clipper.config.gradient)} warms up for {warmup} of them. "
-            f"Set warmup_steps to {max(steps // 4, 2)} or less, or train longer."
+            + (f"Set warmup_steps to {steps // 4} or less, or train longer." if steps >= 8 else "Train longer.")
         )
     parameters = getattr(clipper.view, "parameters", None)
     half = sum(p.dtype == torch.float16 for p in parameters.trainable) if parameters is not None else 0

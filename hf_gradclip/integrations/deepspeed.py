@@ -74,7 +74,8 @@ class ZeroSeams:
                 f"DeepSpeed {deepspeed.__version__}: {name} has no {', '.join(missing)}, where hf_gradclip hooks in. "
                 "Install the version in constraints.txt, or use clip=None."
             )
-        self.view = ZeroView(engine.module, self._zero, partition, guarded=bool(self._zero.dynamic_loss_scale))
+        guarded = bool(getattr(self._zero, "dynamic_loss_scale", False))
+        self.view = ZeroView(engine.module, self._zero, partition, torch.device(engine.device), guarded)
         self.clipper = Clipper(config, self.view)
         install()
 
@@ -144,7 +145,7 @@ class ZeroSeams:
         self.norm = decision.stats.total
         if self.clipper.step_was_skipped:
             self.view.drop_()
-        return (self.norm * float(self._zero.loss_scale)).float()
+        return (self.norm * self.view.loss_scale).float()
 
     def _apply(self, part: int) -> None:
         if self._decision is not None:

@@ -175,6 +175,8 @@ class GradClipMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what clipping did since the last log to the training logs."""
         if "loss" in logs and self.clipper is not None:
+            assert self._clip_attachment is not None
+            self._clip_attachment.insist_on_replicas()
             logs |= self.clipper.report.scalars()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from hf_gradclip.views.local import LocalView
-from hf_gradclip.views.view import GradientView
+from hf_gradclip.views.view import GradientView, UnsupportedBackendError
 
 
 def view_of(model: nn.Module, unscale: Callable[[], None] | None = None, guarded: bool = False) -> GradientView:
@@ -19,8 +19,15 @@ def view_of(model: nn.Module, unscale: Callable[[], None] | None = None, guarded
         guarded: True if a GradScaler skips the steps with a non-finite gradient.
 
     Raises:
-        ValueError: if no parameter is trainable, or the gradients cannot be read from `.grad`.
+        ValueError: if no parameter is trainable, or a placement cannot be added up.
+        UnsupportedBackendError: for FSDP1.
     """
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise UnsupportedBackendError(
+                f"{type(model).__name__} is wrapped by FSDP1, which flattens parameters: its norms would be of one "
+                "rank's part only. Use FSDP2 (fully_shard), or the model's own clip_grad_norm_."
+            )
     if any(hasattr(p, "device_mesh") for p in model.parameters()):
         from hf_gradclip.views.dtensor import DTensorView
 

@@ -57,6 +57,10 @@ class DTensorView(GradientView):
         """True if a GradScaler skips the steps with a non-finite gradient."""
         return self._guarded
 
+    def reductions(self, needs: Needs) -> int:
+        """One, and one more with `max_abs`."""
+        return 2 if needs.max_abs else 1
+
     @torch.no_grad()
     def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
         """Norms of the whole gradients, from local shards and one all-reduce (two with `max_abs`)."""

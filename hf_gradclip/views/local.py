@@ -48,6 +48,10 @@ class LocalView(GradientView):
         """True if a GradScaler skips the steps with a non-finite gradient."""
         return self._guarded
 
+    def reductions(self, needs: Needs) -> int:
+        """None: every rank holds everything."""
+        return 0
+
     @torch.no_grad()
     def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
         """Norms of the local gradients, after the loss scale is taken out."""

@@ -31,6 +31,10 @@ class GradientView(ABC):
         """True if somebody else skips a step with a non-finite gradient (a GradScaler)."""
 
     @abstractmethod
+    def reductions(self, needs: Needs) -> int:
+        """All-reduces over ranks in one measurement."""
+
+    @abstractmethod
     def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
         """Read the gradients once, in true units, reduced over ranks.
 

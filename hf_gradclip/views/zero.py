@@ -86,24 +86,33 @@ class Stage12(Partition):
                 start = int(zero.grad_partition_insertion_offset[i][rank][key])
                 skipped = int(zero.grad_start_offset[i][rank][key])
                 pieces.append(Piece(segments[id(p)], start, min(p.numel() - skipped, size - start)))
-            parts.append(pieces)
+            parts.append([piece for piece in pieces if piece.length > 0])
         return parts
 
     def measured(self) -> list[Tensor | None]:
         """See Partition."""
         memory: list[Tensor | None] = []
         for i, pieces in enumerate(self.parts):
+            if not pieces:
+                continue  # a small group leaves some ranks with padding only
             if self.zero.cpu_offload:
                 flat = self.flat(i)
                 memory += [flat.narrow(0, piece.start, piece.length) for piece in pieces]
             else:
                 grads = [g for g in self.zero.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
-                memory += [g.reshape(-1) for g, _ in zip(grads, pieces, strict=True)]
+                memory += [_exactly(g, piece) for g, piece in zip(grads[: len(pieces)], pieces, strict=True)]
         return memory
 
     def flat(self, part: int) -> Tensor:
         """See Partition."""
         return self.zero.single_partition_of_fp32_groups[part].grad
+
+
+def _exactly(grad: Tensor, piece: Piece) -> Tensor:
+    """The flat memory of a piece, which DeepSpeed's list may follow with padding that it does not mark."""
+    if grad.numel() != piece.length:
+        raise RuntimeError(f"DeepSpeed holds {grad.numel()} elements where segment {piece.segment} has {piece.length}.")
+    return grad.reshape(-1)
 
 
 class Stage3(Partition):
@@ -178,16 +187,18 @@ class ZeroView(GradientView):
         module: the model, for the parameters' names.
         zero: its ZeRO optimizer.
         partition: where that kind of optimizer keeps the pieces.
+        device: where the job's collectives and the statistics are.
         guarded: True if the optimizer's dynamic loss scale explains a skipped step.
     """
 
-    def __init__(self, module: nn.Module, zero: Any, partition: type[Partition], guarded: bool) -> None:
+    def __init__(
+        self, module: nn.Module, zero: Any, partition: type[Partition], device: torch.device, guarded: bool
+    ) -> None:
         named = [(name, p) for name, p in named_parameters(module) if p.requires_grad]
         sizes = [int(getattr(p, "ds_numel", p.numel())) for _, p in named]
         self._partition = partition(zero, {id(p): i for i, (_, p) in enumerate(named)})
         self._guarded = guarded
         self.skipping = False
-        device = torch.device(zero.device) if isinstance(zero.device, str) else zero.device
         self._layout = Layout.of_parameters(tuple(name for name, _ in named), sizes, device)
         index = [torch.tensor([piece.segment for piece in part], dtype=torch.int64) for part in self._partition.parts]
         self._segments = [part.to(device) for part in index]
@@ -204,9 +215,18 @@ class ZeroView(GradientView):
         return f"{self._partition.kind}, {len(self._partition.parts)} part(s) to step, {self._layout.device.type}"
 
     @property
+    def loss_scale(self) -> float:
+        """What DeepSpeed has multiplied the gradients by."""
+        return self._partition.loss_scale
+
+    @property
     def guarded(self) -> bool:
         """True if DeepSpeed's dynamic loss scale explains a skipped step."""
         return self._guarded
+
+    def reductions(self, needs: Needs) -> int:
+        """One, and one more with `max_abs`; none where every rank holds everything."""
+        return 0 if self._partition.group is None else 2 if needs.max_abs else 1
 
     @torch.no_grad()
     def measure(self, needs: Needs, rescale: bool = False) -> NormStats:

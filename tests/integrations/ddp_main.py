@@ -93,9 +93,34 @@ def plain_loop(results: dict) -> None:
     }
 
 
+def replicas_come_apart(results: dict) -> None:
+    """Rank 1 changes its gradients after DDP has reduced them: nobody would notice but for the check."""
+
+    class Ours(GradClipTrainer):
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            if self.state.global_step == 3 and self.args.process_index == 1:
+                next(model.parameters()).grad.mul_(1.01)
+            return loss
+
+    for every in (4, 0):
+        try:
+            train(Ours, clip={"gradient": "zclip", "check_every": every}, max_steps=8)
+            results[f"apart {every}"] = "trained on"
+        except RuntimeError as error:
+            results[f"apart {every}"] = str(error)
+
+
+def different_specs(results: dict) -> None:
+    try:
+        train(GradClipTrainer, clip="zclip" if dist.get_rank() == 0 else "adagc", max_steps=2)
+    except RuntimeError as error:
+        results["specs"] = str(error)
+
+
 if __name__ == "__main__":
     found: dict = {}
-    for scenario in (parity, engaged, nan_on_one_rank, plain_loop):
+    for scenario in (parity, engaged, nan_on_one_rank, replicas_come_apart, different_specs, plain_loop):
         scenario(found)
     Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

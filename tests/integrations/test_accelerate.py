@@ -231,10 +231,9 @@ def test_a_second_patch_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kind", "instead"),
     [
-        (DistributedType.DEEPSPEED, "clip=None with max_grad_norm"),
-        (DistributedType.FSDP, "clip=None with max_grad_norm"),
+        (DistributedType.FSDP, "Set fsdp_version: 2"),
         (DistributedType.MEGATRON_LM, "Set its clip_grad"),
-        (DistributedType.XLA, "clip=None with max_grad_norm"),
+        (DistributedType.XLA, "Use the backend's own clipping"),
     ],
 )
 def test_backends_are_refused_by_name(kind, instead) -> None:
@@ -242,13 +241,21 @@ def test_backends_are_refused_by_name(kind, instead) -> None:
         __module__ = Accelerator.__module__
         distributed_type = kind
         parallelism_config = None
+        is_fsdp2 = False
 
     with pytest.raises(UnsupportedBackendError, match=rf"{kind.value}.*{instead}"):
         refuse_unsupported(Stub())
 
 
-@pytest.mark.parametrize("axis", ["tp_size", "cp_size", "sp_size", "pp_size"])
+@pytest.mark.parametrize("axis", ["cp_size", "sp_size", "pp_size"])
 def test_parallel_axes_are_refused_by_name(axis) -> None:
     stub = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, parallelism_config=SimpleNamespace(**{axis: 2}))
     with pytest.raises(UnsupportedBackendError, match=rf"ParallelismConfig\({axis}=2\).*Use {axis}=1"):
         refuse_unsupported(stub)
+
+
+def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch) -> None:
+    accelerator, *_ = make()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedBackendError, match=r"WORLD_SIZE=2.*2 separate runs.*ACCELERATE_USE_CPU=true"):
+        hf_gradclip.attach(accelerator, "adaptive")

@@ -55,6 +55,17 @@ def test_a_nan_on_one_rank_is_skipped_on_both(ranks) -> None:
         assert result["nan"]["clipped"] > 0
 
 
+def test_replicas_that_come_apart_stop_the_run(ranks) -> None:
+    for result in ranks:
+        assert "The ranks measured gradient norms that differ by up to" in result["apart 4"]
+        assert result["apart 0"] == "trained on"
+
+
+def test_ranks_must_have_one_spec(ranks) -> None:
+    for rank, result in enumerate(ranks):
+        assert f"Rank {rank} clips 21 segments by {('zclip', 'adagc')[rank]}" in result["specs"]
+
+
 def test_a_plain_loop_equals_one_process(ranks) -> None:
     """adagc, whose scales differ between tensors, past its warm-up: 20 steps on the same batches."""
     model = tiny_llama()

@@ -1,0 +1,97 @@
+"""Run on four ranks: HSDP, tensor parallel, and FSDP x TP through Clipper, what rank 0 found to a file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from hf_gradclip import Clipper
+
+STRATEGIES = {
+    "global_norm": "global_norm:max_norm=10",
+    "value": "value:max_value=4",
+    "param_norm": "param_norm:max_norm=9",
+    "zclip": "zclip:warmup_steps=2,z_threshold=0.5,max_norm=10",
+    "adagc": "adagc:warmup_steps=2,lambda_rel=2,max_norm=10",
+}
+LAYOUTS = ("hsdp", "tp", "fsdp_tp")
+STEPS = 8
+
+
+class Block(torch.nn.Module):
+    """A plain parameter, a layer split by columns, one split by rows, and an odd size that no rank count divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = torch.nn.LayerNorm(6)
+        self.up = torch.nn.Linear(6, 8)
+        self.down = torch.nn.Linear(8, 6)
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+def rows(step: int, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
+    size = 1.0 + (step % 3)
+    mine = slice(part * 8 // parts, (part + 1) * 8 // parts)
+    return x[mine] * size, y[mine] * size
+
+
+def fit(model: torch.nn.Module, spec: str, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    clipper = Clipper.for_model(model, spec)
+    norms, rates = [], []
+    for step in range(STEPS):
+        x, y = rows(step, part, parts)
+        (model(x) - y).square().mean().mul(3).backward()
+        norms.append(float(clipper.step()))
+        rates.append(clipper.report.scalars()["clip/tensor_rate"])
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return {"norms": norms, "rates": rates, "weights": torch.cat([w.detach().flatten() for w in weights])}
+
+
+def split(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+    parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def laid_out(layout: str) -> tuple[torch.nn.Module, int, int]:
+    """The model under a layout, and which part of the batch this rank takes."""
+    model = Block()
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+        return model, dist.get_rank(), 4
+    if layout == "tp":  # the plain parameters are replicas on every rank
+        split(model, init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)))
+        return model, 0, 1
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    split(model, mesh["tp"])
+    fully_shard(model, mesh=mesh["dp"])
+    return model, mesh["dp"].get_local_rank(), 2
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    found = {}
+    for layout in LAYOUTS:
+        for word, spec in STRATEGIES.items():
+            model, part, parts = laid_out(layout)
+            assert any(isinstance(p, DTensor) for p in model.parameters())
+            found[f"{layout} {word}"] = fit(model, spec, part, parts)
+    if dist.get_rank() == 0:
+        torch.save(found, sys.argv[1])
+    dist.barrier()
+    dist.destroy_process_group()

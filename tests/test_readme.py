@@ -1,0 +1,227 @@
+"""README.md and CONTRIBUTING.md run as printed, and what they list is what the code has."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+import hf_gradclip.strategies
+from hf_gradclip import ClipConfig, Clipper, GradClipTrainer
+from hf_gradclip.config import preset_names, strategy_class, strategy_names
+from hf_gradclip.strategy import SpecError, describe
+from tests.tiny import VOCAB, counting_data, tiny_llama, train, training_args, weights_of
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+STEPS = 2
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, without its two head lines."""
+    table = re.search(rf"^## {heading}\n.*?((?:^\|[^\n]*\n)+)", text, re.MULTILINE | re.DOTALL)
+    assert table, heading
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]
+
+
+def words(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def steep_llama() -> torch.nn.Module:
+    """The tiny Llama with logits so large that every norm lies above 2."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    return model
+
+
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="1")
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> dict[str, Any]:
+    """What a reader is assumed to have: a fresh set for every block."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    rows_ = [{key: value.tolist() for key, value in row.items()} for row in counting_data(4 * STEPS)]
+    model = steep_llama()
+    return {
+        "__name__": "readme",
+        "model": model,
+        "args": training_args(str(tmp_path), max_steps=STEPS),
+        "dataset": Dataset.from_list(rows_),
+        "tokenizer": number_tokenizer(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=1e-3),
+        "dataloader": DataLoader(Dataset.from_list(rows_).with_format("torch"), batch_size=4),
+        "loss_of": lambda model, batch: model(**batch).loss,
+    }
+
+
+@pytest.fixture
+def stepped_norms() -> Iterator[list[float]]:
+    """The norm that each optimizer step sees, by torch in float64, whoever made the optimizer."""
+    seen: list[float] = []
+
+    def record(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        grads = [p.grad.double() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    handle = register_optimizer_step_pre_hook(record)
+    yield seen
+    handle.remove()
+
+
+def clipper_in(names: dict[str, Any]) -> Clipper | None:
+    """The clipper that a block made."""
+    for key in ("trainer", "attachment"):
+        if key in names:
+            return names[key].clipper
+    return names.get("clipper")
+
+
+USES = dict(zip(("trainer", "trl", "accelerate", "torch", "function"), blocks(README, "python"), strict=True))
+
+
+class TestUse:
+    @pytest.mark.parametrize("name", USES)
+    def test_every_step_is_clipped_at_1(self, name, names, stepped_norms):
+        """Within the warm-up of `adaptive`, which clips at 1, the steep norms must arrive as 1."""
+        before = weights_of(names["model"])
+        exec(compile(USES[name], f"README.md, {name}", "exec"), names)
+        assert stepped_norms == pytest.approx([1.0] * STEPS, rel=1e-4)
+        assert not torch.equal(weights_of(names["model"]), before)
+        if name == "function":
+            assert names["norm"] > 2
+            return
+        summary = clipper_in(names).report.summary()
+        assert (summary["steps"], summary["clipped"], summary["skipped"]) == (STEPS, STEPS, 0)
+        assert summary["norm_median"] > 2
+
+    def test_the_entry_points_are_all_shown(self):
+        shown = "".join(USES.values())
+        for name in ("GradClipTrainer", "GradClipMixin", "attach", "Clipper", "clip_grad_norm_"):
+            assert f"import {name}" in shown
+
+    def test_the_two_commands(self):
+        assert [block.strip() for block in blocks(README, "sh")] == [
+            "pip install -c constraints.txt -e . && accelerate launch scripts/finetune.py --clip adaptive",
+            "pip install -c constraints.txt -e '.[test]' && pytest",
+        ]
+
+    @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+    def test_files_that_are_named_exist(self, text):
+        named = set(re.findall(r"(?:configs|scripts|tests|hf_gradclip)/[\w/.]+\.(?:py|yaml)", text))
+        named = {name for name in named if "growth" not in name}  # the example of CONTRIBUTING.md
+        assert named
+        assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+class TestTables:
+    def test_every_spec_parses(self, tmp_path, monkeypatch):
+        (tmp_path / "clip.yaml").write_text('{"gradient": "adagc:warmup_steps=20", "nonfinite": "pass"}')
+        monkeypatch.chdir(tmp_path)
+        lines = [re.split(r"\s{2,}", line)[0] for line in blocks(README, "text")[0].splitlines()]
+        specs = [ast.literal_eval(line) for line in lines]
+        assert len(specs) == 10
+        configs = [ClipConfig.parse(spec, max_grad_norm=0.5) for spec in specs]
+        shown = [str(config) for config in configs]
+        assert shown[0] == "global_norm:max_norm=0.5,norm_type=2 (nonfinite=pass)"
+        assert shown[1].startswith("none")
+        assert "max_norm=1," in shown[2]
+        assert configs[8].gradient == configs[3].gradient.__class__(z_threshold=3)
+        assert shown[6].endswith("(nonfinite=pass)")
+        assert configs[9].max_consecutive_skips == 5
+
+    def test_strategies_fields_and_defaults(self):
+        table = {words(row[0])[0]: row[3] for row in rows(README, "What to write for `clip`")}
+        assert sorted(table) == strategy_names()
+        for name, cell in table.items():
+            try:
+                strategy = strategy_class(name)()
+            except TypeError:
+                (field,) = words(cell)
+                assert "no default" in cell
+                with pytest.raises(SpecError, match=f"needs a value for {field}"):
+                    ClipConfig.parse(name)
+                continue
+            fields = "".join(words(cell)).replace(" ", "")
+            assert describe(strategy) == (f"{name}:{fields}" if fields else name)
+
+    def test_presets(self):
+        line = README[README.index("Presets:") : README.index("are as published")]
+        assert sorted(word for word in words(line) if word not in strategy_names()) == preset_names()
+
+    def test_logged_keys(self):
+        trainer = train(GradClipTrainer, clip="adaptive", max_steps=2)
+        logged = {key for entry in trainer.state.log_history if "loss" in entry for key in entry}
+        shown = {words(row[0])[0] for row in rows(README, "What is logged")}
+        assert shown == {key for key in logged if key.startswith("clip/")} | {"grad_norm"}
+
+    def test_versions_are_those_of_the_constraints(self):
+        pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE))
+        section = README[README.index("## Versions") :].replace("\n", " ")
+        shown = dict(re.findall(r"([a-z][\w-]*) (\d+\.\d+\.\d+)", section))
+        assert len(shown) >= 9
+        assert shown == {name: pinned[name] for name in shown}
+
+
+class TestContributing:
+    """The example strategy: its file joins the folder from elsewhere, its test runs, and it works as an instance."""
+
+    FILE, TEST = blocks(CONTRIBUTING, "python")
+
+    @pytest.fixture(autouse=True)
+    def _in_the_folder(self, tmp_path, monkeypatch):
+        (tmp_path / "growth.py").write_text(self.FILE, "utf-8")
+        monkeypatch.setattr(hf_gradclip.strategies, "__path__", [*hf_gradclip.strategies.__path__, str(tmp_path)])
+        yield
+        sys.modules.pop("hf_gradclip.strategies.growth", None)
+        vars(hf_gradclip.strategies).pop("growth", None)
+
+    def test_its_own_test_passes(self):
+        namespace: dict[str, Any] = {"__name__": "test_growth"}
+        exec(compile(self.TEST, "CONTRIBUTING.md", "exec"), namespace)
+        tests = [value for key, value in namespace.items() if key.startswith("test_")]
+        assert tests
+        for test in tests:
+            test()
+
+    def test_as_a_spec_and_as_an_instance(self):
+        assert "growth" in strategy_names()
+        strategy = strategy_class("growth")(factor=1.5)
+        assert ClipConfig.parse("growth:factor=1.5").gradient == ClipConfig.parse(strategy).gradient == strategy
+        with pytest.raises(SpecError, match=r"Growth\(factor=0\.5\): must be > 1"):
+            ClipConfig.parse("growth:factor=0.5")
+
+    def test_in_a_clipper(self):
+        """Norms of 1, 4, 3: kept, cut to 2, then free up to 4."""
+        model = torch.nn.Linear(4, 1, bias=False)
+        clipper = Clipper.for_model(model, strategy_class("growth")(factor=2))
+        out = []
+        for norm in (1.0, 4.0, 3.0):
+            model.weight.grad = torch.full((1, 4), norm / 2)
+            assert clipper.step().item() == pytest.approx(norm)
+            out.append(model.weight.grad.norm().item())
+        assert out == pytest.approx([1.0, 2.0, 3.0], rel=1e-5)
+        assert clipper.report.summary()["clipped"] == 1
