@@ -6,7 +6,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import hf_gradclip
-from hf_gradclip.strategy import flatten
+from hf_gradclip.strategy import Needs, Strategy, flatten
+from hf_gradclip.types import ClipPlan
 from tests.tiny import counting_data, tiny_llama
 
 STRATEGIES = {
@@ -311,6 +313,41 @@ def bf16(name: str) -> dict[str, Any]:
     return found
 
 
+class Counted(NamedTuple):
+    steps: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SkipThird(Strategy):
+    """Skips the third step, whatever its norm."""
+
+    needs = Needs()
+
+    def init(self, layout):
+        return Counted(torch.zeros(()))
+
+    def update(self, stats, state):
+        return ClipPlan(torch.ones(()), skip=state.steps == 2), Counted(state.steps + 1)
+
+
+def skips(name: str) -> dict[str, Any]:
+    """A step that a strategy skips, and one with a NaN on one rank: did anything move, and was it said?"""
+    found = {}
+    for word, spec in {"strategy": SkipThird(), "nan": "none"}.items():
+        run = Run(BACKENDS[name], spec)
+        moved, said, norms = [], [], []
+        for i in range(5):
+            before = whole_weights(run.model)
+            loss = run.model(**batch(i, dist.get_rank(), dist.get_world_size()), use_extra=0).loss
+            poisoned = word == "nan" and i == 2 and dist.get_rank() == 1
+            norms.append(float(run.step(loss * float("nan") if poisoned else loss)))
+            moved.append(not torch.equal(before, whole_weights(run.model)))
+            said.append(run.accelerator.optimizer_step_was_skipped)
+        counts = run.attachment.scalars()
+        found[f"{name} {word}"] = {"moved": moved, "said": said, "norms": norms, "counts": counts}
+    return found
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "round robin": deepspeed_config(2, zero={"round_robin_gradients": True}),
     "contiguous off": deepspeed_config(2, zero={"contiguous_gradients": False}),
@@ -327,4 +364,4 @@ def variants(name: str) -> dict[str, Any]:
 
 
 KINDS = ("lora", "tied", "unused", "groups")
-SCENARIOS = {f.__name__: f for f in (table, kinds, engaged, unhooked, collectives, resume, bf16, variants)}
+SCENARIOS = {f.__name__: f for f in (table, kinds, engaged, unhooked, collectives, resume, bf16, skips, variants)}

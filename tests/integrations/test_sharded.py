@@ -36,14 +36,16 @@ def launch(ranks: int, module: str, out: Path, *words: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def on_grad(tmp_path_factory) -> dict[str, Any]:
     words = [f"table:{name}" for name in GRAD] + ["unhooked:fsdp2"]
-    words += [f"{s}:{b}" for s in ("kinds", "engaged", "collectives", "bf16") for b in ("ddp", "fsdp2")]
+    words += [f"{s}:{b}" for s in ("kinds", "engaged", "collectives", "bf16", "skips") for b in ("ddp", "fsdp2")]
     return launch(2, "sharded_main", tmp_path_factory.mktemp("grad") / "out", *words, "resume:fsdp2")
 
 
 @pytest.fixture(scope="module")
 def on_zero(tmp_path_factory) -> dict[str, Any]:
     words = [f"table:{name}" for name in ZERO] + ["unhooked:zero2", "engaged:zero1"]
-    words += [f"{s}:{b}" for s in ("kinds", "engaged", "collectives", "bf16", "resume") for b in ("zero2", "zero3")]
+    words += [
+        f"{s}:{b}" for s in ("kinds", "engaged", "collectives", "bf16", "skips", "resume") for b in ("zero2", "zero3")
+    ]
     return launch(2, "sharded_main", tmp_path_factory.mktemp("zero") / "out", *words, "variants:zero")
 
 
@@ -105,6 +107,10 @@ class TestGrad:
         assert_resumed(on_grad, "fsdp2")
 
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+    def test_a_skipped_step_moves_nothing(self, on_grad, name) -> None:
+        assert_skipped(on_grad, name)
+
+    @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
     def test_bf16(self, on_grad, reference, name) -> None:
         assert_bf16(on_grad, reference, name)
 
@@ -161,6 +167,10 @@ class TestZero:
         assert_resumed(on_zero, name)
 
     @pytest.mark.parametrize("name", ["zero2", "zero3"])
+    def test_a_skipped_step_moves_nothing(self, on_zero, name) -> None:
+        assert_skipped(on_zero, name)
+
+    @pytest.mark.parametrize("name", ["zero2", "zero3"])
     def test_bf16(self, on_zero, reference, name) -> None:
         assert_bf16(on_zero, reference, name)
 
@@ -170,6 +180,16 @@ class TestZero:
         for name in ("zero2", "zero3"):
             for word, expected in reference.items():
                 assert_same(found[f"{name} {word}"], expected)
+
+
+def assert_skipped(found: dict[str, Any], name: str) -> None:
+    for word in ("strategy", "nan"):
+        run = found["skips"][f"{name} {word}"]
+        assert run["moved"] == [True, True, False, True, True]
+        assert run["said"] == [False, False, True, False, False]
+        assert run["counts"]["clip/skipped"] == 1
+        assert run["counts"]["clip/nonfinite"] == (word == "nan")
+        assert (run["norms"][2] < 1) == (word == "strategy"), "the reported norm stays the true one"
 
 
 def assert_resumed(found: dict[str, Any], name: str) -> None:

@@ -64,6 +64,42 @@ def test_files_lora_and_a_run_file(tmp_path) -> None:
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.deepspeed
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_the_main_job_under_deepspeed(tmp_path, stage, monkeypatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file=configs/accelerate/{stage}.yaml"]
+    command += ["--main_process_port=0", "scripts/finetune.py", "--clip", "adagc:warmup_steps=3", *SMALL.split()]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    said = done.stdout + done.stderr
+    assert (tmp_path / "metrics.json").exists(), said
+    assert f"ZeRO-{'3' if stage == 'zero3' else '1/2'} partitions, 2 part(s) to step, cpu, DEEPSPEED x 2" in said
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
+    assert metrics["clip/clipped"] > 0
+    saved = torch.load(tmp_path / "checkpoint-12" / "gradclip.pt", weights_only=True)
+    assert saved["state"]["seen"] == 12
+
+
+@pytest.mark.dist
+def test_the_main_job_under_fsdp2(tmp_path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.integrations.fsdp_finetune_main", "--clip", "adagc:warmup_steps=3", *SMALL.split()]
+    command += ["--fsdp", "full_shard auto_wrap", "--save_strategy", "no", "--output_dir", str(tmp_path)]
+    command += ["--fsdp_config", '{"fsdp_version": 2, "cpu_ram_efficient_loading": false}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    said = done.stdout + done.stderr
+    assert (tmp_path / "metrics.json").exists(), said
+    assert "every parameter is a DTensor" in said
+    assert "DTensor shards on a 2 mesh, cpu, FSDP x 2" in said
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
+    assert metrics["clip/clipped"] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
