@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.report import ClipReport
-from hf_gradclip.strategy import State, describe, flatten, name_of, unflatten, where
+from hf_gradclip.strategy import State, describe, flatten, name_of, parts_of, unflatten, where
 from hf_gradclip.types import ClipPlan, NormStats
 from hf_gradclip.views import view_of
-from hf_gradclip.views.view import GradientView
+from hf_gradclip.views.view import GradientView, UnsupportedBackendError
 
 logger = logging.getLogger("hf_gradclip")
 
@@ -55,9 +55,19 @@ class Clipper:
     Args:
         config: what to do.
         view: where the gradients are.
+
+    Raises:
+        UnsupportedBackendError: for a strategy by parameter where only the whole gradient is known.
     """
 
     def __init__(self, config: ClipConfig, view: GradientView) -> None:
+        if view.whole_only:
+            for part in parts_of(config.gradient):
+                if part.per_parameter:
+                    raise UnsupportedBackendError(
+                        f"{name_of(part)} under FSDP1: its flat shards do not follow the parameters, so only the norm "
+                        "of the whole gradient is known. Use FSDP2 (fsdp_version: 2), or zclip, global_norm or value."
+                    )
         self.config = config
         self.view = view
         self.step_was_skipped = False

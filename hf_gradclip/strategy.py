@@ -47,10 +47,12 @@ class Needs:
 class Strategy(ABC):
     """How hard to clip. Subclasses are final frozen dataclasses, checked in `__post_init__`.
 
-    `bounds` is True for a strategy that sets `ClipPlan.bound_S`: the norms after it are not known.
+    `bounds` is True for a strategy that sets `ClipPlan.bound_S`: the norms after it are not known. `per_parameter` is
+    True for one that treats parameters apart, which FSDP1 cannot.
     """
 
     bounds: ClassVar[bool] = False
+    per_parameter: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -124,6 +126,11 @@ class Chain(Strategy):
             threshold=thresholds[0] if len(thresholds) == 1 else None,
             skip=torch.stack(skips).any() if skips else None,
         ), tuple(states)
+
+
+def parts_of(strategy: Strategy) -> tuple[Strategy, ...]:
+    """The parts of a chain, or the strategy itself."""
+    return strategy.parts if isinstance(strategy, Chain) else (strategy,)
 
 
 def limit_scale(limit: Tensor | float, norm: Tensor) -> Tensor:

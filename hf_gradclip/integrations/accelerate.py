@@ -144,6 +144,11 @@ class Attachment:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             from hf_gradclip.integrations.deepspeed import ZeroSeams
 
+            if self._seams is not None:
+                raise UnsupportedBackendError(
+                    "DeepSpeed with two prepared engines: one accelerator clips one of them only. "
+                    "Use an Accelerator per engine."
+                )
             self._seams = ZeroSeams(model, self.config)
             return self._seams.clipper
         scaler = self.accelerator.scaler
@@ -408,10 +413,6 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
         UnsupportedBackendError: with the backend's name, the reason and what to use instead.
     """
     kind: DistributedType = accelerator.distributed_type
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UnsupportedBackendError(
-            f"FSDP1: flattens parameters, so norms by parameter are lost. Set fsdp_version: 2, or use {_OWN}."
-        )
     if kind.value in _REFUSED or kind.name in _REFUSED:
         raise UnsupportedBackendError(f"{kind.value}: {_REFUSED[kind.name]}")
     sizes = getattr(accelerator, "parallelism_config", None)

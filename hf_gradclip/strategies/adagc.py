@@ -56,6 +56,7 @@ class AdaGC(Strategy):
     mode: str = "safe"
 
     needs = Needs()
+    per_parameter = True
 
     def __post_init__(self) -> None:
         check_types(self)

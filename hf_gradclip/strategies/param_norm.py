@@ -21,6 +21,7 @@ class ParamNorm(Strategy):
     max_norm: float
 
     needs = Needs()
+    per_parameter = True
 
     def __post_init__(self) -> None:
         check_types(self)

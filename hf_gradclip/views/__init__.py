@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch import nn
 
 from hf_gradclip.views.local import LocalView
-from hf_gradclip.views.view import GradientView, UnsupportedBackendError
+from hf_gradclip.views.view import GradientView
 
 
 def view_of(model: nn.Module, unscale: Callable[[], None] | None = None, guarded: bool = False) -> GradientView:
-    """The view for a model's `.grad`: local memory, or DTensor shards where any parameter is one.
+    """The view for a model's `.grad`: local memory, DTensor shards where any parameter is one, or FSDP1's flat shards.
 
     Args:
         model: wrapped or not.
@@ -20,14 +20,11 @@ def view_of(model: nn.Module, unscale: Callable[[], None] | None = None, guarded
 
     Raises:
         ValueError: if no parameter is trainable, or a placement cannot be added up.
-        UnsupportedBackendError: for FSDP1.
     """
-    for module in model.modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise UnsupportedBackendError(
-                f"{type(model).__name__} is wrapped by FSDP1, which flattens parameters: its norms would be of one "
-                "rank's part only. Use FSDP2 (fully_shard), or the model's own clip_grad_norm_."
-            )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        from hf_gradclip.views.flat import FlatView
+
+        return FlatView(model, unscale, guarded)
     if any(hasattr(p, "device_mesh") for p in model.parameters()):
         from hf_gradclip.views.dtensor import DTensorView
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
@@ -13,7 +14,9 @@ class UnsupportedBackendError(RuntimeError):
 
 
 class GradientView(ABC):
-    """The gradients of one model on one backend."""
+    """The gradients of one model on one backend. `whole_only`: it knows no parameters, only the whole gradient."""
+
+    whole_only: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_gradclip import Clipper
+from hf_gradclip.views.view import UnsupportedBackendError
 
 STRATEGIES = {
     "global_norm": "global_norm:max_norm=10",
@@ -22,7 +23,10 @@ STRATEGIES = {
     "adagc": "adagc:warmup_steps=2,lambda_rel=2,max_norm=10",
 }
 LAYOUTS = ("hsdp", "tp", "fsdp_tp")
+FLAT = ("fsdp1", "fsdp1_original_parameters")
+WHOLE = ("global_norm", "value", "zclip")
 STEPS = 8
+PARAMETERS = 12 + 56 + 54 + 21
 
 
 class Block(torch.nn.Module):
@@ -59,6 +63,10 @@ def fit(model: torch.nn.Module, spec: str, part: int = 0, parts: int = 1) -> dic
         rates.append(clipper.report.scalars()["clip/tensor_rate"])
         optimizer.step()
         optimizer.zero_grad()
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            whole = [p.detach().flatten().clone() for p in model.parameters()]
+        return {"norms": norms, "rates": rates, "weights": torch.cat(whole)[:PARAMETERS]}
     weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return {"norms": norms, "rates": rates, "weights": torch.cat([w.detach().flatten() for w in weights])}
 
@@ -70,6 +78,9 @@ def split(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 def laid_out(layout: str) -> tuple[torch.nn.Module, int, int]:
     """The model under a layout, and which part of the batch this rank takes."""
     model = Block()
+    if layout in FLAT:
+        flat = FullyShardedDataParallel(model, use_orig_params=layout != "fsdp1", device_id=torch.device("cpu"))
+        return flat, dist.get_rank(), 4
     if layout == "hsdp":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh)
@@ -91,6 +102,15 @@ if __name__ == "__main__":
             model, part, parts = laid_out(layout)
             assert any(isinstance(p, DTensor) for p in model.parameters())
             found[f"{layout} {word}"] = fit(model, spec, part, parts)
+    for layout in FLAT:
+        for word in WHOLE:
+            model, part, parts = laid_out(layout)
+            found[f"{layout} {word}"] = fit(model, STRATEGIES[word], part, parts)
+        for word in ("param_norm", "adagc"):
+            try:
+                Clipper.for_model(laid_out(layout)[0], STRATEGIES[word])
+            except UnsupportedBackendError as error:
+                found[f"{layout} {word}"] = str(error)
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
     dist.barrier()

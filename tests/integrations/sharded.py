@@ -313,6 +313,23 @@ def bf16(name: str) -> dict[str, Any]:
     return found
 
 
+def fp16(name: str) -> dict[str, Any]:
+    """float16 under a dynamic loss scale that overflows at first, on a CPU that DeepSpeed must be told can do it."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    half = {"enabled": True, "loss_scale": 0, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 1000}
+    run = Run({"deepspeed": {**BACKENDS[name]["deepspeed"], "fp16": half}}, "global_norm:max_norm=0.34")
+    norms, moved, scales = [], [], []
+    for _ in range(7):
+        before = whole_weights(run.model)
+        norms.append(float(run.step(run.model(**batch(0, dist.get_rank(), dist.get_world_size()), use_extra=0).loss)))
+        moved.append(not torch.equal(before, whole_weights(run.model)))
+        scales.append(float(run.accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scale))
+    counts = run.attachment.clipper.report.summary()
+    return {name: {"norms": norms, "moved": moved, "scales": scales, "counts": counts}}
+
+
 class Counted(NamedTuple):
     steps: torch.Tensor
 
@@ -364,4 +381,4 @@ def variants(name: str) -> dict[str, Any]:
 
 
 KINDS = ("lora", "tied", "unused", "groups")
-SCENARIOS = {f.__name__: f for f in (table, kinds, engaged, unhooked, collectives, resume, bf16, skips, variants)}
+SCENARIOS = {f.__name__: f for f in (table, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants)}

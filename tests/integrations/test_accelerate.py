@@ -231,7 +231,6 @@ def test_a_second_patch_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kind", "instead"),
     [
-        (DistributedType.FSDP, "Set fsdp_version: 2"),
         (DistributedType.MEGATRON_LM, "Set its clip_grad"),
         (DistributedType.XLA, "Use the backend's own clipping"),
     ],
@@ -241,7 +240,6 @@ def test_backends_are_refused_by_name(kind, instead) -> None:
         __module__ = Accelerator.__module__
         distributed_type = kind
         parallelism_config = None
-        is_fsdp2 = False
 
     with pytest.raises(UnsupportedBackendError, match=rf"{kind.value}.*{instead}"):
         refuse_unsupported(Stub())
