@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_gradclip.strategy import Needs, Strategy
+from hf_gradclip.types import ClipPlan
 
 VOCAB = 67
 
@@ -95,3 +99,20 @@ def train(
 def logged(trainer: Trainer, key: str = "grad_norm") -> list[float]:
     """A key of the training logs, one per log that has it."""
     return [entry[key] for entry in trainer.state.log_history if "loss" in entry and key in entry]
+
+
+class Counted(NamedTuple):
+    steps: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SkipThird(Strategy):
+    """Skips the third step, whatever its norm."""
+
+    needs = Needs()
+
+    def init(self, layout):
+        return Counted(torch.zeros(()))
+
+    def update(self, stats, state):
+        return ClipPlan(torch.ones(()), skip=state.steps == 2), Counted(state.steps + 1)

@@ -7,7 +7,6 @@ loss scale and the refusals are handled in one place.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import types
 import weakref
@@ -23,13 +22,13 @@ from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.report import announce, logger
-from hf_gradclip.strategy import flatten, name_of, warmup_of
+from hf_gradclip.integrations.startup import insist_on_one_layout, world_size
+from hf_gradclip.integrations.state import STATE_NAME, load_state, save_state
+from hf_gradclip.report import announce
+from hf_gradclip.strategy import name_of
 from hf_gradclip.views import view_of
 from hf_gradclip.views.parameters import unwrap
 from hf_gradclip.views.view import UnsupportedBackendError
-
-STATE_NAME = "gradclip.pt"
 
 _OWN = "the backend's own clipping: clip=None in the Trainer, or no attach()"
 _REFUSED = {
@@ -360,52 +359,6 @@ def _numbered(i: int) -> str:
     return STATE_NAME if i == 0 else STATE_NAME.replace(".", f"_{i}.")
 
 
-def save_state(clipper: Clipper, path: str) -> None:
-    """Write a clipper's state, so that a reader never sees half a file."""
-    torch.save(clipper.state_dict(), f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def load_state(clipper: Clipper, path: str, say: bool = True) -> None:
-    """Take a clipper's state from a file, or say what happens instead. Never raises over a missing or foreign file."""
-    if not os.path.isfile(path):
-        if flatten(clipper.state) and say:
-            logger.warning(
-                "%s is missing: the checkpoint was made without hf_gradclip or optimizer state. %s starts anew.",
-                path,
-                name_of(clipper.config.gradient),
-            )
-        return
-    message = clipper.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    if message and say:
-        logger.warning("%s: %s", path, message)
-
-
-def world_size() -> int:
-    """Processes of this job, whatever Accelerate believes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
-    """Compare a hash of parameters and spec over all ranks, once, before the first step.
-
-    Raises:
-        RuntimeError: on every rank, if one differs: their vectors would not add up.
-    """
-    if world_size() == 1:
-        return
-    layout = clipper.view.layout
-    text = f"{clipper.config} {layout.names} {layout.numel_S.tolist()}"
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    ends = torch.tensor([number, -number], device=device)
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
-    if int(ends.sum()) != 0:
-        raise RuntimeError(
-            f"Rank {dist.get_rank()} clips {len(layout)} segments by {clipper.config}, and another rank something "
-            "else. All ranks must train the same parameters with the same spec."
-        )
-
-
 def refuse_unsupported(accelerator: Accelerator) -> None:
     """Stop at start-up where clipping would be inactive or wrong.
 
@@ -434,22 +387,3 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
             "accelerator.clip_grad_norm_ is already replaced, by another library or by a second attach(). "
             "One of the two would be inactive: remove the other patch."
         )
-
-
-def check_run(clipper: Clipper, steps: int | None) -> list[str]:
-    """What a person should know before a run starts: warnings, in words."""
-    warnings = []
-    warmup = warmup_of(clipper.config.gradient)
-    if steps is not None and 0 < steps < 2 * warmup:
-        warnings.append(
-            f"The run has {steps} steps and {name_of(clipper.config.gradient)} warms up for {warmup} of them. "
-            + (f"Set warmup_steps to {steps // 4} or less, or train longer." if steps >= 8 else "Train longer.")
-        )
-    parameters = getattr(clipper.view, "parameters", None)
-    half = sum(p.dtype == torch.float16 for p in parameters.trainable) if parameters is not None else 0
-    if half:
-        warnings.append(
-            f"{half} trainable parameters are float16: their gradients lose small values and overflow early. "
-            "Load the model in float32 with fp16=True, or use bf16."
-        )
-    return warnings

@@ -14,14 +14,9 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.integrations.accelerate import (
-    STATE_NAME,
-    Attachment,
-    check_run,
-    load_state,
-    refuse_unsupported,
-    save_state,
-)
+from hf_gradclip.integrations.accelerate import Attachment, refuse_unsupported
+from hf_gradclip.integrations.startup import check_run
+from hf_gradclip.integrations.state import STATE_NAME, load_state, save_state
 from hf_gradclip.report import announce, logger
 from hf_gradclip.views.view import UnsupportedBackendError
 

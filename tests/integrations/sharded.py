@@ -6,8 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +23,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import hf_gradclip
-from hf_gradclip.strategy import Needs, Strategy, flatten
-from hf_gradclip.types import ClipPlan
-from tests.tiny import counting_data, tiny_llama
+from hf_gradclip.strategy import flatten
+from tests.tiny import SkipThird, counting_data, tiny_llama
 
 STRATEGIES = {
     "global_norm": "global_norm:max_norm=0.34",
@@ -328,23 +326,6 @@ def fp16(name: str) -> dict[str, Any]:
         scales.append(float(run.accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scale))
     counts = run.attachment.clipper.report.summary()
     return {name: {"norms": norms, "moved": moved, "scales": scales, "counts": counts}}
-
-
-class Counted(NamedTuple):
-    steps: torch.Tensor
-
-
-@dataclass(frozen=True)
-class SkipThird(Strategy):
-    """Skips the third step, whatever its norm."""
-
-    needs = Needs()
-
-    def init(self, layout):
-        return Counted(torch.zeros(()))
-
-    def update(self, stats, state):
-        return ClipPlan(torch.ones(()), skip=state.steps == 2), Counted(state.steps + 1)
 
 
 def skips(name: str) -> dict[str, Any]:

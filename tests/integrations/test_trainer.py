@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ from hf_gradclip import GradClipMixin, GradClipTrainer
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.config import SpecError
 from hf_gradclip.integrations.accelerate import UnsupportedBackendError
-from hf_gradclip.strategy import Needs, Strategy
-from hf_gradclip.types import ClipPlan
-from tests.tiny import VOCAB, counting_data, logged, tiny_llama, train, training_args, weights_of
+from tests.tiny import VOCAB, SkipThird, counting_data, logged, tiny_llama, train, training_args, weights_of
 
 OPTIMIZERS = {
     "adamw_torch_fused": {"learning_rate": 3e-3},
@@ -190,23 +187,6 @@ def test_policies_at_a_nan_step() -> None:
 
     with pytest.raises(NonFiniteError, match=r"3 steps in a row were skipped \(max_consecutive_skips=3\)"):
         train(Broken, clip={"gradient": "none", "nonfinite": "skip", "max_consecutive_skips": 3}, max_steps=20)
-
-
-class Counted(NamedTuple):
-    steps: torch.Tensor
-
-
-@dataclass(frozen=True)
-class SkipThird(Strategy):
-    """Skips the third step, whatever its norm."""
-
-    needs = Needs()
-
-    def init(self, layout):
-        return Counted(torch.zeros(()))
-
-    def update(self, stats, state):
-        return ClipPlan(torch.ones(()), skip=state.steps == 2), Counted(state.steps + 1)
 
 
 class Half(Trainer):

@@ -1,0 +1,55 @@
+"""What is compared between ranks before the first step, and what a person should know before a run."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.strategy import name_of, warmup_of
+
+
+def world_size() -> int:
+    """Processes of this job, whatever Accelerate believes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
+    """Compare a hash of parameters and spec over all ranks, once, before the first step.
+
+    Raises:
+        RuntimeError: on every rank, if one differs: their vectors would not add up.
+    """
+    if world_size() == 1:
+        return
+    layout = clipper.view.layout
+    text = f"{clipper.config} {layout.names} {layout.numel_S.tolist()}"
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    ends = torch.tensor([number, -number], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if int(ends.sum()) != 0:
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} clips {len(layout)} segments by {clipper.config}, and another rank something "
+            "else. All ranks must train the same parameters with the same spec."
+        )
+
+
+def check_run(clipper: Clipper, steps: int | None) -> list[str]:
+    """What a person should know before a run starts: warnings, in words."""
+    warnings = []
+    warmup = warmup_of(clipper.config.gradient)
+    if steps is not None and 0 < steps < 2 * warmup:
+        warnings.append(
+            f"The run has {steps} steps and {name_of(clipper.config.gradient)} warms up for {warmup} of them. "
+            + (f"Set warmup_steps to {steps // 4} or less, or train longer." if steps >= 8 else "Train longer.")
+        )
+    parameters = getattr(clipper.view, "parameters", None)
+    half = sum(p.dtype == torch.float16 for p in parameters.trainable) if parameters is not None else 0
+    if half:
+        warnings.append(
+            f"{half} trainable parameters are float16: their gradients lose small values and overflow early. "
+            "Load the model in float32 with fp16=True, or use bf16."
+        )
+    return warnings

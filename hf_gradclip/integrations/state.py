@@ -1,0 +1,34 @@
+"""A clipper's state as a file beside the optimizer's, and the sentences for when it cannot be taken."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.report import logger
+from hf_gradclip.strategy import flatten, name_of
+
+STATE_NAME = "gradclip.pt"
+
+
+def save_state(clipper: Clipper, path: str) -> None:
+    """Write a clipper's state, so that a reader never sees half a file."""
+    torch.save(clipper.state_dict(), f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_state(clipper: Clipper, path: str, say: bool = True) -> None:
+    """Take a clipper's state from a file, or say what happens instead. Never raises over a missing or foreign file."""
+    if not os.path.isfile(path):
+        if flatten(clipper.state) and say:
+            logger.warning(
+                "%s is missing: the checkpoint was made without hf_gradclip or optimizer state. %s starts anew.",
+                path,
+                name_of(clipper.config.gradient),
+            )
+        return
+    message = clipper.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    if message and say:
+        logger.warning("%s: %s", path, message)
