@@ -54,7 +54,7 @@ def test_trains_like_the_stock_trainer(stock_run, clip) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.42},  # twice the batch, so smaller norms
         {"max_grad_norm": 0},
         {"bf16": True},
         {"logging_steps": 7, "lr_scheduler_type": "cosine", "warmup_steps": 10},
@@ -85,6 +85,8 @@ def test_settings_of_the_trainer_keep_their_meaning(changes) -> None:
     stock = train(Trainer, callbacks=[Order()], **settings)
     ours = train(GradClipTrainer, callbacks=[Order()], **settings)
     assert events[0] == events[1]
+    limit = settings["max_grad_norm"]
+    assert limit == 0 or min(logged(stock)) < limit < max(logged(stock)), "some steps clip and some do not"
     torch.testing.assert_close(torch.tensor(logged(ours)), torch.tensor(logged(stock)), rtol=2e-3, atol=0)
     tolerance = 1e-3 if "bf16" in changes else 1e-5  # torch rounds nothing to bf16 here, but autocast amplifies 1e-7
     torch.testing.assert_close(weights_of(ours.model), weights_of(stock.model), rtol=0, atol=tolerance)
