@@ -12,12 +12,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-from hf_gradclip.views.parameters import Parameters, measure
+from hf_gradclip.views.parameters import Parameters, measure, spread_of
 from hf_gradclip.views.view import GradientView
 
 
@@ -39,6 +40,7 @@ class DTensorView(GradientView):
         self._guarded = guarded
         self._owned_for: Layout | None = None
         self._owned_S = self._find_owned()
+        self._local_S = torch.zeros(len(self.layout), dtype=self.layout.dtype, device=self.layout.device)
 
     @property
     def layout(self) -> Layout:
@@ -72,11 +74,34 @@ class DTensorView(GradientView):
         for parameter in self.parameters.trainable:
             settle_placements(parameter)
         local = measure(self.parameters.gradients(), layout, needs, rescale)
+        self._local_S = local.sumsq_S
         sumsq_S = torch.where(self._owned_S, local.sumsq_S, 0.0)
         _reduce(sumsq_S, dist.ReduceOp.SUM, self._device)
         if local.max_abs_S is not None:
             _reduce(local.max_abs_S, dist.ReduceOp.MAX, self._device)
         return NormStats(sumsq_S, layout, local.max_abs_S)
+
+    def spread(self) -> Tensor | None:
+        """Over the mesh dimensions that replicate a sharded parameter (HSDP): gradients are reduced along them."""
+        spreads = []
+        for mesh, dim in self._replicated():
+            mine_S = [
+                isinstance(p, DTensor) and p.device_mesh == mesh and p.placements[dim].is_replicate()
+                for p in self.parameters.trainable
+            ]
+            norm = self._local_S[torch.tensor(mine_S, device=self._local_S.device)].sum().sqrt()
+            spreads.append(spread_of(norm, mesh.get_group(dim), self._device))
+        return torch.stack(spreads).amax() if spreads else None
+
+    def _replicated(self) -> list[tuple[DeviceMesh, int]]:
+        """The mesh dimensions that replicate what another one shards, in the order of the parameters."""
+        found: list[tuple[DeviceMesh, int]] = []
+        for p in self.parameters.trainable:
+            if not isinstance(p, DTensor) or all(place.is_replicate() for place in p.placements):
+                continue
+            here = [(p.device_mesh, dim) for dim, place in enumerate(p.placements) if place.is_replicate()]
+            found += [pair for pair in here if pair not in found]
+        return found
 
     def apply_(self, plan: ClipPlan, part: int | None = None) -> None:
         """Scale, then bound, the local shards."""

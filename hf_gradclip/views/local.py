@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-from hf_gradclip.views.parameters import Parameters, measure
+from hf_gradclip.views.parameters import Parameters, measure, spread_of
 from hf_gradclip.views.view import GradientView
 
 
@@ -32,6 +33,7 @@ class LocalView(GradientView):
         self.parameters = Parameters(model)
         self._unscale = unscale
         self._guarded = guarded
+        self._norm = torch.zeros((), dtype=self.layout.dtype, device=self.layout.device)
 
     @property
     def layout(self) -> Layout:
@@ -57,8 +59,15 @@ class LocalView(GradientView):
         """Norms of the local gradients, after the loss scale is taken out."""
         if self._unscale is not None and not rescale:
             self._unscale()
-        layout = self.layout
-        return measure(self.parameters.gradients(), layout, needs, rescale)
+        stats = measure(self.parameters.gradients(), self.layout, needs, rescale)
+        self._norm = stats.total
+        return stats
+
+    def spread(self) -> Tensor | None:
+        """Over all ranks of the job, which under DDP hold the same gradient."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        return spread_of(self._norm, None, self._norm.device)
 
     @torch.no_grad()
     def apply_(self, plan: ClipPlan, part: int | None = None) -> None:

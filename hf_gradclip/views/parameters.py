@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_gradclip.kernels import eager
@@ -96,6 +98,14 @@ def writable(parameter: Tensor) -> Tensor | None:
         parameter.grad = grad.contiguous()
         memory = eager.flat(parameter.grad)
     return memory
+
+
+def spread_of(norm: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
+    """(largest - smallest) / largest of a number >= 0 over the ranks of a group, 0-d; NaN and inf compare equal."""
+    number = norm.nan_to_num(nan=1.0, posinf=1.0).to(device)
+    ends = torch.stack([number, -number])
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+    return ends.sum() / ends[0].clamp(min=torch.finfo(ends.dtype).tiny)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from torch import Tensor
+
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
@@ -45,6 +47,15 @@ class GradientView(ABC):
             needs: what to measure beside the norms.
             rescale: divide by the largest element before squaring, for gradients whose squares overflow.
         """
+
+    def spread(self) -> Tensor | None:
+        """How far apart the replicas of a gradient were in the last measurement, before it was reduced.
+
+        Returns:
+            (largest - smallest) / largest norm, 0-d, on the device, the same on all ranks of a replica group; None
+            where nothing is held twice. Every rank must call it; it costs a reduction of two numbers.
+        """
+        return None
 
     @abstractmethod
     def apply_(self, plan: ClipPlan, part: int | None = None) -> None:

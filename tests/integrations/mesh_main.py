@@ -94,6 +94,28 @@ def laid_out(layout: str) -> tuple[torch.nn.Module, int, int]:
     return model, mesh["dp"].get_local_rank(), 2
 
 
+def spreads() -> dict[str, list[float | None]]:
+    """What a replica check sees after two steps: as they are, and after one rank of four has changed a gradient."""
+    found: dict[str, list[float | None]] = {}
+    for layout in LAYOUTS:
+        model, part, parts = laid_out(layout)
+        clipper = Clipper.for_model(model, "none")
+        found[layout] = []
+        for changed in (False, True):
+            x, y = rows(0, part, parts)
+            (model(x) - y).square().mean().backward()
+            if changed and dist.get_rank() == 3:
+                for p in model.parameters():
+                    (p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).mul_(1.01)
+            clipper.step()
+            spread = clipper.view.spread()
+            if spread is not None:
+                dist.all_reduce(spread, dist.ReduceOp.MAX)
+            found[layout].append(None if spread is None else float(spread))
+            model.zero_grad()
+    return found
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     found = {}
@@ -111,6 +133,7 @@ if __name__ == "__main__":
                 Clipper.for_model(laid_out(layout)[0], STRATEGIES[word])
             except UnsupportedBackendError as error:
                 found[f"{layout} {word}"] = str(error)
+    found["spreads"] = spreads()
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
     dist.barrier()

@@ -256,3 +256,7 @@ def test_meshes(tmp_path) -> None:
             assert norm < 1e-6
             assert weights < 1e-6
             assert [rate > 0 for rate in flat["rates"]] == [rate > 0 for rate in rates]
+    same, changed = found["spreads"]["hsdp"]
+    assert same == 0.0
+    assert changed == pytest.approx(0.01 / 1.01, rel=1e-3), "a replica whose gradient is 1 % larger"
+    assert found["spreads"]["tp"] == [None, None], "nothing that is reduced is held twice"
