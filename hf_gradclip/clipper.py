@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.fold import Fold
 from hf_gradclip.report import ClipReport
-from hf_gradclip.strategy import State, describe, flatten, name_of, parts_of, unflatten, where
+from hf_gradclip.strategy import SpecError, State, describe, flatten, name_of, parts_of, unflatten, where
 from hf_gradclip.types import ClipPlan, NormStats
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import GradientView, UnsupportedBackendError
@@ -52,15 +53,18 @@ class Clipper:
         norm = clipper.step()
         optimizer.step()
 
+    The same clipper clips updates, where an optimizer has written them in the place of the gradients.
+
     Args:
-        config: what to do.
+        config: what to do; of it `update` is not looked at, see `ClipConfig.of_update`.
         view: where the gradients are.
+        prefix: of the keys of the report.
 
     Raises:
         UnsupportedBackendError: for a strategy by parameter where only the whole gradient is known.
     """
 
-    def __init__(self, config: ClipConfig, view: GradientView) -> None:
+    def __init__(self, config: ClipConfig, view: GradientView, prefix: str = "clip") -> None:
         if view.whole_only:
             for part in parts_of(config.gradient):
                 if part.per_parameter:
@@ -71,38 +75,70 @@ class Clipper:
         self.config = config
         self.view = view
         self.step_was_skipped = False
-        self._skips_in_a_row = 0
+        self._prefix = prefix
+        self._fold: Fold | None = None
         self.reset()
 
     @classmethod
-    def for_model(cls, model: nn.Module, spec: Any = "adaptive", **settings: Any) -> Clipper:
+    def for_model(cls, model: nn.Module, spec: Any = "adaptive", *, optimizer: Any = None, **settings: Any) -> Clipper:
         """A clipper for the `.grad` of a model's trainable parameters.
 
         Args:
             model: any module, wrapped by DDP or torch.compile or not, sharded by FSDP2 or tensor parallelism or not.
             spec: see hf_gradclip.config.
-            **settings: `nonfinite`, `max_consecutive_skips`; they win over the spec.
+            optimizer: which `fold=True` and `skip_sync=False` need, and nothing else does.
+            **settings: `nonfinite`, `max_consecutive_skips`, `fold`, `skip_sync`; they win over the spec.
 
         Raises:
-            SpecError: for a wrong spec.
+            SpecError: for a wrong spec; for one with an `update`, which only the optimizer can clip.
+            UnsupportedBackendError: where `fold=True` or `skip_sync=False` cannot be exact.
             ValueError: if nothing is trainable.
         """
-        return cls(ClipConfig.parse(spec, **settings), view_of(model))
+        config = ClipConfig.parse(spec, **settings)
+        if config.update is not None:
+            raise SpecError(
+                f"Clipper.for_model(..., {describe(config.gradient)!r} with update={describe(config.update)!r}): an "
+                "update is known to the optimizer only. Give hf_gradclip.optim.AdamW(..., update_clip=...), or use "
+                "GradClipTrainer or attach()."
+            )
+        clipper = cls(config, view_of(model))
+        if config.fold or not config.skip_sync:
+            clipper.fold_into(optimizer)
+        return clipper
+
+    @property
+    def folds(self) -> bool:
+        """Whether an optimizer takes numbers from this clipper."""
+        return self._fold is not None
+
+    def fold_into(self, optimizer: Any) -> None:
+        """Let a fused optimizer take the coefficient (`fold=True`) and the skip flag (`skip_sync=False`).
+
+        Raises:
+            SpecError: for a strategy whose plan is not one number.
+            UnsupportedBackendError: for an optimizer that cannot.
+        """
+        config = self.config
+        self._fold = Fold(optimizer, self.view, config.gradient, scale=config.fold, skip=not config.skip_sync)
 
     def reset(self) -> None:
         """Forget everything: the strategy's state, the counters, the report."""
         self._layout = self.view.layout
         self.state: State = self.config.gradient.init(self._layout)
-        self.report = ClipReport(self._layout.device, self._layout.dtype)
+        self.report = ClipReport(self._layout.device, self._layout.dtype, self._prefix)
         self._skips_in_a_row = 0
+        self._unread_skips = self._most_skips = torch.zeros((), dtype=torch.int64, device=self._layout.device)
         self.step_was_skipped = False
 
     def __repr__(self) -> str:
         return f"Clipper({self.config}, {self.view.backend}, {len(self._layout)} segments)"
 
     @torch.no_grad()
-    def step(self) -> Tensor:
+    def step(self, loss: Tensor | None = None) -> Tensor:
         """Clip the gradients, between backward and `optimizer.step()`.
+
+        Args:
+            loss: of this step, 0-d, for strategies that judge it; the same on every rank.
 
         Returns:
             The 2-norm of the whole gradient before clipping, 0-d, on the device.
@@ -110,16 +146,22 @@ class Clipper:
         Raises:
             NonFiniteError: by policy "raise", or after `max_consecutive_skips` skipped steps in a row.
         """
-        decision, action = self.settle(self.decide())
-        if action == CLIP:
+        decision, action = self.settle(self.decide(loss=loss))
+        if self._fold is not None:
+            self._fold.hand(decision.plan, self._to_skip(decision))
+        if action == CLIP and not self.config.fold:
             self.view.apply_(decision.plan)
         elif self.step_was_skipped and (action == SKIP or not self.view.guarded):
             self.view.drop_()
         return decision.stats.total
 
     @torch.no_grad()
-    def decide(self, rescale: bool = False) -> Decision:
-        """Measure and decide; keep the new state where the norm is finite. No host read."""
+    def decide(self, rescale: bool = False, loss: Tensor | None = None) -> Decision:
+        """Measure and decide; keep the new state where the norm is finite. No host read.
+
+        Raises:
+            ValueError: if the strategy judges the loss and none is given.
+        """
         layout = self.view.layout
         if layout is not self._layout:
             logger.warning(
@@ -129,7 +171,15 @@ class Clipper:
                 name_of(self.config.gradient),
             )
             self.reset()
-        stats = self.view.measure(self.config.gradient.needs, rescale)
+        needs = self.config.gradient.needs
+        stats = self.view.measure(needs, rescale)
+        if needs.loss:
+            if loss is None:
+                raise ValueError(
+                    f"{describe(self.config.gradient)} judges the loss: call clipper.step(loss=loss). "
+                    "Trainer and attach() do so by themselves."
+                )
+            stats = replace(stats, loss=loss.detach().to(device=layout.device, dtype=layout.dtype))
         plan, new = self.config.gradient.update(stats, self.state)
         finite = stats.total.isfinite()
         self.state = where(finite, new, self.state)
@@ -151,6 +201,8 @@ class Clipper:
             need not be read, since the plan is then exact without it.
         """
         guarded = self.view.guarded
+        if not self.config.skip_sync:
+            return decision, self._settle_unread(decision)
         on_cpu = decision.action.device.type == "cpu"
         policy_reads = self.config.nonfinite != "pass" and not guarded
         if not (on_cpu or policy_reads or decision.plan.skip is not None):
@@ -160,7 +212,7 @@ class Clipper:
 
         action = int(decision.action)  # the one host read of a step
         if action == NONFINITE:
-            again = self.decide(rescale=True)
+            again = self.decide(rescale=True, loss=decision.stats.loss)
             if (action := int(again.action)) != NONFINITE:
                 decision = again
         passed = action == NONFINITE and self.config.nonfinite == "pass" and not guarded
@@ -169,6 +221,34 @@ class Clipper:
         if action != NONFINITE or not guarded:
             self._guard(decision, action)
         return decision, action
+
+    def _settle_unread(self, decision: Decision) -> int:
+        """The optimizer reads the flag itself: count on the device; `check_skips` looks at the limit."""
+        skipped = self._to_skip(decision)
+        self._count(decision, skipped)
+        self._unread_skips = torch.where(skipped, self._unread_skips + 1, 0)
+        self._most_skips = torch.maximum(self._most_skips, self._unread_skips)
+        self.step_was_skipped = False
+        return CLIP
+
+    def _to_skip(self, decision: Decision) -> Tensor:
+        """Whether the optimizer must not step, 0-d bool, on the device."""
+        return decision.action == SKIP if self.config.nonfinite == "pass" else decision.action >= SKIP
+
+    def check_skips(self) -> None:
+        """With `skip_sync=False`, stop if too many steps in a row were skipped since the last call. One host read.
+
+        Raises:
+            NonFiniteError: after `max_consecutive_skips` skipped steps in a row.
+        """
+        if self.config.skip_sync:
+            return
+        most, self._most_skips = int(self._most_skips), self._unread_skips
+        if most >= self.config.max_consecutive_skips:
+            raise NonFiniteError(
+                f"{most} steps in a row were skipped (max_consecutive_skips={self.config.max_consecutive_skips}) since "
+                "the last look. No weight has moved in them. Lower the learning rate, look at the data, or raise it."
+            )
 
     def _count(self, decision: Decision, skipped: Tensor) -> None:
         self.report.add(decision.stats, decision.plan, decision.finite, skipped)

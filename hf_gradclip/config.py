@@ -6,7 +6,7 @@
     "zclip:z_threshold=3"         name[:key=value,...]
     "adagc+value:max_value=1"     a chain; `+` before a letter
     {"strategy": "zclip", ...}    one strategy, its fields beside it
-    {"gradient": spec, ...}       a whole configuration; the same as YAML
+    {"gradient": spec, "update": spec, ...}    a whole configuration; the same as YAML
 
 A name is looked up as a strategy of this package, then a preset, then a YAML file, then the dotted path of a class.
 """
@@ -18,7 +18,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from hf_gradclip import strategies as _strategies
-from hf_gradclip.strategy import Chain, SpecError, Strategy, describe
+from hf_gradclip.strategy import Chain, SpecError, Strategy, describe, name_of, parts_of
 
 NONFINITE = ("skip", "raise", "pass")
 _YAML = (".yaml", ".yml")
@@ -43,6 +43,11 @@ class ClipConfig:
             the gradients on as they are (what the stock Trainer does).
         max_consecutive_skips: skipped steps in a row after which training stops with an error; >= 1.
         check_every: steps between two checks that replicas hold the same gradients; 0 never checks.
+        update: the strategy for what the optimizer makes of the gradients, before the learning rate and apart from
+            decoupled weight decay; None leaves it alone.
+        fold: hand the coefficient to torch's fused optimizer instead of writing the gradients.
+        skip_sync: read a flag per step, so that schedulers wait for a skipped one; False hands the flag to torch's
+            fused optimizer and reads nothing.
 
     Raises:
         SpecError: for a value that breaks these rules.
@@ -52,6 +57,9 @@ class ClipConfig:
     nonfinite: str = "skip"
     max_consecutive_skips: int = 20
     check_every: int = 100
+    update: Strategy | None = None
+    fold: bool = False
+    skip_sync: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradient, Strategy):
@@ -72,9 +80,42 @@ class ClipConfig:
             raise SpecError(
                 f"ClipConfig(check_every={self.check_every!r}): must be a whole number >= 0. The default is 100."
             )
+        for name in ("fold", "skip_sync"):
+            if type(getattr(self, name)) is not bool:
+                raise SpecError(f"ClipConfig({name}={getattr(self, name)!r}): must be true or false.")
+        if self.nonfinite == "raise" and not self.skip_sync:
+            raise SpecError(
+                "ClipConfig(nonfinite='raise', skip_sync=False): raising needs the flag that skip_sync=False does not "
+                "read. Use nonfinite='skip', or skip_sync=True."
+            )
+        if self.update is not None:
+            self._check_update(self.update)
+
+    def _check_update(self, update: Strategy) -> None:
+        if not isinstance(update, Strategy):
+            raise SpecError(f"ClipConfig(update={update!r}): must be a Strategy. ClipConfig.parse reads specs.")
+        for part in parts_of(update):
+            if part.skips:
+                word = name_of(part)
+                raise SpecError(
+                    f"ClipConfig(update={word}): by the time an update is known the moments have moved, so a step "
+                    f"cannot be left out. Put {word} under 'gradient'."
+                )
 
     def __str__(self) -> str:
-        return f"{describe(self.gradient)} (nonfinite={self.nonfinite})"
+        update = f", update {describe(self.update)}" if self.update is not None else ""
+        extra = "".join(f", {name}" for name, on in (("fold", self.fold), ("no skip_sync", not self.skip_sync)) if on)
+        return f"{describe(self.gradient)}{update} (nonfinite={self.nonfinite}{extra})"
+
+    def of_update(self) -> ClipConfig:
+        """The configuration of the clipper for the updates.
+
+        Raises:
+            ValueError: if updates are not clipped.
+        """
+        if self.update is None:
+            raise ValueError("ClipConfig.of_update(): update is None.")
+        return replace(self, gradient=self.update, update=None, fold=False, skip_sync=True, check_every=0)
 
     @classmethod
     def parse(
@@ -85,6 +126,9 @@ class ClipConfig:
         nonfinite: str | None = None,
         max_consecutive_skips: int | None = None,
         check_every: int | None = None,
+        update: Any = None,
+        fold: bool | None = None,
+        skip_sync: bool | None = None,
     ) -> ClipConfig:
         """Read a spec as described at the top of this file.
 
@@ -95,6 +139,9 @@ class ClipConfig:
             nonfinite: overrides the spec's policy.
             max_consecutive_skips: overrides the spec's limit.
             check_every: overrides the spec's interval.
+            update: a spec for the updates; overrides the spec's.
+            fold: overrides the spec's.
+            skip_sync: overrides the spec's.
 
         Raises:
             SpecError: for anything that is not a spec; no other exception.
@@ -109,6 +156,8 @@ class ClipConfig:
             given = spec
         try:
             settings = _settings(given)
+            if update is not None:
+                settings["update"] = _strategy(update)
         except RecursionError:
             raise SpecError(f"clip={_show(given)}: refers to itself. Write the strategy in it.") from None
         except SpecError as error:
@@ -121,6 +170,8 @@ class ClipConfig:
             "nonfinite": nonfinite,
             "max_consecutive_skips": max_consecutive_skips,
             "check_every": check_every,
+            "fold": fold,
+            "skip_sync": skip_sync,
         }
         return cls(**settings | {key: value for key, value in given_apart.items() if value is not None})
 
@@ -159,17 +210,20 @@ def _settings(spec: Any) -> dict[str, Any]:
                     f"A whole configuration has {', '.join(known)}; one strategy has 'strategy' and its fields."
                 )
         if "gradient" not in spec:
-            raise SpecError(f"clip={_show(spec)}: says nothing about the gradient. Add 'gradient': 'adaptive', say.")
-        return {**spec, **_settings_of_gradient(spec["gradient"])}
+            raise SpecError(
+                f"clip={_show(spec)}: says nothing about the gradient. Add 'gradient': 'adaptive', say, or 'none'."
+            )
+        places = {key: spec[key] for key in ("gradient", "update") if spec.get(key) is not None or key == "gradient"}
+        return {**spec, **{key: _settings_of_place(key, value) for key, value in places.items()}}
     if isinstance(spec, str) and spec.strip().endswith(_YAML) and not _CHAIN.search(spec):
         return _settings(_read_yaml(Path(spec.strip())))
     return {"gradient": _strategy(spec)}
 
 
-def _settings_of_gradient(spec: Any) -> dict[str, Any]:
+def _settings_of_place(place: str, spec: Any) -> Strategy:
     if spec is None:
-        raise SpecError("{'gradient': None}: must name a strategy. 'none' measures and logs only.")
-    return {"gradient": _strategy(spec)}
+        raise SpecError(f"{{{place!r}: None}}: must name a strategy. 'none' measures and logs only.")
+    return _strategy(spec)
 
 
 def _strategy(spec: Any) -> Strategy:

@@ -36,23 +36,27 @@ class Needs:
 
     Args:
         max_abs: the largest absolute element per segment. Costs a second reduction over ranks.
+        loss: the loss of the step. Costs a reduction of one number over ranks.
     """
 
     max_abs: bool = False
+    loss: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(max_abs=self.max_abs or other.max_abs)
+        return Needs(max_abs=self.max_abs or other.max_abs, loss=self.loss or other.loss)
 
 
 class Strategy(ABC):
     """How hard to clip. Subclasses are final frozen dataclasses, checked in `__post_init__`.
 
     `bounds` is True for a strategy that sets `ClipPlan.bound_S`: the norms after it are not known. `per_parameter` is
-    True for one that treats parameters apart, which FSDP1 cannot.
+    True for one that treats parameters apart, which FSDP1 cannot. `skips` is True for one that may set
+    `ClipPlan.skip`, which an update, decided on after the moments have moved, cannot honour.
     """
 
     bounds: ClassVar[bool] = False
     per_parameter: ClassVar[bool] = False
+    skips: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -58,11 +58,13 @@ class NormStats:
         sumsq_S: sum of squares per segment, shape (S,); a missing gradient is 0.
         layout: what the segments are.
         max_abs_S: largest absolute element per segment, shape (S,), NaN given as inf; only if asked for.
+        loss: of this step, the mean over ranks and micro-batches, 0-d; only if asked for.
     """
 
     sumsq_S: Tensor
     layout: Layout
     max_abs_S: Tensor | None = None
+    loss: Tensor | None = None
 
     @cached_property
     def norm_S(self) -> Tensor:

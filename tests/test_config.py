@@ -340,7 +340,7 @@ class TestWrong:
             ("value:max_value=1+zclip", ["nothing may follow value", "Put value last."]),
             ("value:max_value=1+value:max_value=2", ["nothing may follow value", "Put value last."]),
             ("none+value:max_value=1+none", ["none+value:max_value=1+none", "nothing may follow value"]),
-            ({}, ["clip={}: says nothing about the gradient. Add 'gradient': 'adaptive', say."]),
+            ({}, ["clip={}: says nothing about the gradient. Add 'gradient': 'adaptive', say, or 'none'."]),
             ({"nonfinite": "skip"}, ["says nothing about the gradient"]),
             (
                 {"gradent": "zclip"},

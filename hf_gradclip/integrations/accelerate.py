@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.integrations.startup import insist_on_one_layout
-from hf_gradclip.integrations.state import STATE_NAME, load_state, save_state
+from hf_gradclip.integrations.optimizer import Updates, innermost
+from hf_gradclip.integrations.startup import insist_on_one_layout, world_size
+from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
+from hf_gradclip.optim.clipped import ClippedOptimizer
 from hf_gradclip.report import announce
 from hf_gradclip.strategy import name_of
 from hf_gradclip.views import view_of
@@ -95,6 +97,9 @@ class Attachment:
         self._clipped: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._of_optimizer: weakref.WeakKeyDictionary[Any, list[Clipper]] = weakref.WeakKeyDictionary()
         self._seams: Any = None
+        self.updates = Updates(config, say=accelerator.is_main_process)
+        self._loss: Tensor | None = None
+        self._watch_accelerator()
         self._steps = 0
         self._spread: Tensor | None = None
         self._paused = False
@@ -120,8 +125,18 @@ class Attachment:
         Raises:
             RuntimeError: if the replicas have come apart.
         """
+        return self.scalars_of(self.clipper)
+
+    def scalars_of(self, clipper: Clipper) -> dict[str, float]:
+        """The values of one clipper and of the updates since the last call.
+
+        Raises:
+            RuntimeError: if the replicas have come apart.
+            NonFiniteError: with `skip_sync=False`, after too many skipped steps in a row.
+        """
         self.insist_on_replicas()
-        return self.clipper.report.scalars()
+        clipper.check_skips()
+        return clipper.report.scalars() | self.updates.scalars()
 
     def clipper_of(self, model: nn.Module) -> Clipper:
         """The clipper of a model, made at the first call. The model may be wrapped or not."""
@@ -149,7 +164,7 @@ class Attachment:
                     "DeepSpeed with two prepared engines: one accelerator clips one of them only. "
                     "Use an Accelerator per engine."
                 )
-            self._seams = ZeroSeams(model, self.config)
+            self._seams = ZeroSeams(model, self.config, self.updates, self._reduced_loss)
             return self._seams.clipper
         scaler = self.accelerator.scaler
         guarded = scaler is not None and scaler.is_enabled()
@@ -160,12 +175,16 @@ class Attachment:
         """One line for the start of a run: strategy with its parameters, backend, segments, what a step costs."""
         world, segments = self.accelerator.num_processes, len(clipper.view.layout)
         ranks = f", {self.accelerator.distributed_type.value} x {world}" if world > 1 else ""
-        reads = 0 if self.config.nonfinite == "pass" or clipper.view.guarded else 1
+        quiet = self.config.nonfinite == "pass" or clipper.view.guarded or not self.config.skip_sync
+        reads = 0 if quiet else 1
         sends = clipper.view.reductions(self.config.gradient.needs)
         sent = f"sends {segments} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
+        if self.config.gradient.needs.loss and world > 1:
+            sent += " and the loss"
+        again = "; the same again for the update" if self.config.update is not None else ""
         return (
             f"clip: {self.config}; {clipper.view.backend}{ranks}, {segments} segments; "
-            f"a step reads the gradients once, {sent}, reads {reads} number{'s'[: reads != 1]} to the host"
+            f"a step reads the gradients once, {sent}, reads {reads} number{'s'[: reads != 1]} to the host{again}"
         )
 
     def forget(self) -> None:
@@ -173,6 +192,7 @@ class Attachment:
         self._clippers.clear()
         self._of_optimizer.clear()
         self._clipped.clear()
+        self.updates.reset()
         self._seams = None
 
     def clip(self, model: nn.Module) -> Tensor | None:
@@ -186,7 +206,7 @@ class Attachment:
         if self._seams is not None:
             return self._seams.norm  # decided and applied inside backward
         self.watch_optimizers()
-        norm = clipper.step()
+        norm = clipper.step(self._reduced_loss())
         self._check_replicas(clipper)
         for optimizer in self.accelerator._optimizers:
             if clipper in self._clippers_of(optimizer):
@@ -214,8 +234,8 @@ class Attachment:
         if spread is not None and float(spread) > SPREAD:  # at a log only, and only after a check
             raise RuntimeError(
                 f"The ranks measured gradient norms that differ by up to {float(spread):.3g} of the norm. Under DDP "
-                "and HSDP they must be equal, so the replicas have come apart: look for a gradient that is changed after "
-                "backward, or a parameter that is not reduced. check_every=0 switches this check off."
+                "and HSDP they must be equal, so the replicas have come apart: look for a gradient that is changed "
+                "after backward, or a parameter that is not reduced. check_every=0 switches this check off."
             )
 
     def _clippers_of(self, optimizer: Any) -> list[Clipper]:
@@ -237,6 +257,54 @@ class Attachment:
             if not hasattr(optimizer, "_gradclip_attachment"):
                 optimizer.step = types.MethodType(_watched(optimizer.step), optimizer)
             optimizer._gradclip_attachment = self
+        self.updates.watch(self.accelerator._optimizers, (m for ref, _ in self._clippers if (m := ref()) is not None))
+        if self.config.fold or not self.config.skip_sync:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Tell every clipper of the one optimizer that takes its numbers."""
+        for _, clipper in self._clippers:
+            if clipper.folds:
+                continue
+            mine = [innermost(o) for o in self.accelerator._optimizers if clipper in self._clippers_of(o)]
+            if mine:
+                clipper.fold_into(mine[0])
+
+    def _watch_accelerator(self) -> None:
+        """Refuse a swap of our optimizer in `prepare`, and note the loss in `backward` where a strategy judges it."""
+        accelerator = self.accelerator
+        accelerator.prepare = _after(self._refuse_swap, accelerator.prepare)
+        if self.config.gradient.needs.loss:
+            accelerator.backward = _after(self._note_loss, accelerator.backward)
+
+    def _note_loss(self, loss: Tensor, **_: Any) -> None:
+        part = loss.detach().float() / self.accelerator.gradient_accumulation_steps
+        self._loss = part if self._loss is None else self._loss + part
+
+    def _reduced_loss(self) -> Tensor | None:
+        """The loss of the step, the mean over ranks; one small all-reduce, only where a strategy judges it."""
+        loss, self._loss = self._loss, None
+        if loss is not None and world_size() > 1:
+            loss = loss.clone()
+            dist.all_reduce(loss)
+            loss = loss / world_size()
+        return loss
+
+    def _refuse_swap(self, *objects: Any, **_: Any) -> None:
+        """Under optimizer offload Accelerate replaces any optimizer by DeepSpeedCPUAdam unless told not to."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is None:
+            return
+        config = plugin.deepspeed_config
+        device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        for thing in objects:
+            forced = device != "none" and config.get("zero_force_ds_cpu_optimizer", True)
+            if isinstance(thing, ClippedOptimizer) and forced:
+                raise UnsupportedBackendError(
+                    f"hf_gradclip.optim.{type(thing).__name__} with offload_optimizer: Accelerate would put "
+                    "DeepSpeedCPUAdam in its place. Set zero_force_ds_cpu_optimizer to false in the DeepSpeed "
+                    "configuration, or use an optimizer of DeepSpeed; its updates can be clipped too."
+                )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -316,16 +384,29 @@ class Attachment:
             if self.accelerator.is_main_process:
                 for i, model in enumerate(self.accelerator._models):
                     if (clipper := self._known(model)) is not None:
-                        save_state(clipper, os.path.join(output_dir, _numbered(i)))
+                        save_state(clipper, os.path.join(output_dir, numbered(STATE_NAME, i)))
+                save_updates(self.updates.clippers, output_dir)
 
         def load(models: list[nn.Module], input_dir: str) -> None:
             for i, model in enumerate(self.accelerator._models):
                 if (clipper := self._known(model)) is not None:
-                    path = os.path.join(input_dir, _numbered(i))
+                    path = os.path.join(input_dir, numbered(STATE_NAME, i))
                     load_state(clipper, path, say=self.accelerator.is_main_process)
+            load_updates(self.updates.clippers, input_dir, say=self.accelerator.is_main_process)
 
         self.accelerator.register_save_state_pre_hook(save)
         self.accelerator.register_load_state_pre_hook(load)
+
+
+def _after(before: Callable[..., None], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, after `before` has seen its arguments."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    return call
 
 
 def _then(original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
@@ -354,10 +435,6 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return step
-
-
-def _numbered(i: int) -> str:
-    return STATE_NAME if i == 0 else STATE_NAME.replace(".", f"_{i}.")
 
 
 def refuse_unsupported(accelerator: Accelerator) -> None:

@@ -18,6 +18,16 @@ from torch import Tensor
 
 from hf_gradclip.clipper import CLIP, Clipper, Decision
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.integrations.optimizer import (
+    Updates,
+    clip_moved,
+    decay_of,
+    innermost,
+    recover_,
+    refuse_own_clip,
+    refuse_recovery,
+)
+from hf_gradclip.optim.clipped import PLACES
 from hf_gradclip.views.local import LocalView
 from hf_gradclip.views.view import UnsupportedBackendError
 from hf_gradclip.views.zero import Bf16, Partition, Stage3, Stage12, ZeroView
@@ -46,13 +56,20 @@ class ZeroSeams:
     Args:
         engine: the prepared engine.
         config: what to do.
+        updates: of the run, where the update clipper is added.
+        loss: gives the reduced loss of the step, for a strategy that judges it.
 
     Raises:
         UnsupportedBackendError: by the setting's name, with what to use instead.
     """
 
-    def __init__(self, engine: Any, config: ClipConfig) -> None:
+    def __init__(
+        self, engine: Any, config: ClipConfig, updates: Updates, loss: Callable[[], Tensor | None] = lambda: None
+    ) -> None:
         refuse_settings(engine, config)
+        refuse_own_clip(innermost(engine.optimizer))
+        self._loss = loss
+        self._updates: ZeroUpdates | None = None
         self._engine = engine
         self._zero = engine.optimizer
         self._decision: Decision | None = None
@@ -66,6 +83,7 @@ class ZeroSeams:
         if name not in _NEEDED:
             self.clipper = Clipper(config, LocalView(engine.module))
             install()
+            updates.watch([self._zero], [engine.module])
             return
         partition, needed = _NEEDED[name]
         missing = [word for word in needed.split() if not hasattr(self._zero, word)]
@@ -77,12 +95,14 @@ class ZeroSeams:
         guarded = bool(getattr(self._zero, "dynamic_loss_scale", False))
         self.view = ZeroView(engine.module, self._zero, partition, torch.device(engine.device), guarded)
         self.clipper = Clipper(config, self.view)
+        if config.update is not None:
+            self._updates = ZeroUpdates(self.view, config, updates)
         install()
 
     def _install_without_zero(self) -> None:
         """Stage 0 in float32: a torch optimizer, stepped by the engine after its all-reduce."""
         self._engine.clip_fp32_gradients = lambda: None
-        self._zero.register_step_pre_hook(lambda *_: self._keep(self.clipper.step()))
+        self._zero.register_step_pre_hook(lambda *_: self._keep(self.clipper.step(self._loss())))
 
     def _keep(self, norm: Tensor) -> None:
         self.norm = norm
@@ -140,7 +160,7 @@ class ZeroSeams:
 
     def _decide(self) -> Tensor:
         """Measure and decide; the norm in the units that the optimizer expects at its seam (loss scale still in)."""
-        decision, action = self.clipper.settle(self.clipper.decide())
+        decision, action = self.clipper.settle(self.clipper.decide(loss=self._loss()))
         self._decision = decision if action == CLIP else None
         self.norm = decision.stats.total
         if self.clipper.step_was_skipped:
@@ -156,8 +176,14 @@ class ZeroSeams:
         zero, optimizer_step, step = self._zero, self._zero._optimizer_step, self._zero.step
 
         def guarded_optimizer_step(_: Any, part: int) -> None:
-            if not self.view.skipping:
+            if self.view.skipping:
+                return
+            if self._updates is None:
                 optimizer_step(part)
+                return
+            self._updates.before(part)
+            optimizer_step(part)
+            self._updates.after(part)
 
         def reported_step(_: Any, closure: Any = None) -> None:
             self._decision, self.norm = None, None
@@ -183,6 +209,58 @@ class ZeroSeams:
 
     def _replace(self, name: str, function: Callable[..., Any]) -> None:
         setattr(self._zero, name, types.MethodType(function, self._zero))
+
+
+class ZeroUpdates:
+    """Clips the updates of whatever optimizer ZeRO steps: one decision after the last part.
+
+    Args:
+        view: of the gradients.
+        config: of the run.
+        updates: of the run, where the clipper is added.
+
+    Raises:
+        UnsupportedBackendError: by the optimizer's name, where its update cannot be recovered.
+    """
+
+    def __init__(self, view: ZeroView, config: ClipConfig, updates: Updates) -> None:
+        seen, self._moved = view.of_updates()
+        self._partition = self._moved.of
+        self._optimizer = innermost(self._partition.zero)
+        self._parts = len(self._moved.parts)
+        self._rates: dict[int, tuple[float, float]] = {}
+        weights = [self._partition.weights(part) for part in range(self._parts)]
+        refuse_recovery(self._optimizer, [weight.dtype for weight in weights])
+        self.clipper = Clipper(config.of_update(), seen, PLACES["update"])
+        updates.add(self._optimizer, self.clipper)
+        updates.say_cost(type(self._optimizer).__name__, sum(4 * weight.numel() for weight in weights))
+
+    @torch.no_grad()
+    def before(self, part: int) -> None:
+        """Copy the weights of a part, into memory that is kept."""
+        weight, group = self._partition.weights(part), self._optimizer.param_groups[self._partition.group_of(part)]
+        if part not in self._moved.memory:
+            self._moved.memory[part] = torch.empty_like(weight)
+        self._moved.memory[part].copy_(weight)
+        self._rates[part] = (float(group["lr"]), decay_of(self._optimizer, group))
+
+    @torch.no_grad()
+    def after(self, part: int) -> None:
+        """Turn the copy into the update; after the last part clip them all."""
+        recover_(self._moved.memory[part], self._partition.weights(part), *self._rates[part])
+        if part < self._parts - 1 or not any(lr for lr, _ in self._rates.values()):
+            return
+        weights, updates, lrs, segments = [], [], [], []
+        for i, pieces in enumerate(self._moved.parts):
+            for piece in pieces:
+                weights.append(self._partition.weights(i).narrow(0, piece.start, piece.length))
+                updates.append(self._moved.memory[i].narrow(0, piece.start, piece.length))
+                lrs.append(self._rates[i][0])
+                segments.append(piece.segment)
+        index = torch.tensor(segments, dtype=torch.int64, device=self.clipper.view.layout.device)
+        if clip_moved(self.clipper, type(self._optimizer).__name__, weights, updates, lrs, index):
+            for i in range(self._parts - 1):  # DeepSpeed itself copies the last part, which it is still stepping
+                self._partition.publish(i)
 
 
 def refuse_settings(engine: Any, config: ClipConfig) -> None:
@@ -214,6 +292,16 @@ def refuse_settings(engine: Any, config: ClipConfig) -> None:
             raise UnsupportedBackendError(
                 f"DeepSpeed with {what}: not supported by hf_gradclip. Use {instead}, or clip=None."
             )
+    if config.fold or not config.skip_sync:
+        word = "fold=True" if config.fold else "skip_sync=False"
+        raise UnsupportedBackendError(
+            f"{word} under DeepSpeed: its step unscales each part itself and reads its own overflow. Leave it out."
+        )
+    if config.update is not None and name == "BF16_Optimizer":
+        raise UnsupportedBackendError(
+            "clipping updates under DeepSpeed's BF16_Optimizer (bf16 with grad_accum_dtype=fp32 in stage 1): not "
+            "supported. Leave grad_accum_dtype out, or use stage 2."
+        )
     if config.nonfinite == "pass" and name in _NEEDED:
         raise UnsupportedBackendError(
             "nonfinite='pass' under DeepSpeed ZeRO: the optimizer itself skips a step with a NaN or inf. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -11,6 +12,7 @@ from hf_gradclip.report import logger
 from hf_gradclip.strategy import flatten, name_of
 
 STATE_NAME = "gradclip.pt"
+UPDATE_NAME = "gradclip_update.pt"
 
 
 def save_state(clipper: Clipper, path: str) -> None:
@@ -32,3 +34,20 @@ def load_state(clipper: Clipper, path: str, say: bool = True) -> None:
     message = clipper.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     if message and say:
         logger.warning("%s: %s", path, message)
+
+
+def save_updates(clippers: Sequence[Clipper], folder: str) -> None:
+    """Write the state of each update clipper of a run."""
+    for i, clipper in enumerate(clippers):
+        save_state(clipper, os.path.join(folder, numbered(UPDATE_NAME, i)))
+
+
+def load_updates(clippers: Sequence[Clipper], folder: str, say: bool = True) -> None:
+    """Take the state of each update clipper of a run, or say what happens instead."""
+    for i, clipper in enumerate(clippers):
+        load_state(clipper, os.path.join(folder, numbered(UPDATE_NAME, i)), say)
+
+
+def numbered(name: str, i: int) -> str:
+    """The file of the i-th model or optimizer: the first has the plain name."""
+    return name if i == 0 else name.replace(".", f"_{i}.")

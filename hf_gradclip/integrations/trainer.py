@@ -15,8 +15,9 @@ from transformers.utils import is_sagemaker_mp_enabled
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.accelerate import Attachment, refuse_unsupported
+from hf_gradclip.integrations.optimizer import innermost
 from hf_gradclip.integrations.startup import check_run
-from hf_gradclip.integrations.state import STATE_NAME, load_state, save_state
+from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, save_state, save_updates
 from hf_gradclip.report import announce, logger
 from hf_gradclip.views.view import UnsupportedBackendError
 
@@ -112,10 +113,7 @@ class GradClipMixin:
         attachment = self._clip_attachment
         if attachment is None:
             return
-        optimizer = self.optimizer
-        while hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
-        started = (weakref.ref(optimizer), getattr(self, "_train_batch_size", None))
+        started = (weakref.ref(innermost(self.optimizer)), getattr(self, "_train_batch_size", None))
         if self._clip_started == started:
             attachment.watch_optimizers()
             return
@@ -155,8 +153,9 @@ class GradClipMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._clip_paused():
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self.clipper is not None and self.args.should_save:
+        if self._clip_attachment is not None and self.clipper is not None and self.args.should_save:
             save_state(self.clipper, os.path.join(output_dir, STATE_NAME))
+            save_updates(self._clip_attachment.updates.clippers, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self._clip_paused():
@@ -165,14 +164,15 @@ class GradClipMixin:
             return
         self._start_clipping()
         if self.clipper is not None:
-            load_state(self.clipper, os.path.join(checkpoint, STATE_NAME), say=self.accelerator.is_main_process)
+            say = self.accelerator.is_main_process
+            load_state(self.clipper, os.path.join(checkpoint, STATE_NAME), say)
+            load_updates(self._clip_attachment.updates.clippers, checkpoint, say)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what clipping did since the last log to the training logs."""
         if "loss" in logs and self.clipper is not None:
             assert self._clip_attachment is not None
-            self._clip_attachment.insist_on_replicas()
-            logs |= self.clipper.report.scalars()
+            logs |= self._clip_attachment.scalars_of(self.clipper)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 

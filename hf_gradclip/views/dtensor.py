@@ -7,18 +7,18 @@ gathered. Scaling is local.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-from hf_gradclip.views.parameters import Parameters, measure, spread_of
+from hf_gradclip.views.parameters import Parameters, Watched, measure, spread_of
 from hf_gradclip.views.view import GradientView
 
 
@@ -26,7 +26,7 @@ class DTensorView(GradientView):
     """The shards of every trainable parameter's gradient, on this rank.
 
     Args:
-        model: with DTensor parameters, of one mesh or several; plain parameters count as replicated over the job.
+        model: or named parameters, with DTensors of one mesh or several; plain ones count as replicated over the job.
         unscale: called before each measurement, to take a loss scale out of the gradients.
         guarded: True if a GradScaler skips the steps with a non-finite gradient.
 
@@ -34,7 +34,7 @@ class DTensorView(GradientView):
         ValueError: if a parameter is placed in a way whose norm cannot be added up from shards.
     """
 
-    def __init__(self, model: nn.Module, unscale: Callable[[], None] | None = None, guarded: bool = False) -> None:
+    def __init__(self, model: Watched, unscale: Callable[[], None] | None = None, guarded: bool = False) -> None:
         self.parameters = Parameters(model)
         self._unscale = unscale
         self._guarded = guarded
@@ -58,6 +58,10 @@ class DTensorView(GradientView):
     def guarded(self) -> bool:
         """True if a GradScaler skips the steps with a non-finite gradient."""
         return self._guarded
+
+    def watched(self) -> Sequence[Tensor]:
+        """The trainable parameters."""
+        return self.parameters.trainable
 
     def reductions(self, needs: Needs) -> int:
         """One, and one more with `max_abs`."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from hf_gradclip.strategy import Needs
@@ -53,6 +53,10 @@ class FlatView(GradientView):
     def guarded(self) -> bool:
         """True if a GradScaler skips the steps with a non-finite gradient."""
         return self._guarded
+
+    def watched(self) -> Sequence[Tensor]:
+        """The trainable parameters."""
+        return self.parameters.trainable
 
     def reductions(self, needs: Needs) -> int:
         """One, and one more with `max_abs`; none where nothing is sharded."""

@@ -5,15 +5,15 @@ Under DDP every rank holds the same reduced gradient, so every rank computes the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-from hf_gradclip.views.parameters import Parameters, measure, spread_of
+from hf_gradclip.views.parameters import Parameters, Watched, measure, spread_of
 from hf_gradclip.views.view import GradientView
 
 
@@ -21,7 +21,8 @@ class LocalView(GradientView):
     """The `.grad` of every trainable parameter of a model.
 
     Args:
-        model: wrapped or not; a tied parameter counts once, a frozen one not at all until it is unfrozen.
+        model: wrapped or not, or named parameters; a tied one counts once, a frozen one not at all until it is
+            unfrozen.
         unscale: called before each measurement, to take a loss scale out of the gradients.
         guarded: True if a GradScaler skips the steps with a non-finite gradient.
 
@@ -29,7 +30,7 @@ class LocalView(GradientView):
         ValueError: if no parameter is trainable.
     """
 
-    def __init__(self, model: nn.Module, unscale: Callable[[], None] | None = None, guarded: bool = False) -> None:
+    def __init__(self, model: Watched, unscale: Callable[[], None] | None = None, guarded: bool = False) -> None:
         self.parameters = Parameters(model)
         self._unscale = unscale
         self._guarded = guarded
@@ -49,6 +50,10 @@ class LocalView(GradientView):
     def guarded(self) -> bool:
         """True if a GradScaler skips the steps with a non-finite gradient."""
         return self._guarded
+
+    def watched(self) -> Sequence[Tensor]:
+        """The trainable parameters."""
+        return self.parameters.trainable
 
     def reductions(self, needs: Needs) -> int:
         """None: every rank holds everything."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from hf_gradclip.kernels import eager
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
+Watched = nn.Module | Sequence[tuple[str, Tensor]]
+"""A model, or named parameters."""
+
 _INNER = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -19,23 +22,23 @@ class Parameters:
     """The trainable parameters of a model: a tied one once, a frozen one not at all until it is unfrozen.
 
     Args:
-        model: wrapped by DDP or torch.compile, or not.
+        model: wrapped by DDP or torch.compile, or not; or named parameters, those of an optimizer, say.
 
     Raises:
         ValueError: if no parameter is trainable.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = unwrap(model)
+    def __init__(self, model: Watched) -> None:
+        self._source = unwrap(model) if isinstance(model, nn.Module) else model
         self._read()
 
     def _read(self) -> None:
-        named = list(named_parameters(self._model))
+        named = list(named_parameters(self._source) if isinstance(self._source, nn.Module) else self._source)
         self.trainable = [p for _, p in named if p.requires_grad]
         self._frozen = [p for _, p in named if not p.requires_grad]
         if not self.trainable:
             raise ValueError(
-                f"{type(self._model).__name__} has no trainable parameter (requires_grad=True), so there is nothing "
+                f"{type(self._source).__name__} has no trainable parameter (requires_grad=True), so there is nothing "
                 "to clip. Unfreeze or add some before training."
             )
         names = tuple(name for name, p in named if p.requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -47,6 +48,10 @@ class GradientView(ABC):
             needs: what to measure beside the norms.
             rescale: divide by the largest element before squaring, for gradients whose squares overflow.
         """
+
+    def watched(self) -> Sequence[Tensor]:
+        """The parameters whose `.grad` this view shows; empty where the gradients are not there."""
+        return ()
 
     def spread(self) -> Tensor | None:
         """How far apart the replicas of a gradient were in the last measurement, before it was reduced.

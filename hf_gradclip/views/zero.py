@@ -7,6 +7,7 @@ loss after DeepSpeed's loss scale is taken out. This file reads the optimizer's 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,22 @@ class Partition(ABC):
     def flat(self, part: int) -> Tensor:
         """The float32 gradient of a part while it is being stepped, 1-D."""
 
+    def weights(self, part: int) -> Tensor:
+        """The float32 weights of a part on this rank, 1-D.
+
+        Raises:
+            NotImplementedError: where updates cannot be clipped.
+        """
+        raise NotImplementedError
+
+    def group_of(self, part: int) -> int:
+        """The optimizer's parameter group of a part."""
+        return part
+
+    def publish(self, part: int) -> None:
+        """Copy a part's float32 weights to where the model has its own, again."""
+        raise NotImplementedError
+
     @property
     def loss_scale(self) -> float:
         """What the gradients are multiplied by before the unscale seam."""
@@ -107,6 +124,15 @@ class Stage12(Partition):
         """See Partition."""
         return self.zero.single_partition_of_fp32_groups[part].grad
 
+    def weights(self, part: int) -> Tensor:
+        """See Partition."""
+        return self.zero.single_partition_of_fp32_groups[part].data
+
+    def publish(self, part: int) -> None:
+        """See Partition."""
+        rank = dist.get_rank(group=self.zero.real_dp_process_group[part])
+        self.zero.parallel_partitioned_bit16_groups[part][rank].data.copy_(self.weights(part))
+
 
 def _exactly(grad: Tensor, piece: Piece) -> Tensor:
     """The flat memory of a piece, which DeepSpeed's list may follow with padding that it does not mark."""
@@ -149,6 +175,18 @@ class Stage3(Partition):
         """See Partition."""
         return self.zero.fp32_partitioned_groups_flat[part].grad
 
+    def weights(self, part: int) -> Tensor:
+        """See Partition."""
+        return self.zero.fp32_partitioned_groups_flat[part].data
+
+    def group_of(self, part: int) -> int:
+        """See Partition."""
+        return int(self.zero.sub_group_to_group_id[part])
+
+    def publish(self, part: int) -> None:
+        """See Partition."""
+        self.zero._reassign_or_swap_out_partitioned_parameters(part)
+
 
 class Bf16(Partition):
     """BF16_Optimizer: stage 1 with float32 accumulation, where every rank holds the whole reduced gradient."""
@@ -178,6 +216,41 @@ class Bf16(Partition):
     def group(self) -> Any:
         """Every rank holds everything, so nothing is added up."""
         return None
+
+
+class Moved(Partition):
+    """The same pieces of what a step did to the weights: memory that is put here part by part.
+
+    Args:
+        of: where the gradients are.
+    """
+
+    def __init__(self, of: Partition) -> None:
+        self.of = of
+        self.zero = of.zero
+        self.parts = of.parts
+        self.kind = of.kind
+        self.memory: dict[int, Tensor] = {}
+
+    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+        return self.parts
+
+    def measured(self) -> list[Tensor | None]:
+        """See Partition."""
+        return [
+            self.memory[i].narrow(0, piece.start, piece.length) if i in self.memory else None
+            for i, pieces in enumerate(self.parts)
+            for piece in pieces
+        ]
+
+    def flat(self, part: int) -> Tensor:
+        """See Partition."""
+        return self.memory[part]
+
+    @property
+    def loss_scale(self) -> float:
+        """Weights are never scaled."""
+        return 1.0
 
 
 class ZeroView(GradientView):
@@ -263,6 +336,13 @@ class ZeroView(GradientView):
         eager.scale_(memory, plan.scale_S.expand(len(self._layout))[segments].to(home))
         if plan.bound_S is not None:
             eager.clamp_(memory, plan.bound_S[segments].to(home))
+
+    def of_updates(self) -> tuple[ZeroView, Moved]:
+        """A view of the same pieces of the updates, and the memory to put them in."""
+        view = copy.copy(self)
+        view._partition = moved = Moved(self._partition)
+        view._guarded = False
+        return view, moved
 
     def drop_(self) -> None:
         """Let the coming parts be left alone; whoever steps them reads `skipping`."""

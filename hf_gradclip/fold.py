@@ -1,0 +1,84 @@
+"""Hand a step's coefficient and skip flag to a fused optimizer, instead of writing gradients or reading a flag.
+
+torch's fused optimizers read two attributes that `GradScaler` sets on them: they divide every gradient by `grad_scale`
+as they read it, and do nothing at all where `found_inf` is 1. Both stay on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_gradclip.strategy import SpecError, Strategy, name_of, parts_of
+from hf_gradclip.types import ClipPlan
+from hf_gradclip.views.view import GradientView, UnsupportedBackendError
+
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
+
+
+class Fold:
+    """The coming step of one fused optimizer. What is handed over is taken back after every step.
+
+    Args:
+        optimizer: torch's fused AdamW, Adam, SGD or Adagrad, over all parameters of the view.
+        view: where the gradients are.
+        strategy: what decides.
+        scale: hand over the coefficient; else the gradients are written as usual.
+        skip: hand over the skip flag; else a skipped step has no gradients.
+
+    Raises:
+        SpecError: for a strategy whose plan is not one number.
+        UnsupportedBackendError: for another optimizer, or where something else sets the two attributes.
+    """
+
+    def __init__(self, optimizer: Any, view: GradientView, strategy: Strategy, scale: bool, skip: bool) -> None:
+        self.scale = scale
+        self.skip = skip
+        self._optimizer = optimizer
+        self._refuse(optimizer, view, strategy)
+        optimizer.register_step_post_hook(lambda *_: self._take_back())
+
+    def hand(self, plan: ClipPlan, skip: Tensor) -> None:
+        """Give the optimizer what this step needs. `skip` is a 0-d bool on the device."""
+        if self.scale:
+            if plan.scale_S.ndim:
+                raise SpecError("fold=True: the strategy gave a scale per parameter, where one number is needed.")
+            self._optimizer.grad_scale = plan.scale_S.reciprocal().float()
+        if self.skip:
+            self._optimizer.found_inf = skip.float()
+
+    def _take_back(self) -> None:
+        for name in ("grad_scale", "found_inf"):
+            if hasattr(self._optimizer, name):
+                delattr(self._optimizer, name)
+
+    def _refuse(self, optimizer: Any, view: GradientView, strategy: Strategy) -> None:
+        word = "fold=True" if self.scale else "skip_sync=False"
+        instead = "fold=False" if self.scale else "skip_sync=True"
+        if self.scale:
+            for part in parts_of(strategy):
+                if part.per_parameter or part.bounds:
+                    raise SpecError(
+                        f"fold=True with {name_of(part)}: a fused optimizer takes one number for all gradients. "
+                        "Use a strategy of the whole gradient (zclip, global_norm, autoclip), or fold=False."
+                    )
+        kind = type(optimizer)
+        if kind not in FUSED or not all(group.get("fused") for group in optimizer.param_groups):
+            known = ", ".join(cls.__name__ for cls in FUSED)
+            raise UnsupportedBackendError(
+                f"{word} with {kind.__module__}.{kind.__qualname__}: must be torch.optim's {known} with fused=True "
+                f"(optim='adamw_torch_fused' in the Trainer), which read it on the device. Use {instead}."
+            )
+        if view.guarded:
+            raise UnsupportedBackendError(
+                f"{word} under a GradScaler: it sets the same attributes of the optimizer. Use bf16, or {instead}."
+            )
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        theirs = {id(p) for p in view.watched()}
+        if mine != theirs:
+            raise UnsupportedBackendError(
+                f"{word}: the optimizer steps {len(mine)} parameters and the gradient is of {len(theirs)}. One "
+                f"optimizer must hold all trainable parameters. Use {instead}."
+            )

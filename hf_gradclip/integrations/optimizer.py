@@ -1,0 +1,301 @@
+"""Clip what any optimizer does to the weights: its update is recovered from the weights before and after its step.
+
+u = (w (1 - lr decay) - w') / lr, with the decay only where the optimizer applies it apart from the gradient. It costs
+one copy of this process's weights, which becomes the update. The optimizers of hf_gradclip.optim need none of this:
+they write their update where the gradient was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradclip.clipper import CLIP, NONFINITE, Clipper, NonFiniteError
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.optim.clipped import PLACES, ClippedOptimizer, local
+from hf_gradclip.report import announce
+from hf_gradclip.types import ClipPlan
+from hf_gradclip.views import view_of
+from hf_gradclip.views.parameters import named_parameters
+from hf_gradclip.views.view import UnsupportedBackendError
+
+_DECOUPLED = ("AdamW", "Lion", "Muon", "Adafactor")
+_COUPLED = ("SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD")
+
+
+class Updates:
+    """The update clippers of a run, one per optimizer.
+
+    Args:
+        config: of the run; its `update` is what is done.
+        say: whether this process speaks.
+    """
+
+    def __init__(self, config: ClipConfig, say: bool) -> None:
+        self._config = config
+        self._say = say
+        self._known: weakref.WeakKeyDictionary[Any, Clipper] = weakref.WeakKeyDictionary()
+
+    @property
+    def clippers(self) -> list[Clipper]:
+        """In the order in which the optimizers came."""
+        return list(self._known.values())
+
+    def watch(self, optimizers: Iterable[Any], models: Iterable[nn.Module]) -> None:
+        """Clip the updates of the optimizers that are new, as far as their parameters belong to the models.
+
+        Raises:
+            UnsupportedBackendError: by the optimizer's name, where its update cannot be clipped.
+        """
+        models = list(models)
+        for optimizer in map(innermost, optimizers):
+            if optimizer in self._known:
+                continue
+            refuse_own_clip(optimizer)
+            if self._config.update is None:
+                continue
+            mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+            named = [(name, p) for model in models for name, p in named_parameters(model) if id(p) in mine]
+            if not named:
+                continue  # its model is not prepared yet
+            if any(type(module).__name__ == "FullyShardedDataParallel" for m in models for module in m.modules()):
+                raise UnsupportedBackendError(
+                    "clipping updates under FSDP1: its flat shards do not follow the parameters. Use FSDP2 "
+                    "(fsdp_version: 2)."
+                )
+            prefix = PLACES["update"] + (f"_{len(self._known)}" if self._known else "")
+            clipper = Clipper(self._config.of_update(), view_of(named), prefix)
+            if isinstance(optimizer, ClippedOptimizer):
+                optimizer.update_clipper = clipper
+            else:
+                WeightDifference(optimizer, clipper)
+                self.say_cost(type(optimizer).__name__, sum(4 * local(p).numel() for _, p in named))
+            self._known[optimizer] = clipper
+
+    def add(self, owner: Any, clipper: Clipper) -> None:
+        """Take in the clipper of an optimizer whose seam is elsewhere."""
+        self._known[owner] = clipper
+
+    def say_cost(self, name: str, size: int) -> None:
+        """Once per optimizer: what the recovery keeps in memory. `size` is in bytes."""
+        if self._say:
+            announce(
+                f"clip: updates of {name} are recovered from the weights before and after its step, which keeps a copy "
+                f"of this process's weights ({size / 2**20:.1f} MiB). hf_gradclip.optim needs none."
+            )
+
+    def reset(self) -> None:
+        """Start all statistics anew."""
+        for clipper in self.clippers:
+            clipper.reset()
+
+    def scalars(self) -> dict[str, float]:
+        """The `clip_update/` values since the last call. One host read per optimizer."""
+        found: dict[str, float] = {}
+        for clipper in self.clippers:
+            found |= clipper.report.scalars()
+        return found
+
+
+class WeightDifference:
+    """Clips the updates of a torch optimizer around its step.
+
+    Args:
+        optimizer: with float32 or float64 weights, and a learning rate in its groups.
+        clipper: over the optimizer's trainable parameters; its view is shown the update in the place of the gradient.
+
+    Raises:
+        UnsupportedBackendError: by the optimizer's name, where its update cannot be recovered.
+    """
+
+    def __init__(self, optimizer: Any, clipper: Clipper) -> None:
+        refuse_recovery(optimizer, [p.dtype for p in clipper.view.watched()])
+        self._name = type(optimizer).__name__
+        self._clipper = clipper
+        self._copies: dict[int, Tensor] = {}
+        self._stepping: dict[int, tuple[float, float]] = {}
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, optimizer: Any, *_: Any) -> None:
+        """Copy the weights that will move, into memory that is kept."""
+        self._stepping = {}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is None or not p.requires_grad:
+                    continue
+                weight = local(p.detach())
+                if id(p) not in self._copies:
+                    self._copies[id(p)] = torch.empty_like(weight)
+                self._copies[id(p)].copy_(weight)
+                self._stepping[id(p)] = (float(group["lr"]), decay_of(optimizer, group))
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        """Turn the copies into updates, clip them where the gradients were, and take back what is too much."""
+        if not any(lr for lr, _ in self._stepping.values()):
+            return
+        watched = self._clipper.view.watched()
+        grads = [p.grad for p in watched]
+        moving = [i for i, p in enumerate(watched) if id(p) in self._stepping]
+        weights = [local(watched[i].detach()) for i in moving]
+        updates = [self._copies[id(watched[i])] for i in moving]
+        rates = [self._stepping[id(watched[i])] for i in moving]
+        for update, weight, (lr, decay) in zip(updates, weights, rates, strict=True):
+            recover_(update, weight, lr, decay)
+        try:
+            for p in watched:
+                p.grad = None
+            for i, update in zip(moving, updates, strict=True):
+                watched[i].grad = like(watched[i], update)
+            segments = torch.tensor(moving, device=self._clipper.view.layout.device)
+            clip_moved(self._clipper, self._name, weights, updates, [lr for lr, _ in rates], segments)
+        finally:
+            for p, grad in zip(watched, grads, strict=True):
+                p.grad = grad
+
+
+def clip_moved(
+    clipper: Clipper,
+    name: str,
+    weights: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    lrs: Sequence[float],
+    segments: Tensor,
+) -> bool:
+    """Decide on updates that are in the weights already, and take back what is too much.
+
+    Args:
+        clipper: whose view shows the updates.
+        name: of the optimizer, for messages.
+        weights: after the step, flat or not.
+        updates: of the same shapes.
+        lrs: learning rate per entry.
+        segments: the segment of each entry, int64, shape (len(weights),).
+
+    Returns:
+        Whether any weight was changed again, as far as is known without a read.
+
+    Raises:
+        NonFiniteError: for an update with a NaN or inf, unless the policy is "pass": it cannot be taken back.
+    """
+    decision, action = clipper.settle(clipper.decide())
+    if action == NONFINITE and clipper.config.nonfinite != "pass":
+        raise NonFiniteError(
+            f"The update of {name} is NaN or inf, and is in the weights by now. The gradient was finite, so look at "
+            "the moments and eps. Resume from the last checkpoint; nonfinite='pass' goes on regardless."
+        )
+    if action == CLIP:
+        correct_(weights, updates, lrs, decision.plan, segments, len(clipper.view.layout), clipper.view.apply_)
+    return action == CLIP
+
+
+def recover_(copy: Tensor, weight: Tensor, lr: float, decay: float) -> None:
+    """copy <- ((1 - lr decay) copy - weight) / lr: the weights before the step become its update; 0 where lr is 0."""
+    if lr == 0:
+        copy.zero_()
+    else:
+        copy.mul_(1 - lr * decay).sub_(weight).div_(lr)
+
+
+def correct_(
+    weights: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    lrs: Sequence[float],
+    plan: ClipPlan,
+    segments: Tensor,
+    size: int,
+    apply_: Callable[[ClipPlan], None],
+) -> None:
+    """w' <- w' + lr (u - clip(u)) where the plan clips; a weight that it does not clip keeps every bit."""
+    rate = torch.tensor(lrs, dtype=torch.float32, device=segments.device)
+    rates = torch.where(plan.clipped_S.expand(size)[segments], rate, 0.0)
+    for weight, update, lr in zip(weights, updates, rates, strict=True):
+        weight.addcmul_(update, lr.to(weight.device, weight.dtype, non_blocking=True))
+    apply_(plan)
+    for weight, update, lr in zip(weights, updates, rates, strict=True):
+        weight.addcmul_(update, lr.to(weight.device, weight.dtype, non_blocking=True), value=-1)
+
+
+def like(parameter: Tensor, memory: Tensor) -> Tensor:
+    """This process's memory as a tensor that can be the parameter's gradient."""
+    if not hasattr(parameter, "device_mesh"):
+        return memory
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        memory,
+        parameter.device_mesh,
+        parameter.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of Accelerate and DeepSpeed."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def decay_of(optimizer: Any, group: dict[str, Any]) -> float:
+    """The weight decay that the optimizer applies to the weights, times lr; 0 where it goes through the gradient."""
+    decay = float(group.get("weight_decay") or 0.0)
+    return decay if decay and _is_decoupled(optimizer, group) else 0.0
+
+
+def _is_decoupled(optimizer: Any, group: dict[str, Any]) -> bool | None:
+    """None where nobody says."""
+    if "decoupled_weight_decay" in group:
+        return bool(group["decoupled_weight_decay"])
+    if hasattr(optimizer, "adam_w_mode"):  # DeepSpeed's FusedAdam and DeepSpeedCPUAdam
+        return bool(optimizer.adam_w_mode)
+    name = type(optimizer).__name__
+    return True if name in _DECOUPLED else False if name in _COUPLED else None
+
+
+def refuse_own_clip(optimizer: Any) -> None:
+    """Stop where an optimizer clips by itself and this integration would too.
+
+    Raises:
+        UnsupportedBackendError: with what to use instead.
+    """
+    if isinstance(optimizer, ClippedOptimizer) and optimizer.clips_itself:
+        raise UnsupportedBackendError(
+            f"hf_gradclip.optim.{type(optimizer).__name__}(clip=..., update_clip=...) under GradClipTrainer or "
+            "attach(): both would clip. Leave them out of the optimizer and say "
+            "clip={'gradient': ..., 'update': ...} in the Trainer or attach()."
+        )
+
+
+def refuse_recovery(optimizer: Any, dtypes: Sequence[torch.dtype]) -> None:
+    """Stop where an update cannot be told from the weights.
+
+    Raises:
+        UnsupportedBackendError: by the optimizer's name, with what to use instead.
+    """
+    name = type(optimizer).__name__
+    low = sorted({str(dtype) for dtype in dtypes if dtype not in (torch.float32, torch.float64)})
+    if low:
+        raise UnsupportedBackendError(
+            f"clipping updates of {name} on {', '.join(low)} weights: an update is smaller than their rounding. Use "
+            "float32 weights with bf16=True (autocast), or an optimizer of hf_gradclip.optim."
+        )
+    for group in optimizer.param_groups:
+        if group.get("lr") is None:
+            raise UnsupportedBackendError(
+                f"clipping updates of {name}(lr=None): it makes its own learning rate, so the update is not known. Set "
+                "lr (Adafactor: relative_step=False)."
+            )
+        if group.get("weight_decay") and _is_decoupled(optimizer, group) is None:
+            raise UnsupportedBackendError(
+                f"clipping updates of {name}(weight_decay={group['weight_decay']}): is the decay a part of the "
+                "gradient or apart from it? Put decoupled_weight_decay=True or False into its parameter groups."
+            )

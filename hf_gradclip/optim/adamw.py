@@ -1,0 +1,165 @@
+"""AdamW and Adam: a direction from two moments, the second one in the denominator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local
+
+
+class _Moments(ClippedOptimizer):
+    """u = m_hat / (sqrt(v_hat) + eps)."""
+
+    def _direct(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Direction:
+        states = [self._moments_of(p, group["amsgrad"]) for p in params]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        counts = [float(step) for step in steps]
+        beta1, beta2 = group["betas"]
+        means = [local(state["exp_avg"]) for state in states]
+        squares = [local(state["exp_avg_sq"]) for state in states]
+
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        if group["amsgrad"]:
+            largest = [local(state["max_exp_avg_sq"]) for state in states]
+            torch._foreach_maximum_(largest, squares)
+            squares = largest
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, [(1 - beta2**count) ** 0.5 for count in counts])
+        torch._foreach_add_(denominators, group["eps"])
+        return Direction(means, list(denominators), [1 / (1 - beta1**count) for count in counts])
+
+    def _moments_of(self, p: Tensor, amsgrad: bool) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = self._zeros(p)
+            state["exp_avg_sq"] = self._zeros(p)
+        if amsgrad and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = self._zeros(p)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("amsgrad", False)
+            group.setdefault("fused", None)
+            group.setdefault("decoupled_weight_decay", self.defaults["decoupled_weight_decay"])
+
+
+class AdamW(_Moments):
+    """torch.optim.AdamW, arguments, state and arithmetic, with `clip=` and `update_clip=`.
+
+    w <- w (1 - lr weight_decay) - lr clip(u), u = m_hat / (sqrt(v_hat) + eps). Weight decay is outside the clip. After
+    `step()` with `update_clip`, `.grad` holds the clipped update.
+
+    Args:
+        params: parameters, groups of them, or named parameters.
+        lr: learning rate; >= 0.
+        betas: of the two moments; each in [0, 1).
+        eps: added to the denominator; >= 0.
+        weight_decay: decoupled, times lr; >= 0.
+        amsgrad: use the largest second moment so far.
+        maximize: ascend.
+        foreach, capturable, differentiable, fused: as torch writes them into checkpoints; only the foreach form exists.
+        clip: for the gradients; see ClippedOptimizer.
+        update_clip: for the updates; see ClippedOptimizer.
+
+    References:
+        Loshchilov, Hutter, "Decoupled Weight Decay Regularization", 2019, arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        clip: Any = None,
+        update_clip: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, defaults, clip, update_clip)
+
+
+class Adam(_Moments):
+    """torch.optim.Adam, arguments, state and arithmetic, with `clip=` and `update_clip=`.
+
+    As AdamW, with weight decay added to the gradient after it was clipped, and so inside the update that
+    `update_clip` limits, unless `decoupled_weight_decay`.
+
+    Args:
+        params: parameters, groups of them, or named parameters.
+        lr: learning rate; >= 0.
+        betas: of the two moments; each in [0, 1).
+        eps: added to the denominator; >= 0.
+        weight_decay: times the weight, added to the gradient; >= 0.
+        amsgrad: use the largest second moment so far.
+        foreach, capturable, differentiable, fused: as torch writes them into checkpoints; only the foreach form exists.
+        maximize: ascend.
+        decoupled_weight_decay: decay the weights as AdamW does.
+        clip: for the gradients; see ClippedOptimizer.
+        update_clip: for the updates; see ClippedOptimizer.
+
+    References:
+        Kingma, Ba, "Adam: A Method for Stochastic Optimization", 2015, arXiv 1412.6980.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        clip: Any = None,
+        update_clip: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults, clip, update_clip)

@@ -1,0 +1,116 @@
+"""RMSprop: the gradient over the root of a moving average of its squares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local
+
+
+class RMSprop(ClippedOptimizer):
+    """torch.optim.RMSprop, arguments, state and arithmetic, with `clip=`, `update_clip=` and `bias_correction=`.
+
+    w <- w - lr clip(u), u = g / (sqrt(v) + eps), or a momentum buffer of it. v starts at 0 and is not corrected for it,
+    so the first update is sign(g) / sqrt(1 - alpha): 10 times a usual one for 0.99, and 3.2 times after ten steps. An
+    update clip binds there; `bias_correction=True` removes it by v / (1 - alpha^t). After `step()` with `update_clip`,
+    `.grad` holds the clipped update.
+
+    Args:
+        params: parameters, groups of them, or named parameters.
+        lr: learning rate; >= 0.
+        alpha: weight of the past in the average of squares; in [0, 1).
+        eps: added to the denominator; >= 0.
+        weight_decay: times the weight, added to the gradient after it was clipped; >= 0.
+        momentum: of the normalised gradient; >= 0.
+        centered: subtract the square of the average gradient from the average of squares.
+        capturable, foreach, differentiable: as torch writes them into checkpoints; only the foreach form exists.
+        maximize: ascend.
+        bias_correction: divide both averages by 1 - alpha^t, as Adam does; torch's optimizer has no such option.
+        clip: for the gradients; see ClippedOptimizer.
+        update_clip: for the updates; see ClippedOptimizer.
+
+    References:
+        Hinton, "Neural Networks for Machine Learning", lecture 6, 2012; Graves, 2013, arXiv 1308.0850 (centered).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        bias_correction: bool = False,
+        clip: Any = None,
+        update_clip: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "alpha": alpha,
+            "eps": eps,
+            "centered": centered,
+            "weight_decay": weight_decay,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "bias_correction": bias_correction,
+        }
+        super().__init__(params, defaults, clip, update_clip)
+
+    def _direct(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Direction:
+        states = [self._averages_of(p, group) for p in params]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        alpha, ones = group["alpha"], [1.0] * len(params)
+        squares = [local(state["square_avg"]) for state in states]
+        torch._foreach_mul_(squares, alpha)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - alpha)
+
+        corrections = [1 - alpha ** float(step) if group["bias_correction"] else 1.0 for step in steps]
+        if group["centered"]:
+            means = [local(state["grad_avg"]) for state in states]
+            torch._foreach_lerp_(means, grads, 1 - alpha)
+            denominators = torch._foreach_addcmul(squares, means, means, [-1 / c for c in corrections])
+            torch._foreach_sqrt_(denominators)
+        else:
+            denominators = torch._foreach_sqrt(squares)
+        if group["bias_correction"]:
+            torch._foreach_div_(denominators, [c**0.5 for c in corrections])
+        torch._foreach_add_(denominators, group["eps"])
+        if group["momentum"] == 0:
+            return Direction(grads, list(denominators), ones)
+        buffers = [local(state["momentum_buffer"]) for state in states]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_addcdiv_(buffers, grads, denominators)
+        return Direction(buffers, None, ones)
+
+    def _averages_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["square_avg"] = self._zeros(p)
+        if group["momentum"] > 0 and "momentum_buffer" not in state:
+            state["momentum_buffer"] = self._zeros(p)
+        if group["centered"] and "grad_avg" not in state:
+            state["grad_avg"] = self._zeros(p)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("momentum", 0)
+            group.setdefault("centered", False)
+            group.setdefault("bias_correction", self.defaults["bias_correction"])

@@ -1,0 +1,99 @@
+"""SGD: the gradient, or momentum, heavy-ball or Nesterov's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local
+
+
+class SGD(ClippedOptimizer):
+    """torch.optim.SGD, arguments, state and arithmetic, with `clip=` and `update_clip=`.
+
+    w <- w - lr clip(u), u = b with b <- momentum b + (1 - dampening) g, or g + momentum b for Nesterov. With clipped
+    gradients of norm c a step is at most lr c / (1 - momentum) long, with clipped updates lr c. After `step()` with
+    `update_clip`, `.grad` holds the clipped update.
+
+    Args:
+        params: parameters, groups of them, or named parameters.
+        lr: learning rate; >= 0.
+        momentum: weight of the past; >= 0.
+        dampening: of the gradient's share in the momentum.
+        weight_decay: times the weight, added to the gradient after it was clipped; >= 0.
+        nesterov: look ahead; needs momentum > 0 and dampening 0.
+        maximize: ascend.
+        foreach, differentiable, fused: as torch writes them into checkpoints; only the foreach form exists.
+        clip: for the gradients; see ClippedOptimizer.
+        update_clip: for the updates; see ClippedOptimizer.
+
+    Raises:
+        ValueError: for nesterov without momentum, or with dampening.
+
+    References:
+        Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep learning", 2013.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        clip: Any = None,
+        update_clip: Any = None,
+    ) -> None:
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"SGD(nesterov=True, momentum={momentum}, dampening={dampening}): needs momentum > 0 and dampening = 0."
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, clip, update_clip)
+
+    def _direct(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Direction:
+        ones = [1.0] * len(params)
+        if group["momentum"] == 0:
+            return Direction(grads, None, ones)
+        fresh = [self.state[p].get("momentum_buffer") is None for p in params]
+        for p, new in zip(params, fresh, strict=True):
+            if new:
+                self.state[p]["momentum_buffer"] = self._zeros(p)
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
+        if group["dampening"] != 0:
+            for buffer, grad, new in zip(buffers, grads, fresh, strict=True):
+                if new:
+                    buffer.copy_(grad)
+        if not group["nesterov"]:
+            return Direction(buffers, None, ones)
+        if self.update_clipper is None:
+            return Direction(list(torch._foreach_add(grads, buffers, alpha=group["momentum"])), None, ones)
+        torch._foreach_add_(grads, buffers, alpha=group["momentum"])
+        return Direction(grads, None, ones)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("nesterov", False)
+            group.setdefault("fused", None)

@@ -1,0 +1,107 @@
+"""Leave a step out whose norm, or loss, is far above those before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_gradclip.strategy import Needs, State, Strategy, check_types, require
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+
+
+class SkipStepState(NamedTuple):
+    """The last values in a ring, shape (window,), and how many were ever written, 0-d."""
+
+    norms: Tensor
+    norms_seen: Tensor
+    losses: Tensor
+    losses_seen: Tensor
+
+
+@dataclass(frozen=True)
+class SkipStep(Strategy):
+    """Skip a step whose value lies more than `sigmas` deviations above the mean of the last `window` values.
+
+    The value is the norm of the whole gradient, the loss, or each of them. Mean and (unbiased) deviation are of the
+    values before this one, and nothing is skipped until `min_values` of them are known. A skip is exact: no weight,
+    moment, decay or counter moves. Clipping is left to others: `skip_step+zclip`.
+
+    The published rule is kept, with three holes closed. A NaN or inf is kept out of the window, where it would skip
+    every step for `window` steps; a skipped finite value is let in, so that a lasting change of level is accepted
+    after a few steps. The deviation is at least `min_sigma` * mean, so that constant values do not make every change
+    an outlier. The window is saved with the checkpoint.
+
+    Args:
+        window: values remembered; >= 2.
+        sigmas: deviations above the mean at which a step is skipped; > 0.
+        min_values: values known before the first skip; 2 to `window`.
+        on: "norm", "loss" or "both" (skip if either stands out). The loss is the mean over ranks and micro-batches;
+            Trainer and `attach` provide it, in a torch loop it is `clipper.step(loss=loss)`.
+        log_norm: judge the logarithm of the norm, whose distribution is less skewed.
+        min_sigma: least deviation as a share of the mean (of the norm itself where its logarithm is judged); >= 0.
+
+    References:
+        OLMo-core, SkipStepOptimizer, commit fa6c501; "2 OLMo 2 Furious", 2025, arXiv 2501.00656.
+    """
+
+    window: int = 128
+    sigmas: float = 6.0
+    min_values: int = 64
+    on: str = "norm"
+    log_norm: bool = False
+    min_sigma: float = 0.05
+
+    skips = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self, "window", lambda v: v >= 2, "must be >= 2. OLMo uses 128.")
+        require(self, "sigmas", lambda v: v > 0, "must be > 0. OLMo uses 6.")
+        require(
+            self, "min_values", lambda v: 2 <= v <= self.window, f"must be 2 to window ({self.window}). OLMo uses 64."
+        )
+        require(self, "on", lambda v: v in ("norm", "loss", "both"), "must be norm, loss or both.")
+        require(self, "min_sigma", lambda v: v >= 0, "must be >= 0. The default is 0.05.")
+
+    @property
+    def needs(self) -> Needs:
+        """The loss, if it is judged."""
+        return Needs(loss=self.on != "norm")
+
+    def init(self, layout: Layout) -> State:
+        """No value seen yet."""
+        ring = torch.zeros(self.window, dtype=layout.dtype, device=layout.device)
+        seen = torch.zeros((), dtype=torch.int64, device=layout.device)
+        return SkipStepState(ring, seen, ring.clone(), seen.clone())
+
+    def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
+        """Scale nothing; say whether to skip."""
+        skip = torch.zeros((), dtype=torch.bool, device=stats.sumsq_S.device)
+        threshold = None
+        if self.on != "loss":
+            norm = stats.total.log() if self.log_norm else stats.total
+            limit, norms, norms_seen = self._judge(norm, state.norms, state.norms_seen, self.log_norm)
+            skip = skip | ~(norm <= limit)
+            threshold = limit.exp() if self.log_norm else limit
+            state = state._replace(norms=norms, norms_seen=norms_seen)
+        if self.on != "norm":
+            assert stats.loss is not None  # needs says so
+            limit, losses, losses_seen = self._judge(stats.loss, state.losses, state.losses_seen, False)
+            skip = skip | ~(stats.loss <= limit)
+            state = state._replace(losses=losses, losses_seen=losses_seen)
+        return ClipPlan(stats.sumsq_S.new_ones(()), threshold=threshold, skip=skip), state
+
+    def _judge(self, value: Tensor, ring: Tensor, seen: Tensor, log: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The limit of this step, from the values before it, and the ring with the value in it if it is finite."""
+        place = torch.arange(self.window, device=ring.device)
+        known, count = place < seen, seen.clamp(2, self.window)
+        mean = torch.where(known, ring, 0.0).sum() / count
+        sigma = (torch.where(known, ring - mean, 0.0).square().sum() / (count - 1)).sqrt()
+        least = self.min_sigma * (torch.ones_like(mean) if log else mean.abs())
+        limit = torch.where(seen >= self.min_values, mean + self.sigmas * torch.maximum(sigma, least), float("inf"))
+        written = value.isfinite()
+        ring = torch.where(written & (place == seen % self.window), value, ring)
+        return limit, ring, seen + written
