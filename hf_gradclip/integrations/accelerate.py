@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.integrations.loss import StepLoss
 from hf_gradclip.integrations.optimizer import Updates, innermost
-from hf_gradclip.integrations.startup import insist_on_one_layout, world_size
+from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
+from hf_gradclip.integrations.startup import insist_on_one_layout
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
-from hf_gradclip.optim.clipped import ClippedOptimizer
 from hf_gradclip.report import announce
 from hf_gradclip.strategy import name_of
 from hf_gradclip.views import view_of
@@ -33,11 +34,6 @@ from hf_gradclip.views.parameters import unwrap
 from hf_gradclip.views.view import UnsupportedBackendError
 
 SPREAD = 1e-6
-_OWN = "the backend's own clipping: clip=None in the Trainer, or no attach()"
-_REFUSED = {
-    "MEGATRON_LM": "Megatron-LM clips inside its own step. Set its clip_grad, or use FSDP2 or DDP through Accelerate.",
-    "XLA": f"XLA traces the step, and hf_gradclip reads a flag in it. Use {_OWN}.",
-}
 
 
 def attach(
@@ -98,7 +94,7 @@ class Attachment:
         self._of_optimizer: weakref.WeakKeyDictionary[Any, list[Clipper]] = weakref.WeakKeyDictionary()
         self._seams: Any = None
         self.updates = Updates(config, say=accelerator.is_main_process)
-        self._loss: Tensor | None = None
+        self._loss = StepLoss(accelerator)
         self._watch_accelerator()
         self._steps = 0
         self._spread: Tensor | None = None
@@ -164,7 +160,7 @@ class Attachment:
                     "DeepSpeed with two prepared engines: one accelerator clips one of them only. "
                     "Use an Accelerator per engine."
                 )
-            self._seams = ZeroSeams(model, self.config, self.updates, self._reduced_loss)
+            self._seams = ZeroSeams(model, self.config, self.updates, self._loss.reduced)
             return self._seams.clipper
         scaler = self.accelerator.scaler
         guarded = scaler is not None and scaler.is_enabled()
@@ -206,7 +202,7 @@ class Attachment:
         if self._seams is not None:
             return self._seams.norm  # decided and applied inside backward
         self.watch_optimizers()
-        norm = clipper.step(self._reduced_loss())
+        norm = clipper.step(self._loss.reduced())
         self._check_replicas(clipper)
         for optimizer in self.accelerator._optimizers:
             if clipper in self._clippers_of(optimizer):
@@ -273,38 +269,10 @@ class Attachment:
     def _watch_accelerator(self) -> None:
         """Refuse a swap of our optimizer in `prepare`, and note the loss in `backward` where a strategy judges it."""
         accelerator = self.accelerator
-        accelerator.prepare = _after(self._refuse_swap, accelerator.prepare)
+        refuse = functools.partial(refuse_swap, accelerator)
+        accelerator.prepare = _after(refuse, accelerator.prepare)
         if self.config.gradient.needs.loss:
-            accelerator.backward = _after(self._note_loss, accelerator.backward)
-
-    def _note_loss(self, loss: Tensor, **_: Any) -> None:
-        part = loss.detach().float() / self.accelerator.gradient_accumulation_steps
-        self._loss = part if self._loss is None else self._loss + part
-
-    def _reduced_loss(self) -> Tensor | None:
-        """The loss of the step, the mean over ranks; one small all-reduce, only where a strategy judges it."""
-        loss, self._loss = self._loss, None
-        if loss is not None and world_size() > 1:
-            loss = loss.clone()
-            dist.all_reduce(loss)
-            loss = loss / world_size()
-        return loss
-
-    def _refuse_swap(self, *objects: Any, **_: Any) -> None:
-        """Under optimizer offload Accelerate replaces any optimizer by DeepSpeedCPUAdam unless told not to."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is None:
-            return
-        config = plugin.deepspeed_config
-        device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-        for thing in objects:
-            forced = device != "none" and config.get("zero_force_ds_cpu_optimizer", True)
-            if isinstance(thing, ClippedOptimizer) and forced:
-                raise UnsupportedBackendError(
-                    f"hf_gradclip.optim.{type(thing).__name__} with offload_optimizer: Accelerate would put "
-                    "DeepSpeedCPUAdam in its place. Set zero_force_ds_cpu_optimizer to false in the DeepSpeed "
-                    "configuration, or use an optimizer of DeepSpeed; its updates can be clipped too."
-                )
+            accelerator.backward = _after(self._loss.add, accelerator.backward)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -435,33 +403,3 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return step
-
-
-def refuse_unsupported(accelerator: Accelerator) -> None:
-    """Stop at start-up where clipping would be inactive or wrong.
-
-    Raises:
-        UnsupportedBackendError: with the backend's name, the reason and what to use instead.
-    """
-    kind: DistributedType = accelerator.distributed_type
-    if kind.value in _REFUSED or kind.name in _REFUSED:
-        raise UnsupportedBackendError(f"{kind.value}: {_REFUSED[kind.name]}")
-    sizes = getattr(accelerator, "parallelism_config", None)
-    for axis, name in (("cp_size", "context"), ("sp_size", "sequence"), ("pp_size", "pipeline")):
-        if getattr(sizes, axis, 1) > 1:
-            raise UnsupportedBackendError(
-                f"ParallelismConfig({axis}={getattr(sizes, axis)}): {name} parallelism is not tested with hf_gradclip. "
-                f"Use {axis}=1, or {_OWN}."
-            )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and accelerator.num_processes == 1:
-        raise UnsupportedBackendError(
-            f"WORLD_SIZE={launched}, but Accelerate sees one process: these would be {launched} separate runs. "
-            "On a machine without GPUs set ACCELERATE_USE_CPU=true, or use_cpu=True in TrainingArguments; "
-            "with DeepSpeed there, ddp_backend='gloo'."
-        )
-    if "clip_grad_norm_" in vars(accelerator) or Accelerator.clip_grad_norm_.__module__ != Accelerator.__module__:
-        raise UnsupportedBackendError(
-            "accelerator.clip_grad_norm_ is already replaced, by another library or by a second attach(). "
-            "One of the two would be inactive: remove the other patch."
-        )

@@ -14,8 +14,9 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.integrations.accelerate import Attachment, refuse_unsupported
+from hf_gradclip.integrations.accelerate import Attachment
 from hf_gradclip.integrations.optimizer import innermost
+from hf_gradclip.integrations.refusals import refuse_unsupported
 from hf_gradclip.integrations.startup import check_run
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, save_state, save_updates
 from hf_gradclip.report import announce, logger

@@ -1,10 +1,9 @@
-"""The loop that every sharded backend and one process run, the backends by name, and the scenarios of a launch."""
+"""The loop that every sharded backend and one process run, and the backends by name."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +18,13 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 import hf_gradclip
-from hf_gradclip.strategy import flatten
-from tests.tiny import SkipThird, counting_data, tiny_llama
+from hf_gradclip import optim
+from hf_gradclip.views import view_of
+from tests.tiny import counting_data, tiny_llama
 
 STRATEGIES = {
     "global_norm": "global_norm:max_norm=0.34",
@@ -35,6 +35,34 @@ STRATEGIES = {
 }
 STEPS = 8
 RATE = 0.3
+
+Parameters = list[torch.nn.Parameter]
+OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
+    # eps is large, so that a rounding of a gradient near zero is no update
+    "adamw": lambda params: optim.AdamW(params, lr=3e-2, eps=1e-3, weight_decay=0.1),
+    "adam": lambda params: optim.Adam(params, lr=3e-2, eps=1e-3, weight_decay=0.1),
+    "rmsprop": lambda params: optim.RMSprop(params, lr=3e-3, eps=1e-3, weight_decay=0.1),
+    "momentum": lambda params: optim.SGD(params, lr=0.3, momentum=0.9, weight_decay=0.1),
+    "groups": lambda params: optim.AdamW(
+        [
+            {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0, "lr": 1e-2},
+        ],
+        lr=3e-2,
+        eps=1e-3,
+    ),
+}
+LIMITS = {
+    "value:max_value": {"adamw": 0.9, "adam": 0.988, "rmsprop": 7, "momentum": 0.37},
+    "global_norm:max_norm": {"adamw": 40, "adam": 50, "rmsprop": 190, "momentum": 4.8},
+    "param_norm:max_norm": {"adamw": 22, "adam": 18, "rmsprop": 100, "momentum": 2},
+    "block_rms:max_rms": {"adamw": 0.6, "adam": 0.985, "rmsprop": 4, "momentum": 0.36, "groups": 0.6},
+}
+UPDATES = {
+    f"{optimizer} {field.partition(':')[0]}": (optimizer, f"{field}={limit}")
+    for field, limits in LIMITS.items()
+    for optimizer, limit in limits.items()
+}
 
 
 def batch(step: int, rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -102,6 +130,33 @@ def whole_weights(model: torch.nn.Module) -> torch.Tensor:
         else:
             pieces.append((p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().flatten().clone())
     return torch.cat(pieces)
+
+
+def warmed_up(step: Any, model: torch.nn.Module, optimizer: Any, report: Any, rank: int, world: int) -> dict[str, Any]:
+    """Train with a learning rate that rises from 0; the share of updates clipped in each step, the final weights."""
+    full, rates = [group["lr"] for group in optimizer.param_groups], []
+    for i in range(STEPS):
+        for group, lr in zip(optimizer.param_groups, full, strict=True):
+            group["lr"] = lr * min(i / 3, 1)
+        step(model(**batch(i, rank, world), use_extra=0).loss)
+        rates.append(report().get("clip_update/tensor_rate", 0.0))
+    return {"rates": rates, "weights": whole_weights(model)}
+
+
+def one_process_update(optimizer: str, spec: str) -> dict[str, Any]:
+    """The reference for updates: the optimizer writes its update itself, whole batch, no hook."""
+    model = Model()
+    made: Any = OPTIMIZERS[optimizer](list(model.parameters()))
+    made.update_clipper = hf_gradclip.Clipper(
+        hf_gradclip.ClipConfig.parse(spec), view_of(list(model.named_parameters())), "clip_update"
+    )
+
+    def step(loss: torch.Tensor) -> None:
+        loss.backward()
+        made.step()
+        made.zero_grad()
+
+    return warmed_up(step, model, made, made.update_clipper.report.scalars, 0, 1)
 
 
 def one_process(spec: str, kind: str = "plain") -> dict[str, Any]:
@@ -192,12 +247,20 @@ def accelerator_for(backend: dict[str, Any], find_unused: bool = False) -> Accel
 class Run:
     """A model prepared on a backend, clipped by a strategy through attach(), or not at all."""
 
-    def __init__(self, backend: dict[str, Any], spec: str | None, lr: float = RATE, kind: str = "plain") -> None:
+    def __init__(
+        self,
+        backend: dict[str, Any],
+        spec: Any,
+        lr: float = RATE,
+        kind: str = "plain",
+        optimizer: Callable[[Parameters], torch.optim.Optimizer] | None = None,
+    ) -> None:
         self.accelerator = accelerator_for(backend, find_unused=kind == "unused")
         self.attachment = hf_gradclip.attach(self.accelerator, spec) if spec is not None else None
         model = Model(kind)
         self.before = whole_weights(model)
-        self.model, self.optimizer = self.accelerator.prepare(model, model.optimizer(lr))
+        made = model.optimizer(lr) if optimizer is None else optimizer(list(model.parameters()))
+        self.model, self.optimizer = self.accelerator.prepare(model, made)
         if "fsdp" in backend:
             assert all(isinstance(p, DTensor) for p in self.model.parameters()), "sharded, not DDP under another name"
 
@@ -215,151 +278,3 @@ class Run:
         report = self.attachment.scalars if self.attachment is not None else dict
         rank, world = dist.get_rank(), dist.get_world_size()
         return fit(lambda loss: self.step(loss, limit), self.model, report, rank, world, steps)
-
-
-def table(name: str) -> dict[str, Any]:
-    """Every strategy on one backend."""
-    found = {}
-    for word, spec in STRATEGIES.items():
-        run = Run(BACKENDS[name], spec)
-        found[f"{name} {word}"] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
-    return found
-
-
-def kinds(name: str) -> dict[str, Any]:
-    """Frozen parameters, tied ones, one unused in some steps, two optimizer groups."""
-    return {f"{name} {kind}": Run(BACKENDS[name], STRATEGIES["adagc"], kind=kind).fit() for kind in KINDS}
-
-
-def engaged(name: str) -> dict[str, Any]:
-    """SGD under a limit so tight that nothing may move, whatever DeepSpeed's own clip says."""
-    backend = BACKENDS[name]
-    variants = [{}, {"gradient_clipping": 0.0}, {"gradient_clipping": 1.0}, {"gradient_clipping": "auto"}]
-    found = {}
-    for more in variants if "deepspeed" in backend else [{}]:
-        changed = {"deepspeed": {**backend["deepspeed"], **more}} if "deepspeed" in backend else backend
-        run = Run(changed, "global_norm:max_norm=1e-12", lr=0.5)
-        after = run.fit()["weights"]
-        found[f"{name} {more.get('gradient_clipping', 'nothing')}"] = (after - run.before).abs().max().item()
-    return found
-
-
-def unhooked(name: str) -> dict[str, Any]:
-    """The table's loop with the hook taken out: what the table's assertions must reject."""
-    backend = (
-        {"deepspeed": {**BACKENDS[name]["deepspeed"], "gradient_clipping": 0.0}} if "zero" in name else BACKENDS[name]
-    )
-    return {name: Run(backend, None).fit(limit=None if "zero" not in name else 1.0)}
-
-
-def collectives(name: str) -> dict[str, Any]:
-    """c10d operations per step: with a strategy, with one that needs max_abs, and without any clip call."""
-    found = {}
-    backend = BACKENDS[name]
-    for word, spec in {"none": None, "global_norm": "zclip", "value": "value:max_value=0.025"}.items():
-        run = Run(backend, spec)
-        run.fit(range(1))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            run_one = range(1, 3)
-            for i in run_one:
-                rank, world = dist.get_rank(), dist.get_world_size()
-                run.step(run.model(**batch(i, rank, world), use_extra=0).loss, None if spec is None else 1.0)
-        counts = {e.key: e.count for e in profile.key_averages() if e.key.startswith("c10d::")}
-        found[f"{name} {word}"] = sum(counts.values()) / 2
-    return found
-
-
-def resume(name: str) -> dict[str, Any]:
-    """10 steps against 5, a checkpoint, and 5 more in a new model."""
-    folder = tempfile.mkdtemp() if dist.get_rank() == 0 else ""
-    shared = [folder]
-    dist.broadcast_object_list(shared)
-    found = {}
-    for word in ("zclip", "adagc"):
-        spec, path = STRATEGIES[word], f"{shared[0]}/{word}"
-        whole = Run(BACKENDS[name], spec)
-        first = whole.fit(range(2, 7))
-        whole.accelerator.save_state(path)
-        dist.barrier()
-        rest = whole.fit(range(7, 12))
-        again = Run(BACKENDS[name], spec)
-        again.accelerator.load_state(path)
-        resumed = again.fit(range(7, 12))
-        mine, theirs = (flatten(run.attachment.clipper.state) for run in (whole, again))
-        found[f"{name} {word}"] = {
-            "state": all(torch.equal(value, theirs[key]) for key, value in mine.items()),
-            "norms": rest["norms"] == resumed["norms"],
-            "weights": (rest["weights"] - resumed["weights"]).abs().max().item(),
-            "rates": first["rates"] + rest["rates"],
-            "saved": torch.load(f"{path}/gradclip.pt", weights_only=True),
-        }
-    return found
-
-
-def bf16(name: str) -> dict[str, Any]:
-    """global_norm in bf16 against the same backend's own clip at the same limit, and every strategy."""
-    backend, found = BACKENDS[name], {}
-    if "deepspeed" in backend:
-        half = {"deepspeed": {**backend["deepspeed"], "bf16": {"enabled": True}, "gradient_clipping": 0.34}}
-    else:
-        half = {**backend, "mixed_precision": "bf16"}
-        if "fsdp" in backend:
-            half["fsdp"] = {"mixed_precision_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
-    found[f"{name} stock"] = Run(half, None).fit(limit=0.34)
-    for word, spec in STRATEGIES.items():
-        found[f"{name} {word}"] = Run(half, spec).fit()
-    return found
-
-
-def fp16(name: str) -> dict[str, Any]:
-    """float16 under a dynamic loss scale that overflows at first, on a CPU that DeepSpeed must be told can do it."""
-    from deepspeed.accelerator import get_accelerator
-
-    type(get_accelerator()).is_fp16_supported = lambda self: True
-    half = {"enabled": True, "loss_scale": 0, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 1000}
-    run = Run({"deepspeed": {**BACKENDS[name]["deepspeed"], "fp16": half}}, "global_norm:max_norm=0.34")
-    norms, moved, scales = [], [], []
-    for _ in range(7):
-        before = whole_weights(run.model)
-        norms.append(float(run.step(run.model(**batch(0, dist.get_rank(), dist.get_world_size()), use_extra=0).loss)))
-        moved.append(not torch.equal(before, whole_weights(run.model)))
-        scales.append(float(run.accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scale))
-    counts = run.attachment.clipper.report.summary()
-    return {name: {"norms": norms, "moved": moved, "scales": scales, "counts": counts}}
-
-
-def skips(name: str) -> dict[str, Any]:
-    """A step that a strategy skips, and one with a NaN on one rank: did anything move, and was it said?"""
-    found = {}
-    for word, spec in {"strategy": SkipThird(), "nan": "none"}.items():
-        run = Run(BACKENDS[name], spec)
-        moved, said, norms = [], [], []
-        for i in range(5):
-            before = whole_weights(run.model)
-            loss = run.model(**batch(i, dist.get_rank(), dist.get_world_size()), use_extra=0).loss
-            poisoned = word == "nan" and i == 2 and dist.get_rank() == 1
-            norms.append(float(run.step(loss * float("nan") if poisoned else loss)))
-            moved.append(not torch.equal(before, whole_weights(run.model)))
-            said.append(run.accelerator.optimizer_step_was_skipped)
-        counts = run.attachment.scalars()
-        found[f"{name} {word}"] = {"moved": moved, "said": said, "norms": norms, "counts": counts}
-    return found
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "round robin": deepspeed_config(2, zero={"round_robin_gradients": True}),
-    "contiguous off": deepspeed_config(2, zero={"contiguous_gradients": False}),
-    "overlap": deepspeed_config(2, zero={"overlap_comm": True}),
-    "parameter offload": deepspeed_config(3, offload=True, zero={"offload_param": {"device": "cpu"}}),
-    "stage 0": deepspeed_config(0),
-    "bf16 float32 accumulation": deepspeed_config(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
-}
-
-
-def variants(name: str) -> dict[str, Any]:
-    """adagc under settings that move the gradients elsewhere."""
-    return {word: Run({"deepspeed": config}, STRATEGIES["adagc"]).fit() for word, config in VARIANTS.items()}
-
-
-KINDS = ("lora", "tied", "unused", "groups")
-SCENARIOS = {f.__name__: f for f in (table, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants)}

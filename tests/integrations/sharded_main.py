@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.integrations.sharded import SCENARIOS
+from tests.integrations.scenarios import SCENARIOS
 
 if __name__ == "__main__":
     out, *wanted = sys.argv[1:]

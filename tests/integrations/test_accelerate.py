@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
 import hf_gradclip
-from hf_gradclip.integrations.accelerate import UnsupportedBackendError, refuse_unsupported
+from hf_gradclip.integrations.refusals import refuse_unsupported
+from hf_gradclip.views.view import UnsupportedBackendError
 from tests.tiny import counting_data, tiny_llama, weights_of
 
 LIMIT = 0.5

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from hf_gradclip import Clipper
-from tests.integrations import mesh_main, sharded
-from tests.integrations.sharded import KINDS, STRATEGIES, Model, one_process
+from tests.integrations import mesh_main, scenarios
+from tests.integrations.scenarios import KINDS
+from tests.integrations.sharded import STRATEGIES, UPDATES, Model, one_process, one_process_update
 
 ROOT = Path(__file__).parents[2]
 GRAD = ("ddp", "fsdp2", "fsdp2_offload")
@@ -37,15 +38,17 @@ def launch(ranks: int, module: str, out: Path, *words: str) -> dict[str, Any]:
 def on_grad(tmp_path_factory) -> dict[str, Any]:
     words = [f"{s}:{b}" for s in ("table", "engaged") for b in GRAD] + ["unhooked:fsdp2"]
     words += [f"{s}:{b}" for s in ("kinds", "collectives", "bf16", "skips") for b in ("ddp", "fsdp2")]
-    return launch(2, "sharded_main", tmp_path_factory.mktemp("grad") / "out", *words, "resume:fsdp2")
+    words += ["resume:fsdp2", "poisoned:ddp", "updates:fsdp2", "folded:ddp", "folded:fsdp2"]
+    return launch(2, "sharded_main", tmp_path_factory.mktemp("grad") / "out", *words)
 
 
 @pytest.fixture(scope="module")
 def on_zero(tmp_path_factory) -> dict[str, Any]:
     words = [f"{s}:{b}" for s in ("table", "engaged") for b in ZERO] + ["unhooked:zero2"]
-    scenarios = ("kinds", "collectives", "bf16", "skips", "resume")
+    scenarios = ("kinds", "collectives", "bf16", "skips", "resume", "updates")
     words += [f"{s}:{b}" for s in scenarios for b in ("zero2", "zero3")]
-    return launch(2, "sharded_main", tmp_path_factory.mktemp("zero") / "out", *words, "variants:zero")
+    words += ["variants:zero", "poisoned:zero2", "updates:zero2_offload", "updates:zero3_offload"]
+    return launch(2, "sharded_main", tmp_path_factory.mktemp("zero") / "out", *words)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,29 @@ def reference() -> dict[str, Any]:
             assert any(clipped), word
             assert not all(clipped), word
     return found
+
+
+@pytest.fixture(scope="module")
+def update_reference() -> dict[str, Any]:
+    found = {word: one_process_update(*case) for word, case in UPDATES.items()}
+    for word, run in found.items():
+        assert any(run["rates"][1:]), word
+        assert run["rates"][0] == 0, "at a learning rate of 0 nothing moves"
+        assert min(run["rates"][1:]) < 1, word
+    return found
+
+
+def assert_same_update(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert (found["weights"] - expected["weights"]).abs().max() < 1e-6
+    assert found["rates"] == expected["rates"]
+
+
+def assert_poisoned(found: dict[str, Any]) -> None:
+    seen, never = found["seen"], found["never seen"]
+    assert torch.equal(seen["weights"], never["weights"])
+    assert seen["counts"]["skipped"] == seen["counts"]["nonfinite"] == 3
+    assert never["counts"]["skipped"] == 0
+    assert 0 < seen["counts"]["clipped"] == never["counts"]["clipped"] < 47
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float]:
@@ -87,6 +113,22 @@ class TestGrad:
     def test_kinds_of_parameters(self, on_grad, name, kind) -> None:
         assert_same(on_grad["kinds"][f"{name} {kind}"], one_process(STRATEGIES["adagc"], kind))
 
+    @pytest.mark.parametrize("word", UPDATES)
+    def test_updates_equal_one_process(self, on_grad, update_reference, word) -> None:
+        assert_same_update(on_grad["updates"][f"fsdp2 {word}"], update_reference[word])
+
+    @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+    def test_a_fused_optimizer_takes_coefficient_and_flag(self, on_grad, name) -> None:
+        runs = [on_grad["folded"][f"{name} {word}"] for word in ("plain", "folded", "unread")]
+        for run in runs:
+            assert run["kept"], "the NaN step moved nothing, no counter either"
+            assert run["counts"]["clip/skipped"] == run["counts"]["clip/nonfinite"] == 1
+            assert 0 < run["counts"]["clip/rate"] < 1
+            assert (run["weights"] - runs[0]["weights"]).abs().max() < 1e-6
+
+    def test_bad_batches_leave_no_trace(self, on_grad) -> None:
+        assert_poisoned(on_grad["poisoned"]["ddp"])
+
     def test_the_table_fails_without_the_hook(self, on_grad, reference) -> None:
         assert (on_grad["unhooked"]["fsdp2"]["weights"] - reference["global_norm"]["weights"]).abs().max() > 1e-3
 
@@ -101,6 +143,8 @@ class TestGrad:
         assert count["ddp value"] - count["ddp none"] == 0
         assert count["fsdp2 global_norm"] - count["fsdp2 none"] == 1
         assert count["fsdp2 value"] - count["fsdp2 none"] == 2
+        assert count["ddp update"] - count["ddp none"] == 0
+        assert count["fsdp2 update"] - count["fsdp2 none"] == 2
 
     def test_resume(self, on_grad) -> None:
         assert_resumed(on_grad, "fsdp2")
@@ -125,6 +169,18 @@ class TestZero:
         parts = "2 part(s)" if name == "zero3" else "1 part(s)"
         assert parts in found["backend"], "zero3 is cut into sub-groups"
 
+    @pytest.mark.parametrize("word", UPDATES)
+    @pytest.mark.parametrize("name", ["zero2", "zero3"])
+    def test_updates_equal_one_process(self, on_zero, update_reference, name, word) -> None:
+        assert_same_update(on_zero["updates"][f"{name} {word}"], update_reference[word])
+
+    @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
+    def test_updates_of_an_offloaded_optimizer(self, on_zero, update_reference, name) -> None:
+        assert_same_update(on_zero["updates"][f"{name} groups block_rms"], update_reference["groups block_rms"])
+
+    def test_bad_batches_leave_no_trace(self, on_zero) -> None:
+        assert_poisoned(on_zero["poisoned"]["zero2"])
+
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("name", ["zero2", "zero3"])
     def test_kinds_of_parameters(self, on_zero, name, kind) -> None:
@@ -137,7 +193,7 @@ class TestZero:
             return
         assert_same(on_zero["kinds"][f"{name} {kind}"], expected)
 
-    @pytest.mark.parametrize("variant", sharded.VARIANTS)
+    @pytest.mark.parametrize("variant", scenarios.VARIANTS)
     def test_variants_of_the_configuration(self, on_zero, reference, variant) -> None:
         found = on_zero["variants"][variant]
         if "bf16" not in variant:
@@ -159,6 +215,7 @@ class TestZero:
         for name in ("zero2", "zero3"):
             assert count[f"{name} global_norm"] - count[f"{name} none"] <= 0
             assert count[f"{name} value"] - count[f"{name} global_norm"] == 1
+            assert count[f"{name} update"] - count[f"{name} global_norm"] == 1
 
     @pytest.mark.parametrize("name", ["zero2", "zero3"])
     def test_resume(self, on_zero, name) -> None:
@@ -181,8 +238,9 @@ class TestZero:
 
 
 def assert_skipped(found: dict[str, Any], name: str) -> None:
-    for word in ("strategy", "nan"):
-        run = found["skips"][f"{name} {word}"]
+    for case in ("strategy sgd", "nan sgd", *(f"nan {kind}" for kind in scenarios.STEPPED)):
+        run, word = found["skips"][f"{name} {case}"], case.split()[0]
+        assert run["kept"], "moments and counters, bit for bit"
         assert run["moved"] == [True, True, False, True, True]
         assert run["said"] == [False, False, True, False, False]
         assert run["counts"]["clip/skipped"] == 1
@@ -191,7 +249,7 @@ def assert_skipped(found: dict[str, Any], name: str) -> None:
 
 
 def assert_resumed(found: dict[str, Any], name: str) -> None:
-    for word in ("zclip", "adagc"):
+    for word in ("zclip", "adagc", "update"):
         run = found["resume"][f"{name} {word}"]
         assert run["state"], "strategy state bitwise equal"
         assert run["norms"]
@@ -199,7 +257,7 @@ def assert_resumed(found: dict[str, Any], name: str) -> None:
         assert any(run["rates"][2:5]), "clipped before the stop, past the warm-up"
         assert any(run["rates"][5:]), "and after it"
 
-        alone = Clipper.for_model(Model(), STRATEGIES[word])
+        alone = Clipper.for_model(Model(), STRATEGIES["adagc" if word == "adagc" else "zclip"])
         assert alone.load_state_dict(run["saved"]) == "", "two ranks' state loads into one process"
         assert int(alone.state.seen) == 5
 

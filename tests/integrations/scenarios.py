@@ -1,0 +1,261 @@
+"""What the ranks of a launch run: each scenario takes a backend's name and gives what it found, by key."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from hf_gradclip import optim
+from hf_gradclip.integrations.optimizer import innermost
+from hf_gradclip.strategy import flatten
+from tests.integrations.sharded import (
+    BACKENDS,
+    OPTIMIZERS,
+    STEPS,
+    STRATEGIES,
+    UPDATES,
+    Parameters,
+    Run,
+    batch,
+    deepspeed_config,
+    warmed_up,
+    whole_weights,
+)
+from tests.tiny import SkipThird
+
+
+def table(name: str) -> dict[str, Any]:
+    """Every strategy on one backend."""
+    found = {}
+    for word, spec in STRATEGIES.items():
+        run = Run(BACKENDS[name], spec)
+        found[f"{name} {word}"] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
+    return found
+
+
+def kinds(name: str) -> dict[str, Any]:
+    """Frozen parameters, tied ones, one unused in some steps, two optimizer groups."""
+    return {f"{name} {kind}": Run(BACKENDS[name], STRATEGIES["adagc"], kind=kind).fit() for kind in KINDS}
+
+
+def engaged(name: str) -> dict[str, Any]:
+    """SGD under a limit so tight that nothing may move, whatever DeepSpeed's own clip says."""
+    backend = BACKENDS[name]
+    variants = [{}, {"gradient_clipping": 0.0}, {"gradient_clipping": 1.0}, {"gradient_clipping": "auto"}]
+    found = {}
+    for more in variants if "deepspeed" in backend else [{}]:
+        changed = {"deepspeed": {**backend["deepspeed"], **more}} if "deepspeed" in backend else backend
+        run = Run(changed, "global_norm:max_norm=1e-12", lr=0.5)
+        after = run.fit()["weights"]
+        found[f"{name} {more.get('gradient_clipping', 'nothing')}"] = (after - run.before).abs().max().item()
+    return found
+
+
+def unhooked(name: str) -> dict[str, Any]:
+    """The table's loop with the hook taken out: what the table's assertions must reject."""
+    backend = (
+        {"deepspeed": {**BACKENDS[name]["deepspeed"], "gradient_clipping": 0.0}} if "zero" in name else BACKENDS[name]
+    )
+    return {name: Run(backend, None).fit(limit=None if "zero" not in name else 1.0)}
+
+
+def collectives(name: str) -> dict[str, Any]:
+    """c10d operations per step: with a strategy, with one that needs max_abs, and without any clip call."""
+    found = {}
+    backend = BACKENDS[name]
+    words: dict[str, Any] = {"none": None, "global_norm": "zclip", "value": "value:max_value=0.025"}
+    for word, spec in {**words, "update": {"gradient": "zclip", "update": "block_rms"}}.items():
+        run = Run(backend, spec)
+        run.fit(range(1))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run_one = range(1, 3)
+            for i in run_one:
+                rank, world = dist.get_rank(), dist.get_world_size()
+                run.step(run.model(**batch(i, rank, world), use_extra=0).loss, None if spec is None else 1.0)
+        counts = {e.key: e.count for e in profile.key_averages() if e.key.startswith("c10d::")}
+        found[f"{name} {word}"] = sum(counts.values()) / 2
+    return found
+
+
+RESUMED: dict[str, Any] = {
+    "zclip": STRATEGIES["zclip"],
+    "adagc": STRATEGIES["adagc"],
+    "update": {"gradient": STRATEGIES["zclip"], "update": "adagc:warmup_steps=2,max_norm=2"},
+}
+
+
+def states(run: Run) -> dict[str, torch.Tensor]:
+    """The state of every clipper of a run."""
+    clippers = [run.attachment.clipper, *run.attachment.updates.clippers]
+    return {f"{i} {key}": value for i, c in enumerate(clippers) for key, value in flatten(c.state).items()}
+
+
+def resume(name: str) -> dict[str, Any]:
+    """10 steps against 5, a checkpoint, and 5 more in a new model."""
+    folder = tempfile.mkdtemp() if dist.get_rank() == 0 else ""
+    shared = [folder]
+    dist.broadcast_object_list(shared)
+    found = {}
+    for word, spec in RESUMED.items():
+        path = f"{shared[0]}/{word}"
+        whole = Run(BACKENDS[name], spec)
+        first = whole.fit(range(2, 7))
+        whole.accelerator.save_state(path)
+        dist.barrier()
+        rest = whole.fit(range(7, 12))
+        again = Run(BACKENDS[name], spec)
+        again.accelerator.load_state(path)
+        resumed = again.fit(range(7, 12))
+        mine, theirs = (states(run) for run in (whole, again))
+        found[f"{name} {word}"] = {
+            "state": all(torch.equal(value, theirs[key]) for key, value in mine.items()),
+            "norms": rest["norms"] == resumed["norms"],
+            "weights": (rest["weights"] - resumed["weights"]).abs().max().item(),
+            "rates": first["rates"] + rest["rates"],
+            "saved": torch.load(f"{path}/gradclip.pt", weights_only=True),
+        }
+    return found
+
+
+def bf16(name: str) -> dict[str, Any]:
+    """global_norm in bf16 against the same backend's own clip at the same limit, and every strategy."""
+    backend, found = BACKENDS[name], {}
+    if "deepspeed" in backend:
+        half = {"deepspeed": {**backend["deepspeed"], "bf16": {"enabled": True}, "gradient_clipping": 0.34}}
+    else:
+        half = {**backend, "mixed_precision": "bf16"}
+        if "fsdp" in backend:
+            half["fsdp"] = {"mixed_precision_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+    found[f"{name} stock"] = Run(half, None).fit(limit=0.34)
+    for word, spec in STRATEGIES.items():
+        found[f"{name} {word}"] = Run(half, spec).fit()
+    return found
+
+
+def fp16(name: str) -> dict[str, Any]:
+    """float16 under a dynamic loss scale that overflows at first, on a CPU that DeepSpeed must be told can do it."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    half = {"enabled": True, "loss_scale": 0, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 1000}
+    run = Run({"deepspeed": {**BACKENDS[name]["deepspeed"], "fp16": half}}, "global_norm:max_norm=0.34")
+    norms, moved, scales = [], [], []
+    for _ in range(7):
+        before = whole_weights(run.model)
+        norms.append(float(run.step(run.model(**batch(0, dist.get_rank(), dist.get_world_size()), use_extra=0).loss)))
+        moved.append(not torch.equal(before, whole_weights(run.model)))
+        scales.append(float(run.accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scale))
+    counts = run.attachment.clipper.report.summary()
+    return {name: {"norms": norms, "moved": moved, "scales": scales, "counts": counts}}
+
+
+def skips(name: str) -> dict[str, Any]:
+    """A step that a strategy skips, and one with a NaN on one rank: did anything move, and was it said?"""
+    found = {}
+    cases = {f"{word} {kind}": (word, kind) for word in ("strategy", "nan") for kind in ("sgd", *STEPPED)}
+    for case, (word, kind) in cases.items():
+        if word == "strategy" and kind != "sgd":
+            continue
+        run = Run(BACKENDS[name], SkipThird() if word == "strategy" else "none", optimizer=STEPPED.get(kind))
+        moved, said, norms, kept = [], [], [], True
+        for i in range(5):
+            before, inside = whole_weights(run.model), snapshot(run)
+            loss = run.model(**batch(i, dist.get_rank(), dist.get_world_size()), use_extra=0).loss
+            poisoned = word == "nan" and i == 2 and dist.get_rank() == 1
+            norms.append(float(run.step(loss * float("nan") if poisoned else loss)))
+            moved.append(not torch.equal(before, whole_weights(run.model)))
+            said.append(run.accelerator.optimizer_step_was_skipped)
+            if i == 2:
+                kept = len(inside) > 0 and all(map(torch.equal, inside, snapshot(run)))
+        counts = run.attachment.scalars()
+        found[f"{name} {case}"] = {"moved": moved, "said": said, "norms": norms, "counts": counts, "kept": kept}
+    return found
+
+
+STEPPED: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
+    "fused adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
+    "ours": lambda params: optim.AdamW(params, lr=1e-2),
+}
+
+
+def snapshot(run: Run) -> list[torch.Tensor]:
+    """Every moment and counter of the optimizer, as this rank holds it."""
+    tensors = [v for entry in innermost(run.optimizer).state.values() for v in entry.values() if torch.is_tensor(v)]
+    return [(t.to_local() if isinstance(t, DTensor) else t).clone() for t in tensors]
+
+
+def poisoned(name: str) -> dict[str, Any]:
+    """50 batches of which 3 are NaN on one rank, against the 47 others, at a constant learning rate."""
+    runs = {}
+    for word in ("seen", "never seen"):
+        run = Run(BACKENDS[name], "zclip:warmup_steps=5,z_threshold=0.5", optimizer=STEPPED["adamw"])
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for i in range(50):
+            bad = i in (12, 25, 40)
+            if bad and word == "never seen":
+                continue
+            loss = run.model(**batch(i, rank, world), use_extra=0).loss
+            run.step(loss * float("nan") if bad and rank == 1 else loss)
+        runs[word] = {"weights": whole_weights(run.model), "counts": run.attachment.clipper.report.summary()}
+    return {name: runs}
+
+
+def folded(name: str) -> dict[str, Any]:
+    """The coefficient and the skip flag through a fused optimizer, against the same run without; step 2 has a NaN."""
+    found = {}
+    for word, more in {"plain": {}, "folded": {"fold": True}, "unread": {"fold": True, "skip_sync": False}}.items():
+        spec = {"gradient": STRATEGIES["zclip"], **more}
+        run = Run(BACKENDS[name], spec, optimizer=STEPPED["fused adamw"])
+        kept = True
+        for i in range(STEPS):
+            loss = run.model(**batch(i, dist.get_rank(), dist.get_world_size()), use_extra=0).loss
+            before = [whole_weights(run.model), *snapshot(run)]
+            run.step(loss * float("nan") if i == 2 and dist.get_rank() == 1 else loss)
+            if i == 2:
+                kept = all(map(torch.equal, before, [whole_weights(run.model), *snapshot(run)]))
+        counts = run.attachment.scalars()
+        found[f"{name} {word}"] = {"weights": whole_weights(run.model), "counts": counts, "kept": kept}
+    return found
+
+
+def updates(name: str) -> dict[str, Any]:
+    """Every optimizer and a strategy for its update, on one backend; with offload two optimizer groups only."""
+    found = {}
+    for word, (optimizer, spec) in UPDATES.items():
+        if "offload" in name and optimizer != "groups":
+            continue
+        run = Run(BACKENDS[name], {"gradient": "none", "update": spec}, optimizer=OPTIMIZERS[optimizer])
+        rank, world = dist.get_rank(), dist.get_world_size()
+        found[f"{name} {word}"] = warmed_up(run.step, run.model, run.optimizer, run.attachment.scalars, rank, world)
+    return found
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "round robin": deepspeed_config(2, zero={"round_robin_gradients": True}),
+    "contiguous off": deepspeed_config(2, zero={"contiguous_gradients": False}),
+    "overlap": deepspeed_config(2, zero={"overlap_comm": True}),
+    "parameter offload": deepspeed_config(3, offload=True, zero={"offload_param": {"device": "cpu"}}),
+    "stage 0": deepspeed_config(0),
+    "bf16 float32 accumulation": deepspeed_config(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
+}
+
+
+def variants(name: str) -> dict[str, Any]:
+    """adagc under settings that move the gradients elsewhere."""
+    return {word: Run({"deepspeed": config}, STRATEGIES["adagc"]).fit() for word, config in VARIANTS.items()}
+
+
+KINDS = ("lora", "tied", "unused", "groups")
+SCENARIOS = {
+    f.__name__: f
+    for f in (
+        table, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned, updates, folded,
+    )
+}  # fmt: skip
