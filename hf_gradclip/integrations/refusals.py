@@ -67,6 +67,6 @@ def refuse_swap(accelerator: Any, *objects: Any, **_: Any) -> None:
         if isinstance(thing, ClippedOptimizer):
             raise UnsupportedBackendError(
                 f"hf_gradclip.optim.{type(thing).__name__} with offload_optimizer: Accelerate would put "
-                "DeepSpeedCPUAdam in its place. Set zero_force_ds_cpu_optimizer to false in the DeepSpeed configuration, or use an "
-                "optimizer of DeepSpeed; its updates can be clipped too."
+                "DeepSpeedCPUAdam in its place. Set zero_force_ds_cpu_optimizer to false in the DeepSpeed "
+                "configuration, or use an optimizer of DeepSpeed; its updates can be clipped too."
             )
