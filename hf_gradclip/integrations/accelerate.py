@@ -27,7 +27,7 @@ from hf_gradclip.integrations.optimizer import Updates, innermost
 from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
 from hf_gradclip.integrations.startup import insist_on_one_layout
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
-from hf_gradclip.report import announce
+from hf_gradclip.report import announce, logger
 from hf_gradclip.strategy import name_of
 from hf_gradclip.views import view_of
 from hf_gradclip.views.parameters import unwrap
@@ -100,6 +100,7 @@ class Attachment:
         self._spread: Tensor | None = None
         self._paused = False
         self._said_max_norm = False
+        self._said_stranger = False
 
     @property
     def clipper(self) -> Clipper:
@@ -287,7 +288,15 @@ class Attachment:
         """Clip if `auto`, else insist that somebody did."""
         if optimizer in self._clipped or self._paused:
             return
-        for clipper in self._clippers_of(optimizer):
+        clippers = self._clippers_of(optimizer)
+        if not clippers and not self._said_stranger:
+            self._said_stranger = True
+            logger.warning(
+                "optimizer.step() of %s: its parameters belong to no prepared model, so nothing of it is clipped. "
+                "Prepare the model too; under FSDP1 with flat parameters prepare the model before making the optimizer.",
+                type(innermost(optimizer)).__name__,
+            )
+        for clipper in clippers:
             if not self.auto:
                 raise RuntimeError(
                     f"attach(accelerator, {name_of(self.config.gradient)!r}): optimizer.step() was called without "

@@ -37,7 +37,10 @@ class FlatView(GradientView):
         self._sharded = root.sharding_strategy != ShardingStrategy.NO_SHARD
         self._group = root.process_group
         parts = self.parameters.layout
-        self._layout = Layout.of_parameters(("all parameters",), [int(parts.numel_S.sum())], parts.device)
+        numel = parts.numel_S.sum()
+        if self._sharded:
+            dist.all_reduce(numel, group=self._group)  # ranks hold unequal parts of the original parameters
+        self._layout = Layout.of_parameters(("all parameters",), [int(numel)], parts.device)
 
     @property
     def layout(self) -> Layout:

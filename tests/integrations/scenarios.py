@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from hf_gradclip import optim
 from hf_gradclip.integrations.optimizer import innermost
 from hf_gradclip.strategy import flatten
+from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.sharded import (
     BACKENDS,
     OPTIMIZERS,
@@ -252,10 +253,49 @@ def variants(name: str) -> dict[str, Any]:
     return {word: Run({"deepspeed": config}, STRATEGIES["adagc"]).fit() for word, config in VARIANTS.items()}
 
 
+def flat(name: str) -> dict[str, Any]:
+    """Every strategy under FSDP1: what it did, or the words with which it was refused."""
+    found: dict[str, Any] = {}
+    for word, spec in STRATEGIES.items():
+        try:
+            run = Run(BACKENDS[name], spec)
+            found[f"{name} {word}"] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
+        except UnsupportedBackendError as error:
+            found[f"{name} {word}"] = str(error)
+    return found
+
+
+def scaled(name: str) -> dict[str, Any]:
+    """The table's steps under a loss scale, with one more before the sixth whose loss is too large on one rank."""
+    found = {}
+    for word in ("zclip", "adagc"):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
+        run = Run({**BACKENDS[name], "mixed_precision": "fp16", "scaler": scaler}, STRATEGIES[word])
+        first = run.fit(range(5))
+        state = {key: value.clone() for key, value in flatten(run.attachment.clipper.state).items()}
+        weights, scale = whole_weights(run.model), scaler.get_scale()
+        loss = run.model(**batch(5, dist.get_rank(), dist.get_world_size()), use_extra=0).loss
+        norm = float(run.step(loss * 1e38 if dist.get_rank() == 1 else loss))
+        after = flatten(run.attachment.clipper.state)
+        overflow = {
+            "norm": norm,
+            "state": all(torch.equal(value, after[key]) for key, value in state.items()),
+            "moved": not torch.equal(weights, whole_weights(run.model)),
+            "said": run.accelerator.optimizer_step_was_skipped,
+            "scales": [scale, scaler.get_scale()],
+            "counts": run.attachment.scalars(),
+        }
+        rest = run.fit(range(5, STEPS))
+        joined = {key: first[key] + rest[key] for key in ("norms", "rates")}
+        found[f"{name} {word}"] = {**joined, "weights": rest["weights"], "overflow": overflow}
+    return found
+
+
 KINDS = ("lora", "tied", "unused", "groups")
 SCENARIOS = {
     f.__name__: f
     for f in (
         table, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned, updates, folded,
+        flat, scaled,
     )
 }  # fmt: skip

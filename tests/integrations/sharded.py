@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 import hf_gradclip
@@ -26,6 +29,7 @@ from hf_gradclip import optim
 from hf_gradclip.views import view_of
 from tests.tiny import counting_data, tiny_llama
 
+ROOT = Path(__file__).parents[2]
 STRATEGIES = {
     "global_norm": "global_norm:max_norm=0.34",
     "value": "value:max_value=0.025",
@@ -63,6 +67,17 @@ UPDATES = {
     for field, limits in LIMITS.items()
     for optimizer, limit in limits.items()
 }
+
+
+def launch(ranks: int, module: str, out: Path, *words: str) -> dict[str, Any]:
+    """Start a module on several ranks; what its rank 0 wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [*command, "-m", f"tests.integrations.{module}", str(out), *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    return torch.load(out, weights_only=False)
 
 
 def batch(step: int, rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -120,6 +135,10 @@ class Model(torch.nn.Module):
 
 def whole_weights(model: torch.nn.Module) -> torch.Tensor:
     """All parameters, gathered where they are sharded."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            named = list(model.named_parameters())
+            return torch.cat([p.detach().flatten().clone() for name, p in named if "_flat_param" not in name])
     pieces = []
     for p in model.parameters():
         if hasattr(p, "ds_id"):
@@ -192,6 +211,8 @@ def deepspeed_config(stage: int, offload: bool = False, **more: Any) -> dict[str
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "ddp": {},
+    "fsdp1": {"fsdp": {"fsdp_version": 1, "use_orig_params": False}},
+    "fsdp1_original_parameters": {"fsdp": {"fsdp_version": 1, "use_orig_params": True}},
     "fsdp2": {"fsdp": {}},
     "fsdp2_offload": {"fsdp": {"cpu_offload": CPUOffloadPolicy(pin_memory=False)}},
     "zero1": {"deepspeed": deepspeed_config(1)},
@@ -213,6 +234,7 @@ def fsdp_on_cpu() -> Iterator[None]:
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = plugin
+            self.device = torch.device("cpu")  # not cpu:0, which FSDP1 takes for another device
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every later state copies it
 
     AcceleratorState.__init__ = forced
@@ -235,13 +257,21 @@ def accelerator_for(backend: dict[str, Any], find_unused: bool = False) -> Accel
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=backend["deepspeed"]), kwargs_handlers=[gloo])
     if "fsdp" in backend:
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"], **backend["fsdp"],
+            auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"], **{"fsdp_version": 2, **backend["fsdp"]},
         )  # fmt: skip
         with fsdp_on_cpu():
             return Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision=backend.get("mixed_precision"))
     unused = [DistributedDataParallelKwargs(find_unused_parameters=True)] if find_unused else None
     return Accelerator(cpu=True, kwargs_handlers=unused, mixed_precision=backend.get("mixed_precision"))
+
+
+def sharded(model: torch.nn.Module, settings: dict[str, Any]) -> bool:
+    """Whether no rank holds a whole parameter."""
+    if settings.get("fsdp_version") == 1:
+        modules = FullyShardedDataParallel.fsdp_modules(model)
+        return len(modules) == 3 and all(m._handle.uses_sharded_strategy and m.world_size == 2 for m in modules)
+    return all(isinstance(p, DTensor) for p in model.parameters())
 
 
 class Run:
@@ -256,13 +286,19 @@ class Run:
         optimizer: Callable[[Parameters], torch.optim.Optimizer] | None = None,
     ) -> None:
         self.accelerator = accelerator_for(backend, find_unused=kind == "unused")
+        if "scaler" in backend:  # Accelerate makes none on a CPU
+            self.accelerator.scaler, self.accelerator.native_amp = backend["scaler"], True
         self.attachment = hf_gradclip.attach(self.accelerator, spec) if spec is not None else None
         model = Model(kind)
         self.before = whole_weights(model)
-        made = model.optimizer(lr) if optimizer is None else optimizer(list(model.parameters()))
-        self.model, self.optimizer = self.accelerator.prepare(model, made)
+        if backend.get("fsdp", {}).get("use_orig_params") is False:  # the optimizer is made of the flat parameters
+            self.model = self.accelerator.prepare(model)
+            self.optimizer = self.accelerator.prepare(torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9))
+        else:
+            made = model.optimizer(lr) if optimizer is None else optimizer(list(model.parameters()))
+            self.model, self.optimizer = self.accelerator.prepare(model, made)
         if "fsdp" in backend:
-            assert all(isinstance(p, DTensor) for p in self.model.parameters()), "sharded, not DDP under another name"
+            assert sharded(self.model, backend["fsdp"]), "sharded, not DDP under another name"
 
     def step(self, loss: torch.Tensor, limit: float | None = 1.0) -> torch.Tensor | None:
         self.accelerator.backward(loss)

@@ -6,9 +6,7 @@ clipped in the same steps; the reference has steps that clip and steps that do n
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
@@ -17,21 +15,11 @@ import torch
 from hf_gradclip import Clipper
 from tests.integrations import mesh_main, scenarios
 from tests.integrations.scenarios import KINDS
-from tests.integrations.sharded import STRATEGIES, UPDATES, Model, one_process, one_process_update
+from tests.integrations.sharded import STRATEGIES, UPDATES, Model, launch, one_process, one_process_update
 
-ROOT = Path(__file__).parents[2]
 GRAD = ("ddp", "fsdp2", "fsdp2_offload")
+FLAT = ("fsdp1", "fsdp1_original_parameters")
 ZERO = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-
-
-def launch(ranks: int, module: str, out: Path, *words: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*command, "-m", f"tests.integrations.{module}", str(out), *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=580,
-    )  # fmt: skip
-    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(out, weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +27,7 @@ def on_grad(tmp_path_factory) -> dict[str, Any]:
     words = [f"{s}:{b}" for s in ("table", "engaged") for b in GRAD] + ["unhooked:fsdp2"]
     words += [f"{s}:{b}" for s in ("kinds", "collectives", "bf16", "skips") for b in ("ddp", "fsdp2")]
     words += ["resume:fsdp2", "poisoned:ddp", "updates:fsdp2", "folded:ddp", "folded:fsdp2"]
+    words += ["scaled:fsdp2", *(f"flat:{b}" for b in FLAT)]
     return launch(2, "sharded_main", tmp_path_factory.mktemp("grad") / "out", *words)
 
 
@@ -54,7 +43,9 @@ def on_zero(tmp_path_factory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Any]:
     found = {word: one_process(spec) for word, spec in STRATEGIES.items()}
+    free = one_process("none")
     for word, run in found.items():
+        assert (run["weights"] - free["weights"]).abs().max() > 1e-4, "clipping matters"
         clipped = [rate > 0 for rate in run["rates"]]
         if word == "adagc":
             assert any(0 < rate < 1 for rate in run["rates"][2:]), "its scales differ between tensors"
@@ -156,6 +147,35 @@ class TestGrad:
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
     def test_bf16(self, on_grad, reference, name) -> None:
         assert_bf16(on_grad, reference, name)
+
+    @pytest.mark.parametrize("word", STRATEGIES)
+    @pytest.mark.parametrize("name", FLAT)
+    def test_fsdp1(self, on_grad, reference, name, word) -> None:
+        """Strategies of the whole gradient equal one process; the others are refused. Only the whole is counted."""
+        found = on_grad["flat"][f"{name} {word}"]
+        if word in ("param_norm", "adagc"):
+            assert f"{word} under FSDP1" in found
+            assert "Use FSDP2" in found
+            return
+        norm, weights = differences(found, reference[word])
+        assert norm < 1e-6
+        assert weights < 1e-6
+        assert [rate > 0 for rate in found["rates"]] == [rate > 0 for rate in reference[word]["rates"]]
+        assert "FSDP1" in found["backend"]
+
+    @pytest.mark.parametrize("word", ["zclip", "adagc"])
+    def test_loss_scale(self, on_grad, reference, word) -> None:
+        """Norms in true units, and an overflow on one rank leaves weights and state as they were on all."""
+        run = on_grad["scaled"][f"fsdp2 {word}"]
+        assert_same(run, reference[word])
+        assert any(run["rates"][5:]), "clipped after the overflow"
+        overflow = run["overflow"]
+        assert not math.isfinite(overflow["norm"])
+        assert not overflow["moved"]
+        assert overflow["state"], "strategy state bitwise equal"
+        assert overflow["said"]
+        assert overflow["scales"] == [2.0**20, 2.0**19]
+        assert overflow["counts"]["clip/skipped"] == overflow["counts"]["clip/nonfinite"] == 1
 
 
 @pytest.mark.deepspeed

@@ -1,0 +1,125 @@
+"""Run on two ranks: the Trainer through its own checkpoint, and with tensor parallelism; what rank 0 found to a file.
+
+python -m torch.distributed.run --nproc_per_node 2 -m tests.integrations.trainer_main OUT resume:zero2:zclip
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.tensor import DTensor
+from transformers import DistributedConfig, LlamaForCausalLM, Trainer
+
+from hf_gradclip import GradClipTrainer
+from hf_gradclip.strategy import flatten
+from tests.integrations.sharded import deepspeed_config, fsdp_on_cpu, whole_weights
+from tests.tiny import logged, tiny_llama, train
+
+CLIPS = {
+    "zclip": "zclip:warmup_steps=2,z_threshold=0.5,max_norm=0.38",
+    "adagc": "adagc:warmup_steps=2,lambda_rel=1.01,max_norm=0.38",
+}
+# Of a model without the hook that makes the loss of tiny_llama smaller.
+LOUD = {
+    "global_norm": "global_norm:max_norm=0.95",
+    "adagc": "adagc:warmup_steps=2,lambda_rel=1.01,max_norm=0.95",
+}
+LOUD_RATE = 0.12
+ROWS = 8
+AUTO = {"train_micro_batch_size_per_gpu": "auto"}
+BACKENDS: dict[str, dict[str, Any]] = {
+    "zero2": {"deepspeed": deepspeed_config(2, **AUTO)},
+    "zero3": {"deepspeed": deepspeed_config(3, **AUTO, zero={"stage3_param_persistence_threshold": 0})},
+    "fsdp2": {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"fsdp_version": 2, "cpu_ram_efficient_loading": False},
+    },
+}
+
+
+def run(cls: type[Trainer], model: torch.nn.Module | None = None, ranks: int = 1, **changes: Any) -> Trainer:
+    """10 steps of 8 rows, shared by the ranks that take data of their own, at one learning rate."""
+    for state in (GradientState, AcceleratorState):
+        state._reset_state()
+    settings = {
+        "max_steps": 10,
+        "per_device_train_batch_size": ROWS // ranks,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 0.3,
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+    }
+    return train(cls, model=model, **(settings | changes))
+
+
+def facts(trainer: Trainer) -> dict[str, Any]:
+    """What a run did."""
+    return {
+        "norms": logged(trainer),
+        "rates": logged(trainer, "clip/tensor_rate"),
+        "weights": whole_weights(trainer.model),
+        "state": flatten(trainer.clipper.state),
+        "backend": trainer.clipper.view.backend,
+    }
+
+
+def sharded(name: str, trainer: Trainer) -> bool:
+    """Whether the backend is in force, not DDP under another name."""
+    if name == "fsdp2":
+        return all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
+    return trainer.model_wrapped.zero_optimization_stage() == int(name[-1])
+
+
+def resume(folder: str, name: str, word: str) -> dict[str, Any]:
+    """10 steps, and 5 that leave a checkpoint from which a model of other weights goes on."""
+    settings = {"clip": CLIPS[word], "ddp_backend": "gloo", "ranks": 2, **BACKENDS[name]}
+    saving = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "output_dir": folder}
+    found = {}
+    for part, seed, more in (
+        ("whole", 0, {}),
+        ("first", 0, saving),
+        ("again", 1, {"resume": f"{folder}/checkpoint-5"}),
+    ):
+        with fsdp_on_cpu() if name == "fsdp2" else nullcontext():
+            trainer = run(GradClipTrainer, tiny_llama(seed), **settings, **more)
+        assert sharded(name, trainer)
+        found[part] = facts(trainer)
+        dist.barrier()
+    return {**found, "saved": torch.load(f"{folder}/checkpoint-5/gradclip.pt", weights_only=True)}
+
+
+def tensor_parallel_on_cpu() -> AbstractContextManager[Any]:
+    """Accelerate does tensor parallelism on accelerators only; here it does it on gloo too."""
+    return patch.object(Accelerator, "multi_device", True)
+
+
+def tensor_parallel(folder: str, word: str) -> dict[str, Any]:
+    """The model that the test saved, loaded in two halves; both ranks see the whole batch."""
+    split = DistributedConfig(tp_plan="auto", tp_size=2)
+    model = LlamaForCausalLM.from_pretrained(Path(folder).with_name("model"), distributed_config=split)
+    assert sum(isinstance(p, DTensor) for p in model.parameters()) == 16, "the others are norms"
+    with tensor_parallel_on_cpu():
+        trainer = run(GradClipTrainer, model, clip=LOUD[word], ddp_backend="gloo", learning_rate=LOUD_RATE)
+    assert trainer.accelerator.parallelism_config.tp_size == 2
+    return facts(trainer)
+
+
+if __name__ == "__main__":
+    out, *wanted = sys.argv[1:]
+    scenarios = {"resume": resume, "tensor_parallel": tensor_parallel}
+    found = {}
+    for i, words in enumerate(wanted):
+        scenario, *rest = words.split(":")
+        found[words] = scenarios[scenario](f"{out}-{i}", *rest)
+    if dist.get_rank() == 0:
+        torch.save(found, out)
+    dist.barrier()
+    dist.destroy_process_group()
