@@ -29,7 +29,7 @@ class Fold:
         skip: hand over the skip flag; else a skipped step has no gradients.
 
     Raises:
-        SpecError: for a strategy whose plan is not one number.
+        SpecError: for a strategy whose plan is not one number, or without an optimizer.
         UnsupportedBackendError: for another optimizer, or where something else sets the two attributes.
     """
 
@@ -64,6 +64,8 @@ class Fold:
                         f"fold=True with {name_of(part)}: a fused optimizer takes one number for all gradients. "
                         "Use a strategy of the whole gradient (zclip, global_norm, autoclip), or fold=False."
                     )
+        if optimizer is None:
+            raise SpecError(f"{word}: needs the optimizer. Write Clipper.for_model(model, spec, optimizer=optimizer).")
         kind = type(optimizer)
         if kind not in FUSED or not all(group.get("fused") for group in optimizer.param_groups):
             known = ", ".join(cls.__name__ for cls in FUSED)

@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_gradclip import ClipConfig, GradClipTrainer
+from hf_gradclip import ClipConfig, GradClipTrainer, optim
 
 END = "<|endoftext|>"
 
@@ -52,6 +52,15 @@ class ClipArguments:
     )
     clip_max_consecutive_skips: int | None = field(
         default=None, metadata={"help": "Skipped steps in a row after which training stops."}
+    )
+    clip_update: str | None = field(
+        default=None, metadata={"help": "Strategy for what the optimizer makes of the gradients: block_rms, say."}
+    )
+    clip_fold: bool | None = field(
+        default=None, metadata={"help": "Hand the coefficient to torch's fused optimizer instead of writing gradients."}
+    )
+    clip_skip_sync: bool | None = field(
+        default=None, metadata={"help": "False reads no flag per step, and schedulers do not wait for a skipped one."}
     )
 
 
@@ -91,6 +100,13 @@ class RunArguments(TrainingArguments):
     save_steps: float = field(default=75, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none."})
+    optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "An optimizer of hf_gradclip.optim in the place of --optim.",
+            "choices": ["adamw", "adam", "rmsprop", "momentum", "nesterov"],
+        },
+    )
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step."})
 
     def __post_init__(self) -> None:
@@ -202,10 +218,26 @@ def to_blocks(data: DatasetDict, tokenizer: Any, args: DataArguments) -> Dataset
     return data.map(tokenize, batched=True, remove_columns=columns, desc="tokenizing")
 
 
-def summary_lines(summary: dict[str, float]) -> list[str]:
+def optimizer_of(args: RunArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The optimizer of --optimizer with its hyperparameters, as the Trainer takes it; None leaves it to --optim."""
+    if args.optimizer is None:
+        return None
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    known: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+        "adamw": (optim.AdamW, adam),
+        "adam": (optim.Adam, adam),
+        "rmsprop": (optim.RMSprop, {}),
+        "momentum": (optim.SGD, {"momentum": 0.9}),
+        "nesterov": (optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    }
+    cls, settings = known[args.optimizer]
+    return cls, {"lr": args.learning_rate, **settings}
+
+
+def summary_lines(summary: dict[str, float], what: str = "steps") -> list[str]:
     """The closing summary, in words."""
     lines = [
-        f"steps {summary['steps']:.0f}, clipped {summary['clipped']:.0f} ({summary['rate']:.1%}), "
+        f"{what} {summary['steps']:.0f}, clipped {summary['clipped']:.0f} ({summary['rate']:.1%}), "
         f"skipped {summary['skipped']:.0f}, non-finite {summary['nonfinite']:.0f}"
     ]
     if "norm_median" in summary:
@@ -218,12 +250,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save; the metrics of the run."""
     clip_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
     clip = None
-    if clip_args.clip is not None:
+    if clip_args.clip is not None or clip_args.clip_update is not None:
         clip = ClipConfig.parse(
             clip_args.clip,
+            max_grad_norm=args.max_grad_norm,
             nonfinite=clip_args.clip_nonfinite,
             max_consecutive_skips=clip_args.clip_max_consecutive_skips,
             check_every=clip_args.clip_check_every,
+            update=clip_args.clip_update,
+            fold=clip_args.clip_fold,
+            skip_sync=clip_args.clip_skip_sync,
         )
     set_seed(args.seed)
     with args.main_process_first(desc="loading the texts"):
@@ -239,6 +275,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=data["validation"].select(range(min(data_args.max_eval_samples, len(data["validation"])))),
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        optimizer_cls_and_kwargs=optimizer_of(args),
     )
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("true", "True"):
@@ -251,8 +288,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if trainer.clipper is not None:
         summary = trainer.clipper.report.summary()
         metrics |= {f"clip/{key}": value for key, value in summary.items()}
+        lines = summary_lines(summary)
+        if trainer.update_clipper is not None:
+            summary = trainer.update_clipper.report.summary()
+            metrics |= {f"clip_update/{key}": value for key, value in summary.items()}
+            lines += summary_lines(summary, "updates")
         if trainer.is_world_process_zero():
-            print("\nclipping:", *summary_lines(summary), sep="\n  ")
+            print("\nclipping:", *lines, sep="\n  ")
     if trainer.is_world_process_zero():
         print(f"eval loss {metrics['eval_loss_before']:.3f} -> {metrics['eval_loss']:.3f}; saved to {args.output_dir}")
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")

@@ -502,3 +502,31 @@ class TestFuzz:
         words = {"nonfinite": nonfinite, "max_consecutive_skips": max_consecutive_skips}
         parses_or_says_why("zclip", **words)
         parses_or_says_why(None, max_grad_norm=max_grad_norm, **words)
+
+
+class TestUpdate:
+    def test_both_places_in_one_spec(self, tmp_path):
+        spec = {"gradient": "zclip:z_threshold=3", "update": "block_rms:max_rms=0.5"}
+        text = "gradient: zclip:z_threshold=3\nupdate: {strategy: block_rms, max_rms: 0.5}\n"
+        (tmp_path / "both.yaml").write_text(text)
+        config = ClipConfig.parse(spec)
+        assert config == ClipConfig.parse(str(tmp_path / "both.yaml"))
+        assert config == ClipConfig.parse("zclip:z_threshold=3", update="block_rms:max_rms=0.5")
+        assert "update block_rms:max_rms=0.5" in str(config)
+        assert config.of_update().gradient == ClipConfig.parse("block_rms:max_rms=0.5").gradient
+        assert ClipConfig.parse({**spec, "update": None}).update is None
+        with pytest.raises(ValueError, match="update is None"):
+            ClipConfig.parse("zclip").of_update()
+
+    @pytest.mark.parametrize(
+        ("update", "words"),
+        [
+            ("skip_step", r"ClipConfig\(update=skip_step\).*cannot be left out. Put skip_step under 'gradient'"),
+            ("skip_step+zclip", "Put skip_step under 'gradient'"),
+            ("block_rsm", "Did you mean block_rms"),
+            (0, "is no limit"),
+        ],
+    )
+    def test_what_cannot_be(self, update, words):
+        with pytest.raises(SpecError, match=words):
+            ClipConfig.parse({"gradient": "zclip", "update": update})

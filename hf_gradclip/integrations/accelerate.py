@@ -293,7 +293,7 @@ class Attachment:
             self._said_stranger = True
             logger.warning(
                 "optimizer.step() of %s: its parameters belong to no prepared model, so nothing of it is clipped. "
-                "Prepare the model too; under FSDP1 with flat parameters prepare the model before making the optimizer.",
+                "Prepare the model too; under FSDP1 with flat parameters prepare it before the optimizer is made.",
                 type(innermost(optimizer)).__name__,
             )
         for clipper in clippers:

@@ -71,6 +71,12 @@ class GradClipMixin:
             return None
         return self._clip_attachment.clipper_of(self.model_wrapped)
 
+    @property
+    def update_clipper(self) -> Clipper | None:
+        """The clipper of the updates; None before `train()`, or where updates are not clipped."""
+        clippers = self._clip_attachment.updates.clippers if self._clip_attachment is not None else []
+        return clippers[0] if clippers else None
+
     def create_accelerator_and_postprocess(self) -> None:
         """Check the spec and the backend as soon as there is an accelerator."""
         limit = self.args.max_grad_norm

@@ -69,6 +69,18 @@ def nan_on_one_rank(results: dict) -> None:
     }
 
 
+def loss_on_one_rank(results: dict) -> None:
+    """At one step the loss of rank 1 is larger by a constant; both ranks must skip it."""
+
+    class Offset(GradClipTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + 9.0 if self.state.global_step == 14 and self.args.process_index == 1 else loss
+
+    ours = train(Offset, clip="skip_step:window=16,min_values=8,on=loss", max_steps=18)
+    results["loss"] = {"skipped": logged(ours, "clip/skipped"), "agree": ranks_agree(weights_of(ours.model))}
+
+
 def plain_loop(results: dict) -> None:
     """Each rank takes half of every batch; one process must come to the same weights."""
     from accelerate import Accelerator
@@ -120,7 +132,8 @@ def different_specs(results: dict) -> None:
 
 if __name__ == "__main__":
     found: dict = {}
-    for scenario in (parity, engaged, nan_on_one_rank, replicas_come_apart, different_specs, plain_loop):
+    scenarios = (parity, engaged, nan_on_one_rank, replicas_come_apart, different_specs, loss_on_one_rank, plain_loop)
+    for scenario in scenarios:
         scenario(found)
     Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -55,6 +55,12 @@ def test_a_nan_on_one_rank_is_skipped_on_both(ranks) -> None:
         assert result["nan"]["clipped"] > 0
 
 
+def test_a_loss_that_stands_out_on_one_rank_is_skipped_on_both(ranks) -> None:
+    for result in ranks:
+        assert [step for step, skipped in enumerate(result["loss"]["skipped"]) if skipped] == [14]
+        assert result["loss"]["agree"]
+
+
 def test_replicas_that_come_apart_stop_the_run(ranks) -> None:
     for result in ranks:
         assert "The ranks measured gradient norms that differ by up to" in result["apart 4"]

@@ -1,0 +1,69 @@
+"""skip_step on the loss, through the Trainer and a plain loop: the loss of all micro-batches and ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import hf_gradclip
+from hf_gradclip import GradClipTrainer
+from tests.integrations.test_accelerate import batches
+from tests.tiny import logged, tiny_llama, train, weights_of
+
+SPEC = "skip_step:window=16,min_values=8,on=loss"
+
+
+class Offset(GradClipTrainer):
+    """At one step the loss is larger by a constant, so the gradient shows nothing."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + 9.0 if self.state.global_step == 14 else loss
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_whose_loss_stands_out_is_skipped(accumulation) -> None:
+    settings = {"max_steps": 20, "gradient_accumulation_steps": accumulation}
+    run = train(Offset, clip=SPEC, **settings)
+    assert [step for step, skipped in enumerate(logged(run, "clip/skipped")) if skipped] == [14]
+    assert run.lr_scheduler.last_epoch == 19
+    blind = train(Offset, clip=SPEC.replace("loss", "norm"), **settings)
+    assert sum(logged(blind, "clip/skipped")) == 0, "the norm says nothing"
+
+    seen = run.clipper.state.losses[: int(run.clipper.state.losses_seen)]
+    theirs = torch.tensor(logged(run, "loss"), dtype=torch.float64)
+    mine = torch.cat([seen[4:], seen[:4]]) if len(theirs) > 16 else seen
+    torch.testing.assert_close(mine[-16:], theirs[-16:], rtol=0, atol=6e-4)
+
+
+def test_a_plain_loop_gives_the_mean_over_micro_batches() -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    attachment = hf_gradclip.attach(accelerator, SPEC)
+    model = tiny_llama()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    losses = []
+    for batch, _ in batches(8):
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            losses.append(float(loss))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = torch.tensor(losses).view(4, 2).mean(1).double()
+    torch.testing.assert_close(attachment.clipper.state.losses[:4], expected, rtol=1e-6, atol=0)
+
+
+def test_a_torch_loop_must_give_the_loss() -> None:
+    model = tiny_llama()
+    clipper = hf_gradclip.Clipper.for_model(model, SPEC)
+    before = weights_of(model)
+    batch, _ = next(iter(batches(1)))
+    loss = model(**batch).loss
+    loss.backward()
+    with pytest.raises(ValueError, match=r"skip_step:.*judges the loss: call clipper\.step\(loss=loss\)"):
+        clipper.step()
+    clipper.step(loss)
+    assert torch.equal(before, weights_of(model))
