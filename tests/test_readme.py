@@ -100,7 +100,12 @@ def clipper_in(names: dict[str, Any]) -> Clipper | None:
     return names.get("clipper")
 
 
-USES = dict(zip(("trainer", "trl", "accelerate", "torch", "function"), blocks(README, "python"), strict=True))
+def section(heading: str) -> str:
+    return re.search(rf"^## {heading}\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
+
+
+USES = dict(zip(("trainer", "trl", "accelerate", "torch", "function"), blocks(section("Use"), "python"), strict=True))
+UPDATES = dict(zip(("trainer", "optimizer"), blocks(section("Clip the update"), "python"), strict=True))
 
 
 class TestUse:
@@ -117,6 +122,19 @@ class TestUse:
         summary = clipper_in(names).report.summary()
         assert (summary["steps"], summary["clipped"], summary["skipped"]) == (STEPS, STEPS, 0)
         assert summary["norm_median"] > 2
+
+    @pytest.mark.parametrize("name", UPDATES)
+    def test_every_update_is_clipped(self, name, names):
+        """Both blocks clip gradient and update of each step, and the weights move."""
+        before = weights_of(names["model"])
+        exec(compile(UPDATES[name], f"README.md, update, {name}", "exec"), names)
+        assert not torch.equal(weights_of(names["model"]), before)
+        made = names["trainer"] if name == "trainer" else names["optimizer"]
+        assert made.clipper.report.summary()["clipped"] == STEPS
+        assert made.update_clipper.report.summary()["steps"] == STEPS
+
+    def test_every_python_block_is_run(self):
+        assert len(blocks(README, "python")) == len(USES) + len(UPDATES)
 
     def test_the_entry_points_are_all_shown(self):
         shown = "".join(USES.values())
@@ -143,7 +161,7 @@ class TestTables:
         monkeypatch.chdir(tmp_path)
         lines = [re.split(r"\s{2,}", line)[0] for line in blocks(README, "text")[0].splitlines()]
         specs = [ast.literal_eval(line) for line in lines]
-        assert len(specs) == 10
+        assert len(specs) == 12
         configs = [ClipConfig.parse(spec, max_grad_norm=0.5) for spec in specs]
         shown = [str(config) for config in configs]
         assert shown[0] == "global_norm:max_norm=0.5,norm_type=2 (nonfinite=pass)"

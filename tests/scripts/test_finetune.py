@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -64,6 +65,24 @@ def test_files_lora_and_a_run_file(tmp_path) -> None:
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "limit"),
+    [("adamw", 2e-3, 0.5), ("adam", 2e-3, 0.9), ("rmsprop", 2e-3, 2), ("momentum", 0.1, 0.01), ("nesterov", 0.1, 0.01)],
+)
+def test_every_optimizer_with_its_update_clipped(tmp_path, optimizer, rate, limit) -> None:
+    spec = importlib.util.spec_from_file_location("finetune", ROOT / "scripts" / "finetune.py")
+    finetune = importlib.util.module_from_spec(spec)
+    sys.modules["finetune"] = finetune
+    spec.loader.exec_module(finetune)
+    flags = ["--clip", "zclip:warmup_steps=4,z_threshold=0.5", "--clip_update", f"block_rms:max_rms={limit}"]
+    flags += ["--optimizer", optimizer, "--learning_rate", str(rate), "--save_strategy", "no", "--disable_tqdm", "true"]
+    metrics = finetune.main([*SMALL.split(), *flags, "--output_dir", str(tmp_path)])
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.1
+    assert metrics["clip_update/steps"] == 11, "the learning rate of the first step is 0"
+    assert metrics["clip_update/clipped"] > 0
+    assert metrics["clip/clipped"] > 0
+
+
 @pytest.mark.deepspeed
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
@@ -71,6 +90,7 @@ def test_the_main_job_under_deepspeed(tmp_path, stage, monkeypatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file=configs/accelerate/{stage}.yaml"]
     command += ["--main_process_port=0", "scripts/finetune.py", "--clip", "adagc:warmup_steps=3", *SMALL.split()]
+    command += ["--clip_update", "block_rms:max_rms=0.5"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -80,6 +100,7 @@ def test_the_main_job_under_deepspeed(tmp_path, stage, monkeypatch) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
     assert metrics["clip/clipped"] > 0
+    assert metrics["clip_update/clipped"] > 0
     saved = torch.load(tmp_path / "checkpoint-12" / "gradclip.pt", weights_only=True)
     assert saved["state"]["seen"] == 12
 
