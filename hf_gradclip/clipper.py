@@ -287,9 +287,11 @@ class Clipper:
         """
         spec, word = describe(self.config.gradient), name_of(self.config.gradient)
         if "spec" not in saved or "state" not in saved:
+            self.reset()
             return f"The saved clip state cannot be read, so {word} starts anew."
         restart = self._restart(saved)
         if restart:
+            self.reset()
             return restart
         flat = {key: value.clone() for key, value in saved["state"].items()}
         if saved["names"] != list(self._layout.names):

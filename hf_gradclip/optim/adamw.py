@@ -107,6 +107,11 @@ class AdamW(_Moments):
         }
         super().__init__(params, defaults, clip, update_clip)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # also with a state of Adam, as in torch
+
 
 class Adam(_Moments):
     """torch.optim.Adam, arguments, state and arithmetic, with `clip=` and `update_clip=`.

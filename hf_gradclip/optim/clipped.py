@@ -8,6 +8,7 @@ on its shard, whose moments are DTensors too.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.report import logger
-from hf_gradclip.strategy import SpecError, flatten
+from hf_gradclip.strategy import SpecError, describe, flatten
 from hf_gradclip.views import view_of
+from hf_gradclip.views.parameters import writable
 
 PLACES = {"gradient": "clip", "update": "clip_update"}
 
@@ -64,7 +66,7 @@ class ClippedOptimizer(Optimizer, ABC):
                     f"torch.optim.{name}."
                 )
         for key, rule, text in _RULES:
-            if key in defaults and not rule(defaults[key]):
+            if key in defaults and not _holds(rule, defaults[key]):
                 raise ValueError(f"{name}({key}={defaults[key]}): must be {text}.")
         self._specs = self._configs(clip, update_clip)
         super().__init__(params, defaults)
@@ -90,7 +92,7 @@ class ClippedOptimizer(Optimizer, ABC):
 
     def _make_clippers(self) -> None:
         named = named_of(self.param_groups)
-        self._count = len(named)
+        self._watched = [p for _, p in named]
         made = {place: Clipper(config, view_of(named), PLACES[place]) for place, config in self._specs.items()}
         self.clipper = made.get("gradient", self.clipper)
         self.update_clipper = made.get("update", self.update_clipper)
@@ -117,15 +119,21 @@ class ClippedOptimizer(Optimizer, ABC):
 
         Raises:
             NonFiniteError: by the policy of the configuration.
+            ValueError: without a closure, if `clip` judges the loss.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._specs and self._count != sum(len(group["params"]) for group in self.param_groups):
+        if self._specs and not self._watches_all():
             logger.warning("%s: the set of parameters changed, so the clip state starts anew.", type(self).__name__)
             self._make_clippers()
         if self.clipper is not None:
+            if loss is None and self.clipper.config.gradient.needs.loss:
+                raise ValueError(
+                    f"{type(self).__name__}(clip={describe(self.clipper.config.gradient)!r}): judges the loss, so give "
+                    "step() a closure that computes it."
+                )
             self.clipper.step(loss=loss if isinstance(loss, Tensor) else None)
 
         written = []
@@ -149,8 +157,16 @@ class ClippedOptimizer(Optimizer, ABC):
                 _go(group, params, Direction(grads, None, [1.0] * len(grads)))
         return loss
 
+    def _watches_all(self) -> bool:
+        """False after a group was added, or a wrapper (FSDP2 by Accelerate) put other parameters into the groups."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return len(params) == len(self._watched) and all(map(operator.is_, params, self._watched))
+
     def _decayed(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """The gradients' memory with `maximize` and coupled weight decay in; theirs to write if updates are clipped."""
+        if self.update_clipper is not None:
+            for p in params:
+                writable(p)  # a gradient with gaps is replaced now, not between writing the update and clipping it
         grads = [local(p.grad) for p in params if p.grad is not None]
         decay = 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
         if not group["maximize"] and decay == 0:
@@ -167,10 +183,15 @@ class ClippedOptimizer(Optimizer, ABC):
         return torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_specs": self._specs, "_count": -1}
+        clip = {place: clipper.state_dict() for place, clipper in self._own().items()}
+        return {**super().__getstate__(), "_specs": self._specs, "_clip": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({key: value for key, value in state.items() if key != "_clip"})
+        if "_clip" in state:  # a copy
+            self._make_clippers()
+            for place, clipper in self._own().items():
+                clipper.load_state_dict(state["_clip"].get(place, {}))
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
@@ -195,6 +216,7 @@ class ClippedOptimizer(Optimizer, ABC):
                 if message:
                     logger.warning("%s: %s", type(self).__name__, message)
             elif flatten(clipper.state):
+                clipper.reset()
                 logger.warning("%s: the state has no clip state of the %s; it starts anew.", type(self).__name__, place)
 
     def _own(self) -> dict[str, Clipper]:
@@ -256,11 +278,19 @@ def named_of(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
     return named
 
 
+def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return bool(rule(value))
+    except TypeError:
+        return False
+
+
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lr", lambda v: v >= 0, ">= 0"),
     ("eps", lambda v: v >= 0, ">= 0"),
     ("weight_decay", lambda v: v >= 0, ">= 0"),
     ("momentum", lambda v: v >= 0, ">= 0"),
+    ("dampening", lambda v: abs(v) < float("inf"), "a finite number"),
     ("alpha", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
 )

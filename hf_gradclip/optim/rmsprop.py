@@ -29,7 +29,7 @@ class RMSprop(ClippedOptimizer):
         centered: subtract the square of the average gradient from the average of squares.
         capturable, foreach, differentiable: as torch writes them into checkpoints; only the foreach form exists.
         maximize: ascend.
-        bias_correction: divide both averages by 1 - alpha^t, as Adam does; torch's optimizer has no such option.
+        bias_correction: divide v by 1 - alpha^t, as Adam does; not with `centered`. torch's has no such option.
         clip: for the gradients; see ClippedOptimizer.
         update_clip: for the updates; see ClippedOptimizer.
 
@@ -55,6 +55,11 @@ class RMSprop(ClippedOptimizer):
         clip: Any = None,
         update_clip: Any = None,
     ) -> None:
+        if centered and bias_correction:
+            raise ValueError(
+                "RMSprop(centered=True, bias_correction=True): the variance of the first gradient is 0, so the first "
+                "update would be g / eps. Leave one of them out."
+            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -79,16 +84,15 @@ class RMSprop(ClippedOptimizer):
         torch._foreach_mul_(squares, alpha)
         torch._foreach_addcmul_(squares, grads, grads, 1 - alpha)
 
-        corrections = [1 - alpha ** float(step) if group["bias_correction"] else 1.0 for step in steps]
         if group["centered"]:
             means = [local(state["grad_avg"]) for state in states]
             torch._foreach_lerp_(means, grads, 1 - alpha)
-            denominators = torch._foreach_addcmul(squares, means, means, [-1 / c for c in corrections])
+            denominators = torch._foreach_addcmul(squares, means, means, -1)
             torch._foreach_sqrt_(denominators)
         else:
             denominators = torch._foreach_sqrt(squares)
         if group["bias_correction"]:
-            torch._foreach_div_(denominators, [c**0.5 for c in corrections])
+            torch._foreach_div_(denominators, [(1 - alpha ** float(step)) ** 0.5 for step in steps])
         torch._foreach_add_(denominators, group["eps"])
         if group["momentum"] == 0:
             return Direction(grads, list(denominators), ones)

@@ -43,5 +43,5 @@ class BlockRMS(Strategy):
 
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """One scale per segment."""
-        limit_S = self.max_rms * stats.layout.numel_S.to(stats.sumsq_S.dtype).sqrt()
+        limit_S = self.max_rms * stats.layout.numel_S.clamp(min=1).to(stats.sumsq_S.dtype).sqrt()
         return ClipPlan(limit_scale(limit_S, stats.norm_S)), state
