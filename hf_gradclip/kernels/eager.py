@@ -1,8 +1,9 @@
 """The kernels in plain torch, for every device.
 
-A gradient is a flat alias of its memory (`flat`), or None where it is missing. Sums of squares are taken in rows of a
-few thousand elements, each in float32, and added in float64: as fast as one long float32 sum, and a thousand times
-closer. 16-bit memory goes through a float32 buffer that fits the cache, because torch rounds a 16-bit norm to 16 bits.
+A gradient is contiguous memory of any shape, or None where it is missing. Sums of squares are taken in rows of a few
+thousand elements, each in float32, and added in float64: as fast as one long float32 sum, and a thousand times
+closer. torch rounds the norm of 16-bit memory to 16 bits; on the CPU the statistics of a batch norm, which it keeps in
+float32, give the same sum at a bandwidth that conversion to a float32 copy does not reach.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 ROW = 4096
-CHUNK = 1 << 18
+SMALL = 1 << 16
+CHUNK = 1 << 19
 
 
 def flat(grad: Tensor) -> Tensor | None:
@@ -31,48 +33,97 @@ def sumsq(grads: Sequence[Tensor | None], divisors: Tensor | None, dtype: torch.
     """Sum of squares per gradient, shape (len(grads),); a missing or empty gradient gives 0.
 
     Args:
-        grads: flat, real, on any devices.
+        grads: contiguous, real, on any devices.
         divisors: divide each gradient by this first, shape (len(grads),): `max_abs` of them, against overflow.
         dtype: of the result and of the last addition, float64 where the device has it.
         device: of the result.
     """
-    zero = torch.zeros((), dtype=dtype, device=device)
-    sums = []
+    present = [grad for grad in grads if grad is not None]
+    if divisors is None and len(present) == len(grads) and len({(grad.device, grad.dtype) for grad in present}) == 1:
+        return _sums(present).to(device=device, dtype=dtype)
+    groups: dict[tuple[torch.device, torch.dtype], Placed] = {}
+    sums = torch.zeros(len(grads), dtype=dtype, device=device)
     for i, grad in enumerate(grads):
         if grad is None or grad.numel() == 0:
-            sums.append(zero)
             continue
-        divisor = None if divisors is None else divisors[i].to(grad.device)
-        sums.append(_sumsq(grad, divisor, dtype).to(device, non_blocking=True))
-    return torch.stack(sums) if sums else zero.view(1)[:0]
+        if divisors is not None:
+            sums[i] = _divided(grad, divisors[i].to(grad.device), dtype).to(device, non_blocking=True)
+        else:
+            groups.setdefault((grad.device, grad.dtype), []).append((i, grad))
+    for group in groups.values():
+        places = torch.tensor([i for i, _ in group]).to(device, non_blocking=True)
+        values = _sums([grad for _, grad in group])
+        sums.index_copy_(0, places, values.to(device=device, dtype=dtype, non_blocking=True))
+    return sums
 
 
-def _sumsq(grad: Tensor, divisor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if divisor is None and grad.dtype == torch.float32:
-        return _rows(grad, dtype)
-    if divisor is None and grad.dtype == torch.float64:
-        return torch.linalg.vector_norm(grad).square().to(dtype)
+Placed = list[tuple[int, Tensor]]
+"""Gradients with their places among others."""
+
+
+def _sums(grads: list[Tensor]) -> Tensor:
+    """Sums of gradients of one dtype on one device, in float64 where there is one; shape (len(grads),)."""
+    device, dtype = grads[0].device, grads[0].dtype
+    if device.type == "cpu" and dtype.itemsize < 4:
+        return _half(grads)
+    double = torch.float32 if device.type == "mps" else torch.float64
+    norm_dtype = torch.float32 if dtype.itemsize < 4 else None
+    if all(grad.numel() <= SMALL for grad in grads):
+        return torch.stack(torch._foreach_norm(grads, 2, dtype=norm_dtype)).to(double).square()
+    rows = [_row_norms(grad, norm_dtype) for grad in grads]
+    return torch.stack(torch._foreach_norm(rows, 2, dtype=double)).square()
+
+
+def _row_norms(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The norms of rows of ROW elements, and of what is left over."""
+    size = grad.numel()
+    if size <= ROW:
+        return torch.linalg.vector_norm(grad, dtype=dtype).view(1)
+    flat, whole = grad.view(-1), size // ROW * ROW
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=dtype)
+    if whole == size:
+        return norms
+    return torch.cat([norms, torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1)])
+
+
+def _half(grads: list[Tensor]) -> Tensor:
+    """Sums of 16-bit gradients on the CPU, small ones of one size together."""
+    sums = torch.zeros(len(grads), dtype=torch.float64)
+    alike: dict[int, Placed] = {}
+    for i, grad in enumerate(grads):
+        size = grad.numel()
+        if size <= SMALL:
+            alike.setdefault(size, []).append((i, grad))
+            continue
+        flat, whole = grad.view(-1), size // ROW * ROW
+        sums[i] = _moments(flat[:whole], ROW).sum()
+        if whole < size:
+            sums[i] += _moments(flat[whole:], size - whole).sum()
+    for size, group in alike.items():
+        count = max(1, CHUNK // max(size, 1))
+        for start in range(0, len(group) if size else 0, count):
+            some = group[start : start + count]
+            block = torch.stack([grad.view(-1) for _, grad in some]).float()
+            sums[torch.tensor([i for i, _ in some])] = torch.linalg.vector_norm(block, dim=1).double().square()
+    return sums
+
+
+def _moments(block: Tensor, row: int) -> Tensor:
+    """Sums of squares of rows, float64, shape (rows,): row * (variance + mean^2), both in float32."""
+    block = block.view(1, -1, row)
+    unused = torch.zeros(block.shape[1])
+    mean, var = torch.batch_norm_update_stats(block, unused, unused, 0.0)
+    sums = mean.double().square().add_(var).mul_(row)
+    return torch.where(mean.isinf(), float("inf"), sums)
+
+
+def _divided(grad: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of squares of grad / divisor, chunk by chunk."""
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=dtype, device=grad.device)
-    for chunk in grad.split(CHUNK):
-        chunk = chunk.to(wide)
-        if divisor is not None:
-            chunk = chunk / divisor.to(wide)
-        total += _rows(chunk, dtype)
+    for chunk in grad.view(-1).split(CHUNK):
+        total += _row_norms(chunk.to(wide) / divisor.to(wide), None).to(dtype).square().sum()
     return total
-
-
-def _rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of squares of a 1-D float32 or float64 tensor, 0-d."""
-    whole = grad.numel() // ROW * ROW
-    norms = []
-    if whole:
-        norms.append(torch.linalg.vector_norm(grad[:whole].view(-1, ROW), dim=1))
-    if whole < grad.numel():
-        norms.append(torch.linalg.vector_norm(grad[whole:]).view(1))
-    return sum(
-        (norm.to(dtype).square().sum() for norm in norms), start=torch.zeros((), dtype=dtype, device=grad.device)
-    )
 
 
 def max_abs(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -98,10 +149,19 @@ def divisors(largest: Tensor) -> Tensor:
 def scale_(grads: Sequence[Tensor | None], scale_S: Tensor) -> None:
     """Multiply each gradient by its factor, shape (len(grads),) or 0-d. On the CPU a factor of 1 writes nothing."""
     if scale_S.device.type == "cpu":
-        factors = scale_S.expand(len(grads)).tolist()  # the early exit on CPU: a read that costs nothing there
-        for grad, factor in zip(grads, factors, strict=True):
+        if scale_S.ndim == 0:
+            factor = float(scale_S)  # the early exit on CPU: a read that costs nothing there
+            if factor != 1.0:
+                wide = [grad for grad in grads if grad is not None and grad.element_size() >= 4]
+                if wide:
+                    torch._foreach_mul_(wide, factor)
+                for grad in grads:
+                    if grad is not None and grad.element_size() < 4:
+                        grad.mul_(factor)  # _foreach_mul_ would round the factor to 16 bits with the gradient
+            return
+        for grad, factor in zip(grads, scale_S.tolist(), strict=True):
             if grad is not None and factor != 1.0:
-                grad.mul_(factor)  # not _foreach_mul_, which rounds the factor to 16 bits with the gradient
+                grad.mul_(factor)
         return
     for grad, scale in zip(grads, scale_S.float().expand(len(grads)), strict=True):
         if grad is None:

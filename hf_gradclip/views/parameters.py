@@ -82,14 +82,14 @@ def measure(grads: list[Tensor | None], layout: Layout, needs: Needs, rescale: b
 
 
 def writable(parameter: Tensor) -> Tensor | None:
-    """The gradient as flat memory that may be scaled in place; None where it is missing.
+    """The gradient as contiguous memory that may be scaled in place; None where it is missing.
 
     A sparse gradient is coalesced first, one whose elements share memory or leave gaps is made contiguous. Of a
     DTensor it is the local shard.
     """
     grad = parameter.grad
-    if grad is None:
-        return None
+    if grad is None or (type(grad) is Tensor and grad.layout == torch.strided and _plain(grad)):
+        return grad
     if hasattr(grad, "to_local"):
         return eager.flat(grad.to_local())
     if grad.is_sparse:
@@ -101,6 +101,10 @@ def writable(parameter: Tensor) -> Tensor | None:
         parameter.grad = grad.contiguous()
         memory = eager.flat(parameter.grad)
     return memory
+
+
+def _plain(grad: Tensor) -> bool:
+    return grad.is_contiguous() and not grad.is_complex()
 
 
 def spread_of(norm: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
