@@ -226,6 +226,16 @@ def folded(name: str) -> dict[str, Any]:
     return found
 
 
+def swap(name: str) -> dict[str, Any]:
+    """An optimizer of ours where Accelerate would put another one in its place."""
+    config = {**BACKENDS[name]["deepspeed"], "zero_force_ds_cpu_optimizer": True}
+    try:
+        Run({"deepspeed": config}, "zclip", optimizer=OPTIMIZERS["momentum"])
+    except UnsupportedBackendError as error:
+        return {name: str(error)}
+    return {name: "prepared"}
+
+
 def updates(name: str) -> dict[str, Any]:
     """Every optimizer and a strategy for its update, on one backend; with offload two optimizer groups only."""
     found = {}
@@ -296,6 +306,6 @@ SCENARIOS = {
     f.__name__: f
     for f in (
         table, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned, updates, folded,
-        flat, scaled,
+        flat, scaled, swap,
     )
 }  # fmt: skip

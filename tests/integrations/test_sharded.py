@@ -36,7 +36,7 @@ def on_zero(tmp_path_factory) -> dict[str, Any]:
     words = [f"{s}:{b}" for s in ("table", "engaged") for b in ZERO] + ["unhooked:zero2"]
     scenarios = ("kinds", "collectives", "bf16", "skips", "resume", "updates")
     words += [f"{s}:{b}" for s in scenarios for b in ("zero2", "zero3")]
-    words += ["variants:zero", "poisoned:zero2", "updates:zero2_offload", "updates:zero3_offload"]
+    words += ["variants:zero", "poisoned:zero2", "updates:zero2_offload", "updates:zero3_offload", "swap:zero2_offload"]
     return launch(2, "sharded_main", tmp_path_factory.mktemp("zero") / "out", *words)
 
 
@@ -197,6 +197,10 @@ class TestZero:
     @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
     def test_updates_of_an_offloaded_optimizer(self, on_zero, update_reference, name) -> None:
         assert_same_update(on_zero["updates"][f"{name} groups block_rms"], update_reference["groups block_rms"])
+
+    def test_our_optimizer_is_not_swapped_for_another(self, on_zero) -> None:
+        said = on_zero["swap"]["zero2_offload"]
+        assert "hf_gradclip.optim.SGD with offload_optimizer: Accelerate would put DeepSpeedCPUAdam" in said
 
     def test_bad_batches_leave_no_trace(self, on_zero) -> None:
         assert_poisoned(on_zero["poisoned"]["zero2"])
