@@ -189,7 +189,7 @@ class Attachment:
         self._clippers.clear()
         self._of_optimizer.clear()
         self._clipped.clear()
-        self.updates.reset()
+        self.updates.forget()
         self._seams = None
 
     def clip(self, model: nn.Module) -> Tensor | None:

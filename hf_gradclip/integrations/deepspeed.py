@@ -229,6 +229,8 @@ class ZeroUpdates:
         self._optimizer = innermost(self._partition.zero)
         self._parts = len(self._moved.parts)
         self._rates: dict[int, tuple[float, float]] = {}
+        segments = [piece.segment for pieces in self._moved.parts for piece in pieces]
+        self._segments = torch.tensor(segments, dtype=torch.int64, device=view.layout.device)
         weights = [self._partition.weights(part) for part in range(self._parts)]
         refuse_recovery(self._optimizer, [weight.dtype for weight in weights])
         self.clipper = Clipper(config.of_update(), seen, PLACES["update"])
@@ -250,15 +252,13 @@ class ZeroUpdates:
         recover_(self._moved.memory[part], self._partition.weights(part), *self._rates[part])
         if part < self._parts - 1 or not any(lr for lr, _ in self._rates.values()):
             return
-        weights, updates, lrs, segments = [], [], [], []
+        weights, updates, lrs = [], [], []
         for i, pieces in enumerate(self._moved.parts):
             for piece in pieces:
                 weights.append(self._partition.weights(i).narrow(0, piece.start, piece.length))
                 updates.append(self._moved.memory[i].narrow(0, piece.start, piece.length))
                 lrs.append(self._rates[i][0])
-                segments.append(piece.segment)
-        index = torch.tensor(segments, dtype=torch.int64, device=self.clipper.view.layout.device)
-        if clip_moved(self.clipper, type(self._optimizer).__name__, weights, updates, lrs, index):
+        if clip_moved(self.clipper, type(self._optimizer).__name__, weights, updates, lrs, self._segments):
             for i in range(self._parts - 1):  # DeepSpeed itself copies the last part, which it is still stepping
                 self._partition.publish(i)
 

@@ -39,6 +39,7 @@ class Updates:
         self._config = config
         self._say = say
         self._known: weakref.WeakKeyDictionary[Any, Clipper] = weakref.WeakKeyDictionary()
+        self._hooks: weakref.WeakKeyDictionary[Any, WeightDifference] = weakref.WeakKeyDictionary()
 
     @property
     def clippers(self) -> list[Clipper]:
@@ -72,7 +73,7 @@ class Updates:
             if isinstance(optimizer, ClippedOptimizer):
                 optimizer.update_clipper = clipper
             else:
-                WeightDifference(optimizer, clipper)
+                self._hooks[optimizer] = WeightDifference(optimizer, clipper)
                 self.say_cost(type(optimizer).__name__, sum(4 * local(p).numel() for _, p in named))
             self._known[optimizer] = clipper
 
@@ -88,10 +89,15 @@ class Updates:
                 f"of this process's weights ({size / 2**20:.1f} MiB). hf_gradclip.optim needs none."
             )
 
-    def reset(self) -> None:
-        """Start all statistics anew."""
-        for clipper in self.clippers:
-            clipper.reset()
+    def forget(self) -> None:
+        """Let go of every optimizer: those that are still there are watched anew, with new statistics."""
+        for optimizer in self._known:
+            if isinstance(optimizer, ClippedOptimizer):
+                optimizer.update_clipper = None
+        for hook in self._hooks.values():
+            hook.remove()
+        self._known.clear()
+        self._hooks.clear()
 
     def scalars(self) -> dict[str, float]:
         """The `clip_update/` values since the last call. One host read per optimizer."""
@@ -118,8 +124,13 @@ class WeightDifference:
         self._clipper = clipper
         self._copies: dict[int, Tensor] = {}
         self._stepping: dict[int, tuple[float, float]] = {}
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
+        self._segments: dict[tuple[int, ...], Tensor] = {}
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    def remove(self) -> None:
+        """Clip no longer."""
+        for handle in self._handles:
+            handle.remove()
 
     @torch.no_grad()
     def _before(self, optimizer: Any, *_: Any) -> None:
@@ -153,11 +164,16 @@ class WeightDifference:
                 p.grad = None
             for i, update in zip(moving, updates, strict=True):
                 watched[i].grad = like(watched[i], update)
-            segments = torch.tensor(moving, device=self._clipper.view.layout.device)
-            clip_moved(self._clipper, self._name, weights, updates, [lr for lr, _ in rates], segments)
+            clip_moved(self._clipper, self._name, weights, updates, [lr for lr, _ in rates], self._places(moving))
         finally:
             for p, grad in zip(watched, grads, strict=True):
                 p.grad = grad
+
+    def _places(self, moving: list[int]) -> Tensor:
+        key = tuple(moving)
+        if key not in self._segments:
+            self._segments = {key: torch.tensor(moving, device=self._clipper.view.layout.device)}
+        return self._segments[key]
 
 
 def clip_moved(
@@ -213,7 +229,7 @@ def correct_(
     apply_: Callable[[ClipPlan], None],
 ) -> None:
     """w' <- w' + lr (u - clip(u)) where the plan clips; a weight that it does not clip keeps every bit."""
-    rate = torch.tensor(lrs, dtype=torch.float32, device=segments.device)
+    rate = torch.tensor(lrs, dtype=torch.float32).to(segments.device, non_blocking=True)
     rates = torch.where(plan.clipped_S.expand(size)[segments], rate, 0.0)
     for weight, update, lr in zip(weights, updates, rates, strict=True):
         weight.addcmul_(update, lr.to(weight.device, weight.dtype, non_blocking=True))

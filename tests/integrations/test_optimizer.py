@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from hf_gradclip.views import view_of
 from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.test_accelerate import batches
 from tests.integrations.test_checkpoints import StopAt
-from tests.tiny import logged, tiny_llama, train, weights_of
+from tests.tiny import counting_data, logged, tiny_llama, train, training_args, weights_of
 
 
 @pytest.fixture(autouse=True)
@@ -304,3 +305,26 @@ def test_the_trainer_clips_logs_and_resumes_updates(tmp_path) -> None:
     (checkpoint / "gradclip_update.pt").unlink()
     lost = train(GradClipTrainer, resume=str(checkpoint), model=tiny_llama(seed=9), **settings)
     assert not torch.equal(weights_of(whole.model), weights_of(lost.model)), "without the file the run differs"
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_second_train_has_one_update_clipper(ours) -> None:
+    """A second train() with a new optimizer starts anew, and clips each update once."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GradClipTrainer(
+            model=tiny_llama(),
+            args=training_args(folder, max_steps=4, lr_scheduler_type="constant"),
+            train_dataset=counting_data(),
+            clip={"gradient": "none", "update": "block_rms:max_rms=0.5"},
+            optimizer_cls_and_kwargs=(optim.AdamW, {"lr": 1e-2}) if ours else None,
+        )
+        first = trainer.create_optimizer()
+        trainer.train()
+        assert trainer.update_clipper.report.summary()["steps"] == 4
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.train()
+    assert trainer.update_clipper.report.summary()["steps"] == 4
+    assert len(trainer._clip_attachment.updates.clippers) == 1
+    keys = {key for entry in trainer.state.log_history for key in entry if key.startswith("clip_update")}
+    assert {key.split("/")[0] for key in keys} == {"clip_update"}
+    assert first is not None, "the old optimizer is still there"
