@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_gradclip import kernels
 from hf_gradclip.kernels import eager
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
@@ -57,10 +58,7 @@ class Parameters:
 
     def apply_(self, plan: ClipPlan) -> None:
         """Scale, then bound."""
-        grads = self.gradients()
-        eager.scale_(grads, plan.scale_S)
-        if plan.bound_S is not None:
-            eager.clamp_(grads, plan.bound_S)
+        kernels.apply_(self.gradients(), plan.scale_S, plan.bound_S)
 
     def drop_(self) -> None:
         """Set every gradient to None."""
@@ -70,12 +68,10 @@ class Parameters:
 
 def measure(grads: list[Tensor | None], layout: Layout, needs: Needs, rescale: bool) -> NormStats:
     """The statistics of flat gradients, one per segment of the layout, of this process alone."""
-    max_abs_S = None
-    if needs.max_abs or rescale:
-        max_abs_S = eager.max_abs(grads, layout.dtype, layout.device)
     if not rescale:
-        return NormStats(eager.sumsq(grads, None, layout.dtype, layout.device), layout, max_abs_S)
-    assert max_abs_S is not None
+        sumsq_S, max_abs_S = kernels.statistics(grads, layout.dtype, layout.device, needs.max_abs)
+        return NormStats(sumsq_S, layout, max_abs_S)
+    max_abs_S = eager.max_abs(grads, layout.dtype, layout.device)
     divisor_S = eager.divisors(max_abs_S)
     sumsq_S = eager.sumsq(grads, divisor_S, layout.dtype, layout.device) * divisor_S.square()
     return NormStats(sumsq_S, layout, max_abs_S)

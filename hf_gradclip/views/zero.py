@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_gradclip import kernels
 from hf_gradclip.kernels import eager
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
@@ -305,15 +306,16 @@ class ZeroView(GradientView):
     def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
         """Norms of the whole gradients, from local pieces and one all-reduce (two with `max_abs`)."""
         layout, memory, scale = self._layout, self._partition.measured(), self._partition.loss_scale
-        max_abs_S, divisors = None, None
-        if needs.max_abs or rescale:
-            largest = eager.max_abs(memory, layout.dtype, layout.device)
+        if rescale:
+            scaled_by = eager.max_abs(memory, layout.dtype, layout.device)
+            divisors = eager.divisors(scaled_by)
+            sums = eager.sumsq(memory, divisors, layout.dtype, layout.device) * divisors.square()
+            largest: Tensor | None = scaled_by
+        else:
+            sums, largest = kernels.statistics(memory, layout.dtype, layout.device, needs.max_abs)
+        max_abs_S = None
+        if largest is not None:
             max_abs_S = layout_zeros(layout).index_reduce(0, self._all_segments, largest, "amax") / scale
-            if rescale:
-                divisors = eager.divisors(largest)
-        sums = eager.sumsq(memory, divisors, layout.dtype, layout.device)
-        if divisors is not None:
-            sums = sums * divisors.square()
         sumsq_S = layout_zeros(layout).index_add(0, self._all_segments, sums) / scale**2
         if self._partition.group is not None:
             dist.all_reduce(sumsq_S, group=self._partition.group)
@@ -333,9 +335,8 @@ class ZeroView(GradientView):
         if not memory:
             return
         home = next((m.device for m in memory if m is not None), self._layout.device)
-        eager.scale_(memory, plan.scale_S.expand(len(self._layout))[segments].to(home))
-        if plan.bound_S is not None:
-            eager.clamp_(memory, plan.bound_S[segments].to(home))
+        scale_S = plan.scale_S.expand(len(self._layout))[segments].to(home)
+        kernels.apply_(memory, scale_S, None if plan.bound_S is None else plan.bound_S[segments].to(home))
 
     def of_updates(self) -> tuple[ZeroView, Moved]:
         """A view of the same pieces of the updates, and the memory to put them in."""

@@ -1,0 +1,132 @@
+"""The Triton kernels on a GPU: the numbers, the same ones every time, few launches, and no wait for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [3_000_001, 65_536, 65_535, 4_097, 100, 8, 7, 1]
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from hf_gradclip.kernels import fused_triton
+
+    return fused_triton
+
+
+@pytest.fixture
+def no_waiting(kernels) -> Iterator[None]:
+    """Any call in which the host waits for the device is an error, after what compiles and allocates has been done."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def make(dtypes: list[torch.dtype], seed: int = 0) -> list[Tensor | None]:
+    """A missing and an empty gradient, and two of each size: one on 16 bytes, one an element further."""
+    generator = torch.Generator(device()).manual_seed(seed)
+    grads: list[Tensor | None] = [None, torch.zeros(0, dtype=dtypes[0], device=device())]
+    for dtype in dtypes:
+        for size in SIZES:
+            memory = torch.randn(size + 1, generator=generator, device=device()).to(dtype)
+            grads += [memory[:size].clone(), memory[1:]]
+    return grads
+
+
+def sumsq64(grad: Tensor | None) -> Tensor:
+    zero = torch.zeros((), dtype=torch.float64, device=device())
+    return zero if grad is None else sum((part.double().square().sum() for part in grad.split(1 << 26)), start=zero)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16], [torch.float16], DTYPES])
+class TestNumbers:
+    def test_statistics(self, kernels, dtypes):
+        grads = make(dtypes)
+        sumsq_S, max_S = kernels.statistics(grads, torch.float64, device())
+        torch.testing.assert_close(sumsq_S, torch.stack([sumsq64(grad) for grad in grads]), rtol=1e-6, atol=0)
+        for grad, largest in zip(grads, max_S.tolist(), strict=True):
+            assert largest == (0 if grad is None or grad.numel() == 0 else grad.abs().max().item())
+
+    def test_apply(self, kernels, dtypes):
+        """Bit for bit what torch gives when it multiplies in float32 and rounds once."""
+        grads = make(dtypes)
+        scale_S = torch.linspace(0.1, 1.3, len(grads), dtype=torch.float64, device=device())
+        scale_S[::3] = 1
+        bound_S = torch.full_like(scale_S, float("inf"))
+        bound_S[::2] = 0.7
+        plan = list(zip(grads, scale_S.float(), bound_S.float(), strict=True))
+        want = [g if g is None else (g.float() * scale).clamp(-bound, bound).to(g.dtype) for g, scale, bound in plan]
+        kernels.apply_(grads, scale_S, bound_S)
+        for got, expected in zip(grads, want, strict=True):
+            assert got is expected is None or torch.equal(got, expected)
+
+    def test_the_same_bits_in_100_runs(self, kernels, dtypes):
+        grads = make(dtypes)
+        first = torch.stack(kernels.statistics(grads, torch.float64, device()))
+        for _ in range(100):
+            assert torch.equal(torch.stack(kernels.statistics(grads, torch.float64, device())), first)
+
+    def test_at_most_four_launches(self, kernels, dtypes):
+        grads = make(dtypes)
+        step(kernels, grads)
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            sumsq_S, _ = kernels.statistics(grads, torch.float64, device())
+            kernels.apply_(grads, sumsq_S, None)
+            torch.cuda.synchronize()
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        launched = [event.name for event in on_device if not event.name.lower().startswith(("memcpy", "memset"))]
+        assert 1 <= len(launched) <= 4, launched
+
+    def test_the_host_never_waits(self, kernels, no_waiting, dtypes):
+        grads, moved = make(dtypes), make(dtypes, seed=1)
+        step(kernels, grads)
+        torch.cuda.set_sync_debug_mode("error")
+        step(kernels, grads)
+        step(kernels, moved)
+
+
+def step(kernels: ModuleType, grads: list[Tensor | None]) -> None:
+    sumsq_S, max_S = kernels.statistics(grads, torch.float64, device())
+    kernels.apply_(grads, (1 / (sumsq_S.sum().sqrt() + 1e-6)).clamp(max=1), None)
+    kernels.apply_(grads, torch.ones_like(sumsq_S), max_S)
+
+
+def test_addresses_that_change_while_the_device_is_busy(kernels):
+    """The host runs ahead: a table must not be overwritten while an earlier launch still needs it."""
+    sets = [[torch.full((1000,), float(i + 1), device=device()) for _ in range(3)] for i in range(50)]
+    kernels.statistics(sets[0], torch.float64, device())
+    torch.cuda._sleep(200_000_000)
+    results = [kernels.statistics(grads, torch.float64, device())[0] for grads in sets]
+    for i, sumsq_S in enumerate(results):
+        assert sumsq_S.tolist() == [1000.0 * (i + 1) ** 2] * 3
+
+
+def test_more_than_2_31_elements(kernels):
+    size = (1 << 31) + 70_001
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 * 2 * size:
+        pytest.skip(f"needs {6 * size / 2**30:.0f} GiB of free memory on the device")
+    grad = torch.empty(size, dtype=torch.bfloat16, device=device()).normal_(generator=torch.Generator(device()))
+    grad[-1] = 100
+    want, last = sumsq64(grad).item(), grad[-1000:].clone()
+    sumsq_S, max_S = kernels.statistics([grad], torch.float64, device())
+    assert sumsq_S.item() == pytest.approx(want, rel=1e-6)
+    assert max_S.item() == 100
+    kernels.apply_([grad], torch.tensor(0.5, device=device()), None)
+    assert torch.equal(grad[-1000:], last * 0.5)
+    assert sumsq64(grad).item() == pytest.approx(want / 4, rel=1e-6)
