@@ -5,8 +5,8 @@ memory in a table of addresses, so the number of launches does not depend on the
 gradient does; its body begins at the next multiple of 16 bytes and moves in 16-byte words, and the few elements
 before and after the body are its edges.
 
-No float is added atomically: a program stores the sum of its chunk, and one program per gradient adds these in order.
-The result is the same, bit for bit, in every run.
+No float is added atomically: a program stores the sum of its chunk, and one program per gradient adds these in a fixed
+order. The result is the same, bit for bit, in every run.
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
     Args:
         grads: as for `statistics`.
         scale_S: factor per gradient, any float dtype, shape (len(grads),), or 0-d for one factor that serves all.
-        bound_S: largest absolute element per gradient, any float dtype, shape (len(grads),); None bounds nothing.
+        bound_S: largest absolute element per gradient, of the same shapes; inf or None bounds nothing.
 
     Raises:
         ValueError: if a gradient has another dtype, is not where `scale_S` is, or is not contiguous.
     """
     scale_S = scale_S.expand(len(grads))
-    bound_stride = 0 if bound_S is None else bound_S.stride(0)
+    bound_S = None if bound_S is None else bound_S.expand(len(grads))
     with _on(scale_S.device):
         table = _table_of(grads, scale_S.device)
         chunks = table.tensor_C.numel()
         if chunks:
-            plan = (scale_S, scale_S.stride(0), bound_S, bound_stride)
+            plan = (scale_S, scale_S.stride(0), bound_S, 0 if bound_S is None else bound_S.stride(0))
             _scale_and_clamp[(chunks,)](*table.arguments, *plan, table.dtypes, CHUNK, BLOCK, num_warps=WARPS)
 
 
@@ -196,11 +196,12 @@ def _measure(
 def _measure_chunk(address, start, n, sumsq, largest, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     total, bits = _sum_and_max(address, start, n, 1.0, DTYPE, BLOCK)
     top = tl.minimum(bits, _INF_BITS).to(tl.float32, bitcast=True)  # the bits of NaN are above those of inf
-    factor = tl.where(top > _LARGE, _SHRINK, tl.where((top < _SMALL) & (top > 0), _GROW, 1.0))
-    if factor != 1.0:
-        total, bits = _sum_and_max(address, start, n, factor, DTYPE, BLOCK)
-    wide = sumsq.dtype.element_ty
-    tl.store(sumsq, total.to(wide) / factor.to(wide) / factor.to(wide))
+    large = top > _LARGE
+    small = (top < _SMALL) & (top > 0)
+    back = tl.where(large, _GROW, tl.where(small, _SHRINK, 1.0)).to(sumsq.dtype.element_ty)
+    if large | small:
+        total, bits = _sum_and_max(address, start, n, tl.where(large, _SHRINK, _GROW), DTYPE, BLOCK)
+    tl.store(sumsq, total.to(sumsq.dtype.element_ty) * back * back)
     tl.store(largest, top)
 
 
@@ -250,7 +251,7 @@ def _bits(x):
 
 @triton.jit
 def _finish(first_S, sumsq_C, max_C, sumsq_S, max_S, BLOCK: tl.constexpr):
-    """Add the chunks of one gradient, in order."""
+    """Add the chunks of one gradient, always in the same order."""
     s = tl.program_id(0)
     end = tl.load(first_S + s + 1)
     sums = tl.zeros((BLOCK,), sumsq_C.dtype.element_ty)
