@@ -1,4 +1,4 @@
-.PHONY: install test test-all lint format run wheel
+.PHONY: install test test-all lint format run bench wheel
 
 install:
 	pip install -c constraints.txt -e '.[dev]'
@@ -21,6 +21,9 @@ format:
 
 run:
 	accelerate launch scripts/finetune.py --clip adaptive
+
+bench:
+	python scripts/bench_clip.py --out benchmarks
 
 wheel:
 	python -m build --wheel
