@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,18 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def test_rows_ratios_and_files(tmp_path) -> None:
-    threads = torch.get_num_threads()
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """The script as a module."""
     spec = importlib.util.spec_from_file_location("bench_clip", ROOT / "scripts" / "bench_clip.py")
-    bench = importlib.util.module_from_spec(spec)
-    sys.modules["bench_clip"] = bench
-    spec.loader.exec_module(bench)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_clip"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_ratios_and_files(bench, tmp_path) -> None:
+    threads = torch.get_num_threads()
     found = bench.main(["--workload", "tiny", "--repeats", "3", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
     assert set(found) == {"tiny float32", "tiny bfloat16"}
@@ -36,9 +43,8 @@ def test_rows_ratios_and_files(tmp_path) -> None:
     assert "Relative error of the total norm: ours" in text
 
 
-def test_the_rows_do_what_they_say() -> None:
+def test_the_rows_do_what_they_say(bench) -> None:
     """Where nothing clips no gradient changes; where it does the norm is halved."""
-    bench = sys.modules["bench_clip"]
     model = bench.model_of(bench.WORKLOADS["tiny"](), torch.float32, torch.device("cpu"))
     flat = torch.ones(10)
     for row in bench.rows_of(model, flat):
