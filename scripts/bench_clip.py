@@ -1,265 +1,293 @@
-"""What clipping costs on this machine: whole steps of ours beside torch and per-tensor loops, in one interleaved run.
+"""What clipping costs: this package, its peers and the memory itself, measured in one interleaved run.
 
-    python scripts/bench_clip.py
-    python scripts/bench_clip.py --workload llama138m --dtype bfloat16 --repeats 21 --out benchmarks
+    python scripts/bench_clip.py --out benchmarks
+    python scripts/bench_clip.py --workload llama138m --dtype bf16 --repeats 15
+    python scripts/bench_clip.py --workload llama1b size count --device cuda
 
-Every round runs every row once, in another order; a row's figure is the median of its rounds, beside its quartiles. The
-ceilings (one read, one read with a write in place, of one flat buffer of the same size) are rows of the same run.
+How it measures is in benchmark.py. `size` goes from 10M to 1B elements, which takes 16 GB in fp32, `count` from 10 to
+10,000 tensors. `--tiny` takes a few thousand elements in the place of every workload, for the tests.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
-import re
-import statistics
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import runpy
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import date
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from benchmark import DTYPES, INF, Case, Row, Shapes, Workload, bind, ceilings, norm64, run
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
-from hf_gradclip import Clipper, clip_grad_norm_
+import hf_gradclip
+from hf_gradclip import Clipper, kernels
+from hf_gradclip.config import strategy_names
 
-NEVER = 1e30  # a limit that no norm reaches
-Shapes = list[tuple[int, ...]]
-
-
-def llama138m() -> Shapes:
-    """A Llama of 12 layers, width 768, 32,000 tokens, separate head."""
-    layer: Shapes = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048), (768,), (768,)]
-    return [(32000, 768), *layer * 12, (768,), (32000, 768)]
+STEP = "whole step"
 
 
-def llama1b() -> Shapes:
-    """A Llama of 22 layers, width 2048, 32,000 tokens, separate head, grouped keys and values."""
-    layer: Shapes = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048), (5632, 2048), (5632, 2048), (2048, 5632)]
-    return [(32000, 2048), *[*layer, (2048,), (2048,)] * 22, (2048,), (32000, 2048)]
+def llama(layers: int, hidden: int, intermediate: int, kv: int, vocab: int, tied: bool) -> Shapes:
+    """The parameters of a Llama: embedding, layers, last norm, head."""
+    attention = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    mlp = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    layer: Shapes = [*attention, *mlp, (hidden,), (hidden,)]
+    return [(vocab, hidden), *layer * layers, (hidden,), *([] if tied else [(vocab, hidden)])]
 
 
-WORKLOADS: dict[str, Callable[[], Shapes]] = {
-    "llama138m": llama138m,
-    "llama1b": llama1b,
-    "lora400": lambda: [(8, 2048), (2048, 8)] * 200,
-    "tiny": lambda: [(64, 32), (32,), (7, 5)] * 3,
+def even(numel: int, count: int) -> Shapes:
+    """`count` equal matrices with rows of 1000."""
+    return [(numel // count // 1000, 1000)] * count
+
+
+WORKLOADS: dict[str, dict[str, Shapes]] = {
+    "llama138m": {"llama138m": llama(16, 768, 2048, 768, 32000, tied=True)},
+    "llama1b": {"llama1b": llama(22, 2048, 5632, 256, 32000, tied=False)},
+    "lora400": {"lora400": [(8, 2048), (2048, 8)] * 200},
+    "size": {f"size-{millions}M": even(millions * 10**6, 100) for millions in (10, 30, 100, 300, 1000)},
+    "count": {f"count-{count}": even(10**7, count) for count in (10, 100, 1000, 10_000)},
 }
+TINY: dict[str, Shapes] = {"tiny": [(64, 32), (32,), (8, 64), (64, 8), (7,)]}
 
 
-@dataclass
-class Row:
-    """One thing that is timed.
-
-    Args:
-        name: what it is.
-        kind: ceiling, whole step or function.
-        case: "nothing clips" or "clips".
-        run: one repetition.
-        before: what is done before each repetition and not timed.
-    """
-
-    name: str
-    kind: str
-    case: str
-    run: Callable[[], object]
-    before: Callable[[], object] = tuple
-
-
-@dataclass
-class Result:
-    """Milliseconds of a row, and its ratios within the run."""
-
-    name: str
-    kind: str
-    case: str
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    times_torch: float
-    times_read: float
-
-
-def model_of(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Parameters with random gradients, whose norm is 1."""
-    generator = torch.Generator(device).manual_seed(0)
-    model = nn.Module()
-    for i, shape in enumerate(shapes):
-        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-        parameter.grad = torch.randn(shape, generator=generator, device=device).to(dtype)
-        model.register_parameter(f"p{i}", parameter)
-    clip_grad_norm_(model.parameters(), 1.0)
-    return model
-
-
-def zclip_loop(grads: list[Tensor]) -> Callable[[], None]:
-    """The ZClip algorithm as a loop over tensors, with Python numbers for its statistics; nothing clips."""
-    state = {"mean": 1.0, "var": 1.0}
-
-    def run() -> None:
-        norm = sum(float(g.norm()) ** 2 for g in grads) ** 0.5
-        z = (norm - state["mean"]) / (state["var"] ** 0.5 + 1e-6)
-        if z > NEVER:
-            for g in grads:
-                g.mul_(state["mean"] / norm)
-        state["mean"] = 0.97 * state["mean"] + 0.03 * norm
-        state["var"] = 0.97 * state["var"] + 0.03 * (norm - state["mean"]) ** 2
-
-    return run
-
-
-def adagc_loop(grads: list[Tensor]) -> Callable[[], None]:
-    """The AdaGC algorithm as a loop over tensors, one `.item()` each; nothing clips."""
-    gamma = [NEVER] * len(grads)
-
-    def run() -> None:
-        for i, g in enumerate(grads):
-            norm = g.norm().item()
-            if norm > 1.04 * gamma[i]:
-                g.mul_(1.04 * gamma[i] / (norm + 1e-6))
-
-    return run
-
-
-def rows_of(model: nn.Module, flat: Tensor) -> list[Row]:
-    """Everything that is timed on one model."""
-    params = list(model.parameters())
-    grads = [p.grad for p in params if p.grad is not None]
-    torch_clip = torch.nn.utils.clip_grad_norm_
-    double = partial(torch._foreach_mul_, grads, 2.0)  # a norm of 1 becomes 2, which a limit of 1 takes back
-    rows = [
-        Row("read one flat buffer", "ceiling", "nothing clips", flat.sum),
-        Row("read it and multiply it in place", "ceiling", "clips", lambda: (flat.sum(), flat.mul_(1.0))),
-    ]
-    for foreach in (True, False):
-        name = f"torch clip_grad_norm_, foreach={foreach}"
-        rows.append(Row(name, "function", "nothing clips", partial(torch_clip, params, NEVER, foreach=foreach)))
-        rows.append(Row(name, "function", "clips", partial(torch_clip, params, 1.0, foreach=foreach), double))
-    rows.append(Row("torch, inf norm", "function", "nothing clips", lambda: torch_clip(params, NEVER, float("inf"))))
-    rows.append(Row("ZClip algorithm as a loop", "function", "nothing clips", zclip_loop(grads)))
-    rows.append(Row("AdaGC algorithm as a loop", "function", "nothing clips", adagc_loop(grads)))
-    ours = {
-        "global_norm": f"global_norm:max_norm={NEVER}",
-        "inf norm": f"global_norm:max_norm={NEVER},norm_type=inf",
-        "zclip": f"zclip:max_norm=inf,z_threshold={NEVER}",
-        "adagc": f"adagc:max_norm=inf,lambda_rel={NEVER},warmup_steps=1",
+def ours(work: Workload, case: Case, backend: str) -> list[Row]:
+    """This package, past the warm-up of its strategies, on one kind of kernels."""
+    limit, largest = case.limit * work.norms[2.0], case.limit * work.norms[INF]
+    plain = f"global_norm:max_norm={limit}"
+    specs: dict[str, tuple[str, Any]] = {
+        "global_norm": ("norm", plain),
+        "global_norm:norm_type=inf": ("inf", f"global_norm:max_norm={largest},norm_type=inf"),
+        "zclip": ("zclip", "zclip:warmup_steps=2,max_norm=inf"),
+        "adagc": ("adagc", "adagc:warmup_steps=2,max_norm=inf"),
     }
-    for name, spec in ours.items():
-        rows.append(Row(f"ours, {name}", "whole step", "nothing clips", Clipper.for_model(model, spec).step))
-    clipper = Clipper.for_model(model, "global_norm:max_norm=1.0")
-    rows.append(Row("ours, global_norm", "whole step", "clips", clipper.step, double))
-    rows.append(Row("ours, clip_grad_norm_", "function", "nothing clips", lambda: clip_grad_norm_(params, NEVER)))
+    if "agc" in strategy_names():
+        specs["agc"] = ("agc", f"agc:clip_factor={case.agc}")
+    if work.flat.is_cuda:
+        specs["global_norm, nonfinite=pass"] = ("norm", {"gradient": plain, "nonfinite": "pass"})
+    rows = [_clipper_row(work, case, backend, name, *spec) for name, spec in specs.items()]
+    for order, task in ((2.0, "norm"), (INF, "inf")):
+        call = bind(hf_gradclip.clip_grad_norm_, list(work.params), case.limit * work.norms[order], order)
+        rows.append(_our_row(f"hf_gradclip.clip_grad_norm_{_of(order)}", task, call, order, backend))
     return rows
 
 
-def measure(rows: list[Row], repeats: int, device: torch.device) -> list[Result]:
-    """Interleaved rounds after two for warming up."""
-    seconds: dict[int, list[float]] = {i: [] for i in range(len(rows))}
-    order = list(range(len(rows)))
-    shuffle = random.Random(0)
-    for turn in range(repeats + 2):
-        shuffle.shuffle(order)
-        for i in order:
-            rows[i].before()
-            _wait(device)
-            start = time.perf_counter()
-            rows[i].run()
-            _wait(device)
-            if turn >= 2:
-                seconds[i].append(time.perf_counter() - start)
-    medians = [statistics.median(seconds[i]) * 1e3 for i in range(len(rows))]
-    at = {(row.name, row.case): medians[i] for i, row in enumerate(rows)}
-    read = at["read one flat buffer", "nothing clips"]
-    results = []
-    for i, row in enumerate(rows):
-        low, _, high = statistics.quantiles([s * 1e3 for s in seconds[i]], n=4)
-        peer = at["torch, inf norm", "nothing clips"] if "inf norm" in row.name else None
-        peer = peer or at["torch clip_grad_norm_, foreach=True", row.case]
-        ratios = peer / medians[i], medians[i] / read
-        results.append(Result(row.name, row.kind, row.case, medians[i], (low, high), *ratios))
-    return results
+def _clipper_row(work: Workload, case: Case, backend: str, name: str, task: str, spec: Any) -> Row:
+    clipper = Clipper.for_model(work, spec)
+    for _ in range(2):
+        work.restore(case.history)
+        clipper.step()
+    state = clipper.state
+    return _our_row(f"clipper.step() {name}", task, clipper.step, 2.0, backend, bind(setattr, clipper, "state", state))
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _our_row(name: str, task: str, call: Any, order: float, backend: str, before: Any = None) -> Row:
+    """A row under HF_GRADCLIP_KERNELS=backend. It must not count if plain torch had to serve for Triton."""
+
+    def choose() -> None:
+        os.environ[kernels.VARIABLE] = backend
+        if before is not None:
+            before()
+
+    def why_not() -> str:
+        return kernels._given_up[0] if backend != "eager" and kernels._given_up else ""
+
+    name = name if backend == "eager" else f"{name} [{backend}]"
+    return Row(name, "ours", STEP, task, call, order=order, before=choose, why_not=why_not)
 
 
-def precision_of(model: nn.Module) -> dict[str, float]:
-    """Relative error of the total norm against float64."""
-    params = list(model.parameters())
-    true = sum(float(p.grad.double().square().sum()) for p in params if p.grad is not None) ** 0.5
-    ours = float(clip_grad_norm_(params, NEVER))
-    theirs = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
-    return {"ours": abs(ours / true - 1), "torch": abs(theirs / true - 1)}
+def _of(order: float) -> str:
+    return ", inf" if order == INF else ""
 
 
-def hardware(device: torch.device) -> str:
-    """The name of the CPU or GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
+def torch_peers(work: Workload, case: Case) -> list[Row]:
+    """torch's own clipping."""
+    params, limit = list(work.params), case.limit * work.norms[2.0]
+    rows = []
+    for order, task in ((2.0, "norm"), (INF, "inf")):
+        for foreach in (True, False):
+            call = bind(clip_grad_norm_, params, case.limit * work.norms[order], order, foreach=foreach)
+            rows.append(
+                Row(f"torch clip_grad_norm_ foreach={foreach}{_of(order)}", "peer", STEP, task, call, foreach, order)
+            )
+
+    def in_two_calls() -> Tensor:
+        norm = get_total_norm([p.grad for p in params if p.grad is not None])
+        clip_grads_with_norm_(params, limit, norm)
+        return norm
+
+    name = "torch get_total_norm + clip_grads_with_norm_"
+    return [*rows, Row(name, "peer", STEP, "norm", in_two_calls, order=2.0)]
+
+
+def algorithm_peers(work: Workload, case: Case) -> list[Row]:
+    """Published rules as loops over tensors, written here from their equations. Their states are put back each time."""
+    grads, limit = work.grads, case.limit * work.norms[2.0]
+    mean = case.history * work.norms[2.0]
+    start = {"mean": mean, "var": (0.05 * mean) ** 2}
+    state = dict(start)
+    first = [case.history * norm64([part]) for part in work.parts]
+    gammas = list(first)
+
+    def zclip() -> float:
+        norm = torch.stack([grad.norm() for grad in grads]).norm().item()
+        sigma = state["var"] ** 0.5
+        z = (norm - state["mean"]) / (sigma + 1e-6)
+        kept = state["mean"] + 2.5**2 * sigma / z if z > 2.5 else norm
+        if kept < norm:
+            for grad in grads:
+                grad.mul_(kept / (norm + 1e-6))
+        state["mean"] = 0.97 * state["mean"] + 0.03 * kept
+        state["var"] = 0.97 * state["var"] + 0.03 * (kept - state["mean"]) ** 2
+        return norm
+
+    def adagc() -> None:
+        for i, grad in enumerate(grads):
+            norm = grad.norm().item()
+            if norm > 1.04 * gammas[i]:
+                grad.mul_(1.04 * gammas[i] / (norm + 1e-6))
+                norm = 1.04 * gammas[i]
+            gammas[i] = 0.99 * gammas[i] + 0.01 * norm
+
+    def zero() -> Tensor:
+        norms = [torch.linalg.vector_norm(grad.to(torch.double)) for grad in grads]
+        norm = torch.stack(norms).pow(2).sum().float().pow(0.5)
+        factor = 1.0 / torch.clamp((norm + 1e-6) / limit, min=1.0)
+        for grad in grads:
+            grad.mul_(factor)
+        return norm
+
+    text = "written here from the equations"
+    peer = ("peer", STEP)
+    return [
+        Row(
+            "ZClip algorithm as a per-tensor loop",
+            *peer,
+            "zclip",
+            zclip,
+            baseline=True,
+            order=2.0,
+            before=bind(state.update, start),
+            note=f"{text}; one .item()",
+        ),
+        Row(
+            "AdaGC algorithm as a per-tensor loop",
+            *peer,
+            "adagc",
+            adagc,
+            baseline=True,
+            before=bind(gammas.__setitem__, slice(None), first),
+            note=f"{text}; one .item() per tensor",
+        ),
+        Row(
+            "ZeRO-1/2 norm and clip as a per-tensor loop",
+            *peer,
+            "norm",
+            zero,
+            order=2.0,
+            note=f"{text} of DeepSpeed 0.19.8: float64 copies",
+        ),
+    ]
+
+
+def installed_peers(work: Workload, case: Case) -> Iterator[Row]:
+    """Other packages, by their own functions; a row that says so where one is missing."""
+    params, grads, limit = list(work.params), work.grads, case.limit * work.norms[2.0]
+
+    timm, note = found("timm", "timm/utils/agc.py", "adaptive_clip_grad")
+    call = bind(timm, params, clip_factor=case.agc) if timm else None
+    yield Row("timm adaptive_clip_grad", "peer", STEP, "agc", call, baseline=True, note=note)
+
+    agc, note = found("pytorch_optimizer", "pytorch_optimizer.optimizer.agc", "agc")
+
+    def agc_loop() -> None:
+        for param, grad in zip(params, grads, strict=True):
+            grad.copy_(agc(param.detach(), grad, 1e-3, case.agc))
+
+    yield Row("pytorch_optimizer agc, per tensor", "peer", STEP, "agc", agc_loop if agc else None, note=note)
+
+    deepspeed, note = found("deepspeed", "deepspeed.runtime.utils", "clip_tensors_by_global_norm")
+    call = bind(deepspeed, grads, limit) if deepspeed else None
+    yield Row("deepspeed clip_tensors_by_global_norm", "peer", STEP, "norm", call, order=2.0, note=note)
+
+    apex, note = found("apex", "apex.contrib.clip_grad", "clip_grad_norm_")
+    call = bind(apex, params, limit) if apex else None
+    yield Row("apex.contrib clip_grad_norm_", "peer", STEP, "norm", call, order=2.0, note=note)
+
+    engine, note = found("transformer_engine", "transformer_engine.pytorch", "optimizers")
+
+    def multi_tensor() -> Tensor:
+        overflow = torch.zeros(1, dtype=torch.int, device=work.flat.device)
+        norm, _ = engine.multi_tensor_applier(engine.multi_tensor_l2norm, overflow, [grads], False)
+        factor = limit / (norm.item() + 1e-6)
+        if factor < 1.0:
+            engine.multi_tensor_applier(engine.multi_tensor_scale, overflow, [grads, grads], factor)
+        return norm
+
+    call = multi_tensor if engine else None
+    yield Row("TransformerEngine multi_tensor_l2norm + scale", "peer", STEP, "norm", call, order=2.0, note=note)
+
+
+def found(package: str, where: str, name: str) -> tuple[Any, str]:
+    """Something of an installed package, with its version; or None, and why.
+
+    Args:
+        package: as it is installed.
+        where: a module; or a file, run by itself where importing the whole package would need others.
+        name: what to take from it.
+    """
     try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None, "not installed"
+    try:
+        if not where.endswith(".py"):
+            return getattr(importlib.import_module(where), name), distribution.version
+        return runpy.run_path(str(distribution.locate_file(where)))[name], distribution.version
+    except Exception as error:
+        return None, f"{distribution.version} cannot be loaded: {type(error).__name__}"
 
 
-def table(title: str, results: list[Result], precision: dict[str, float]) -> str:
-    """Markdown."""
-    lines = [f"## {title}", "", "| what | kind | case | ms (quartiles) | x faster than torch | x one read |"]
-    lines.append("|---|---|---|---|---|---|")
-    for r in results:
-        low, high = r.quartiles_ms
-        ms = f"{r.median_ms:.2f} ({low:.2f}-{high:.2f})"
-        lines.append(f"| {r.name} | {r.kind} | {r.case} | {ms} | {r.times_torch:.2f} | {r.times_read:.2f} |")
-    errors = ", ".join(f"{name} {error:.1e}" for name, error in precision.items())
-    return "\n".join([*lines, "", f"Relative error of the total norm: {errors}.", ""])
+def rows_of(work: Workload, case: Case) -> list[Row]:
+    """All rows of a table."""
+    backends = ["eager"]
+    if work.flat.is_cuda and importlib.util.find_spec("triton"):
+        backends.append("triton")
+    rows = [*ceilings(work), *(row for backend in backends for row in ours(work, case, backend))]
+    return [*rows, *torch_peers(work, case), *algorithm_peers(work, case), *installed_peers(work, case)]
 
 
-def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
-    """Measure, print, write; the results by workload and dtype."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workload", nargs="+", default=["lora400", "llama138m"], choices=WORKLOADS)
-    dtypes = ["float32", "bfloat16", "float16"]
-    parser.add_argument("--dtype", nargs="+", default=dtypes[:2], choices=dtypes)
-    parser.add_argument("--repeats", type=int, default=15, help="rounds that are measured, 2 or more")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for a Markdown and a JSON file")
+def parse_args(argv: Sequence[str], description: str, workloads: list[str]) -> argparse.Namespace:
+    """Read the command line; `workloads` are the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=workloads, help="What to clip.")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="Of weights and gradients."
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="Rounds; three times as many below 20M elements.")
+    parser.add_argument("--threads", type=int, default=1, help="Of torch, on the CPU.")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda.")
+    parser.add_argument("--out", type=Path, default=None, help="A folder for the Markdown and JSON files.")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    about = {
-        "hardware": hardware(device),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "command": "python scripts/bench_clip.py " + " ".join(sys.argv[1:] if argv is None else argv),
-    }
-    found: dict[str, list[Result]] = {}
-    parts = [f"# Clipping: {about['hardware']}", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    for workload in args.workload:
-        for dtype in args.dtype:
-            model = model_of(WORKLOADS[workload](), getattr(torch, dtype), device)
-            size = sum(p.numel() for p in model.parameters())
-            flat = torch.ones(size, dtype=getattr(torch, dtype), device=device)
-            precision = precision_of(model)
-            found[f"{workload} {dtype}"] = results = measure(rows_of(model, flat), args.repeats, device)
-            count = len(list(model.parameters()))
-            parts.append(table(f"{workload}, {dtype}: {size:,} elements in {count} tensors", results, precision))
-            print(parts[-1], flush=True)
-    if args.out is not None:
-        words = re.sub(r"[^a-z0-9]+", "-", str(about["hardware"]).lower()).strip("-")
-        path = args.out / f"clip_{words}_{date.today().isoformat()}"
-        args.out.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".md").write_text("\n".join(parts), "utf-8")
-        listed = {key: [asdict(result) for result in results] for key, results in found.items()}
-        path.with_suffix(".json").write_text(json.dumps({**about, "results": listed}, indent=2) + "\n", "utf-8")
-    return found
+    args.argv = list(argv)
+    return args
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Shapes]:
+    """The workloads of the command line."""
+    return TINY if args.tiny else {name: shapes for word in args.workload for name, shapes in WORKLOADS[word].items()}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure clipping; the report."""
+    args = parse_args(sys.argv[1:] if argv is None else argv, __doc__ or "", ["llama138m", "lora400"])
+    return run("clip", chosen(args), rows_of, args)
 
 
 if __name__ == "__main__":
