@@ -72,6 +72,8 @@ class Clipper:
                         f"{name_of(part)} under FSDP1: its flat shards do not follow the parameters, so only the norm "
                         "of the whole gradient is known. Use FSDP2 (fsdp_version: 2), or zclip, global_norm or value."
                     )
+        if (units := config.gradient.needs.units) is not None:
+            view.divide(units)
         self.config = config
         self.view = view
         self.step_was_skipped = False

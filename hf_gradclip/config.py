@@ -95,6 +95,11 @@ class ClipConfig:
         if not isinstance(update, Strategy):
             raise SpecError(f"ClipConfig(update={update!r}): must be a Strategy. ClipConfig.parse reads specs.")
         for part in parts_of(update):
+            if part.needs.units is not None:
+                raise SpecError(
+                    f"ClipConfig(update={name_of(part)}): it goes by units and their weights, which have moved by the "
+                    "time an update is known. Put it under 'gradient', or use block_rms."
+                )
             if part.skips:
                 word = name_of(part)
                 raise SpecError(

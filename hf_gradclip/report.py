@@ -39,7 +39,7 @@ class ClipReport:
     | `clip/scale` | norm out / norm in, last applied step; absent where elements were bounded |
     | `clip/threshold` | the norm (or value) at which the last finite step began to clip; only where it is one number |
     | `clip/rate` | share of the steps since in which any segment was scaled or bounded |
-    | `clip/tensor_rate` | share of the tensor-steps since |
+    | `clip/tensor_rate` | share of the tensor-steps since in which any part of the tensor was scaled or bounded |
     | `clip/skipped`, `clip/nonfinite` | steps since that did not reach the optimizer, that had a NaN or inf |
     """
 
@@ -62,11 +62,16 @@ class ClipReport:
     def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor) -> None:
         """Count one step. All arguments are on the device; `finite` and `skipped` are 0-d bools."""
         applied = finite & ~skipped
-        clipped_S = (plan.clipped_S & applied).expand(len(stats.layout))
+        layout = stats.layout
+        clipped_P = clipped_S = (plan.clipped_S & applied).expand(len(layout))
+        if layout.unit_S is not None:
+            clipped_P = (
+                self._zero.new_zeros(len(layout.names)).index_add(0, layout.param_S, clipped_S.to(self._zero)) > 0
+            )
         self._count("steps", torch.ones_like(self._zero))
-        self._count("clipped", clipped_S.any())
-        self._count("tensors", clipped_S.sum())
-        self._count("tensor_steps", torch.full_like(self._zero, len(stats.layout)))
+        self._count("clipped", clipped_P.any())
+        self._count("tensors", clipped_P.sum())
+        self._count("tensor_steps", torch.full_like(self._zero, len(layout.names)))
         self._count("skipped", skipped)
         self._count("nonfinite", ~finite)
         self._norms.append(torch.where(finite, stats.total, float("nan")))

@@ -31,19 +31,48 @@ class Stateless(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Units:
+    """Which parameters are measured by unit: what makes one output of a layer, such as a row of nn.Linear's weight.
+
+    Args:
+        axis: the axis of a matrix that counts its outputs, 0 or 1; None for what the layer's kind says.
+        vectors: also parameters of one dimension, each as one unit.
+        head: also the layer that makes the model's output.
+    """
+
+    axis: int | None = None
+    vectors: bool = False
+    head: bool = False
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a strategy reads beside the norms.
 
     Args:
         max_abs: the largest absolute element per segment. Costs a second reduction over ranks.
         loss: the loss of the step. Costs a reduction of one number over ranks.
+        units: segments are units of these parameters; None where they are parameters.
+        weights: the norms of the weights per segment. Costs a read of the weights.
     """
 
     max_abs: bool = False
     loss: bool = False
+    units: Units | None = None
+    weights: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(max_abs=self.max_abs or other.max_abs, loss=self.loss or other.loss)
+        if self.units is not None and other.units is not None and self.units != other.units:
+            raise SpecError(
+                f"units by {self.units} and by {other.units} in one chain: a gradient is cut in one way only. "
+                "Give both parts the same fields."
+            )
+        return Needs(
+            max_abs=self.max_abs or other.max_abs,
+            loss=self.loss or other.loss,
+            units=self.units or other.units,
+            weights=self.weights or other.weights,
+        )
 
 
 class Strategy(ABC):
@@ -91,6 +120,7 @@ class Chain(Strategy):
         for part in self.parts:
             if isinstance(part, Chain):
                 raise SpecError("Chain(...): a chain cannot hold a chain. Write one chain with all the parts.")
+        _ = self.needs  # refuses two ways of cutting
         for early in self.parts[:-1]:
             if early.bounds:
                 word = name_of(early)
@@ -108,14 +138,15 @@ class Chain(Strategy):
         return needs
 
     def init(self, layout: Layout) -> State:
-        """A tuple with the state of each part."""
-        return tuple(part.init(layout) for part in self.parts)
+        """A tuple with the state of each part; one that does not ask for units sees parameters."""
+        return tuple(part.init(layout if part.needs.units else layout.by_param) for part in self.parts)
 
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """Fold the parts; the chain has a threshold only where exactly one part has one."""
         plans, states = [], []
         for part, part_state in zip(self.parts, state, strict=True):
-            plan, new = part.update(stats, part_state)
+            plan, new = part.update(stats if part.needs.units else stats.by_param, part_state)
+            plan = plan if part.needs.units else plan.over(stats.layout)
             plans.append(plan)
             states.append(new)
             stats = stats.scaled(plan.scale_S)

@@ -1,6 +1,6 @@
 """What flows between the parts: where the numbers belong, what was measured, what to do.
 
-Shape letters: S segments (a segment is a parameter, or one output row of it), P parameters.
+Shape letters: S segments (a segment is a parameter, or one unit of it: an output row, say), P parameters.
 The three records hold tensors and know nothing of ranks, backends or strategies.
 """
 
@@ -21,11 +21,13 @@ class Layout:
         names: parameter names without wrapper prefixes, length P.
         numel_S: elements per segment of the whole (unsharded) parameter, int64, shape (S,).
         param_S: index into `names` per segment, int64, shape (S,).
+        unit_S: which segments are units, bool, shape (S,); None where every segment is a parameter.
     """
 
     names: tuple[str, ...]
     numel_S: Tensor
     param_S: Tensor
+    unit_S: Tensor | None = None
 
     @classmethod
     def of_parameters(cls, names: tuple[str, ...], numels: list[int], device: torch.device) -> Layout:
@@ -38,6 +40,16 @@ class Layout:
 
     def __len__(self) -> int:
         return int(self.numel_S.shape[0])
+
+    @cached_property
+    def by_param(self) -> Layout:
+        """The same parameters with one segment each."""
+        if self.unit_S is None:
+            return self
+        numel_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)
+        return Layout(
+            self.names, numel_P.index_add(0, self.param_S, self.numel_S), torch.arange(len(numel_P), device=self.device)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -59,12 +71,14 @@ class NormStats:
         layout: what the segments are.
         max_abs_S: largest absolute element per segment, shape (S,), NaN given as inf; only if asked for.
         loss: of this step, the mean over ranks and micro-batches, 0-d; only if asked for.
+        weight_sumsq_S: sum of squares of the weights per segment, shape (S,); only if asked for.
     """
 
     sumsq_S: Tensor
     layout: Layout
     max_abs_S: Tensor | None = None
     loss: Tensor | None = None
+    weight_sumsq_S: Tensor | None = None
 
     @cached_property
     def norm_S(self) -> Tensor:
@@ -87,6 +101,22 @@ class NormStats:
             raise ValueError("NormStats.max_abs: not measured. Set needs = Needs(max_abs=True) on the strategy.")
         return self.max_abs_S.amax() if len(self.layout) else self.sumsq_S.new_zeros(())
 
+    @cached_property
+    def by_param(self) -> NormStats:
+        """The same measurement with one segment per parameter."""
+        layout = self.layout
+        if layout.unit_S is None:
+            return self
+        zero_P = self.sumsq_S.new_zeros(len(layout.names))
+
+        def added(vector_S: Tensor | None) -> Tensor | None:
+            return None if vector_S is None else zero_P.index_add(0, layout.param_S, vector_S)
+
+        largest = self.max_abs_S
+        max_abs_P = None if largest is None else zero_P.scatter_reduce(0, layout.param_S, largest, "amax")
+        sumsq_P = zero_P.index_add(0, layout.param_S, self.sumsq_S)
+        return NormStats(sumsq_P, layout.by_param, max_abs_P, self.loss, added(self.weight_sumsq_S))
+
     def scaled(self, scale_S: Tensor) -> NormStats:
         """The statistics after the gradients are multiplied by `scale_S`, shape (S,) or 0-d."""
         max_abs_S = None if self.max_abs_S is None else self.max_abs_S * scale_S
@@ -108,6 +138,13 @@ class ClipPlan:
     bound_S: Tensor | None = None
     threshold: Tensor | None = None
     skip: Tensor | None = None
+
+    def over(self, layout: Layout) -> ClipPlan:
+        """A plan with one number per parameter as one with a number per segment."""
+        if layout.unit_S is None:
+            return self
+        scale_S = self.scale_S[layout.param_S] if self.scale_S.ndim else self.scale_S
+        return replace(self, scale_S=scale_S, bound_S=None if self.bound_S is None else self.bound_S[layout.param_S])
 
     @property
     def clipped_S(self) -> Tensor:

@@ -175,13 +175,16 @@ class Attachment:
         quiet = self.config.nonfinite == "pass" or clipper.view.guarded or not self.config.skip_sync
         reads = 0 if quiet else 1
         sends = clipper.view.reductions(self.config.gradient.needs)
-        sent = f"sends {segments} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
+        weighed = "and the weights " if self.config.gradient.needs.weights else ""
+        numbers = segments * (2 if self.config.gradient.needs.weights else 1)
+        sent = f"sends {numbers} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
         if self.config.gradient.needs.loss and world > 1:
             sent += " and the loss"
         again = "; the same again for the update" if self.config.update is not None else ""
         return (
             f"clip: {self.config}; {clipper.view.backend}{ranks}, {segments} segments; "
-            f"a step reads the gradients once, {sent}, reads {reads} number{'s'[: reads != 1]} to the host{again}"
+            f"a step reads the gradients {weighed}once, {sent}, "
+            f"reads {reads} number{'s'[: reads != 1]} to the host{again}"
         )
 
     def forget(self) -> None:

@@ -229,7 +229,7 @@ class ZeroUpdates:
         self._optimizer = innermost(self._partition.zero)
         self._parts = len(self._moved.parts)
         self._rates: dict[int, tuple[float, float]] = {}
-        segments = [piece.segment for pieces in self._moved.parts for piece in pieces]
+        segments = [piece.parameter for pieces in self._moved.parts for piece in pieces]
         self._segments = torch.tensor(segments, dtype=torch.int64, device=view.layout.device)
         weights = [self._partition.weights(part) for part in range(self._parts)]
         refuse_recovery(self._optimizer, [weight.dtype for weight in weights])

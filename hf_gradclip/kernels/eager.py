@@ -96,9 +96,9 @@ def _half(grads: list[Tensor]) -> Tensor:
             alike.setdefault(size, []).append((i, grad))
             continue
         flat, whole = grad.view(-1), size // ROW * ROW
-        sums[i] = _moments(flat[:whole], ROW).sum()
+        sums[i] = moments(flat[:whole], ROW).sum()
         if whole < size:
-            sums[i] += _moments(flat[whole:], size - whole).sum()
+            sums[i] += moments(flat[whole:], size - whole).sum()
     for size, group in alike.items():
         count = max(1, CHUNK // max(size, 1))
         for start in range(0, len(group) if size else 0, count):
@@ -108,7 +108,7 @@ def _half(grads: list[Tensor]) -> Tensor:
     return sums
 
 
-def _moments(block: Tensor, row: int) -> Tensor:
+def moments(block: Tensor, row: int) -> Tensor:
     """Sums of squares of rows, float64, shape (rows,): row * (variance + mean^2), both in float32."""
     block = block.view(1, -1, row)
     unused = torch.zeros(block.shape[1])

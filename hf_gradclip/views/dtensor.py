@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from hf_gradclip.strategy import Needs
+from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-from hf_gradclip.views.parameters import Parameters, Watched, measure, spread_of
+from hf_gradclip.views.parameters import Parameters, Watched, spread_of
 from hf_gradclip.views.view import GradientView
 
 
@@ -35,7 +36,7 @@ class DTensorView(GradientView):
     """
 
     def __init__(self, model: Watched, unscale: Callable[[], None] | None = None, guarded: bool = False) -> None:
-        self.parameters = Parameters(model)
+        self.parameters = Parameters(model, place)
         self._unscale = unscale
         self._guarded = guarded
         self._owned_for: Layout | None = None
@@ -44,7 +45,7 @@ class DTensorView(GradientView):
 
     @property
     def layout(self) -> Layout:
-        """One segment per trainable parameter, sized as if it were whole."""
+        """The segments of the trainable parameters, sized as if they were whole."""
         return self.parameters.layout
 
     @property
@@ -58,6 +59,10 @@ class DTensorView(GradientView):
     def guarded(self) -> bool:
         """True if a GradScaler skips the steps with a non-finite gradient."""
         return self._guarded
+
+    def divide(self, units: Units) -> None:
+        """See GradientView."""
+        self.parameters.divide(units)
 
     def watched(self) -> Sequence[Tensor]:
         """The trainable parameters."""
@@ -77,23 +82,25 @@ class DTensorView(GradientView):
             self._owned_S = self._find_owned()
         for parameter in self.parameters.trainable:
             settle_placements(parameter)
-        local = measure(self.parameters.gradients(), layout, needs, rescale)
+        local = self.parameters.measure(needs, rescale)
         self._local_S = local.sumsq_S
-        sumsq_S = torch.where(self._owned_S, local.sumsq_S, 0.0)
-        _reduce(sumsq_S, dist.ReduceOp.SUM, self._device)
+        sums = [local.sumsq_S] if local.weight_sumsq_S is None else [local.sumsq_S, local.weight_sumsq_S]
+        owned = torch.where(self._owned_S, torch.stack(sums), 0.0)
+        _reduce(owned, dist.ReduceOp.SUM, self._device)
         if local.max_abs_S is not None:
             _reduce(local.max_abs_S, dist.ReduceOp.MAX, self._device)
-        return NormStats(sumsq_S, layout, local.max_abs_S)
+        return NormStats(owned[0], layout, local.max_abs_S, weight_sumsq_S=owned[1] if len(sums) > 1 else None)
 
     def spread(self) -> Tensor | None:
         """Over the mesh dimensions that replicate a sharded parameter (HSDP): gradients are reduced along them."""
         spreads = []
         for mesh, dim in self._replicated():
-            mine_S = [
+            mine_P = [
                 isinstance(p, DTensor) and p.device_mesh == mesh and p.placements[dim].is_replicate()
                 for p in self.parameters.trainable
             ]
-            norm = self._local_S[torch.tensor(mine_S, device=self._local_S.device)].sum().sqrt()
+            mine_S = torch.tensor(mine_P, device=self._local_S.device)[self.layout.param_S]
+            norm = self._local_S[mine_S].sum().sqrt()
             spreads.append(spread_of(norm, mesh.get_group(dim), self._device))
         return torch.stack(spreads).amax() if spreads else None
 
@@ -128,7 +135,8 @@ class DTensorView(GradientView):
     def _find_owned(self) -> Tensor:
         self._owned_for = self.layout
         named = zip(self.layout.names, self.parameters.trainable, strict=True)
-        return torch.tensor([owns(name, p) for name, p in named], device=self.layout.device)
+        owned_P = torch.tensor([owns(name, p) for name, p in named], device=self.layout.device)
+        return owned_P[self.layout.param_S]
 
 
 def owns(name: str, parameter: Tensor) -> bool:
@@ -156,6 +164,14 @@ def owns(name: str, parameter: Tensor) -> bool:
                 "Use Shard or Replicate placements."
             )
     return True
+
+
+def place(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+    """Where this rank's shard lies in the whole parameter: (offsets, sizes)."""
+    if not isinstance(parameter, DTensor):
+        return [0] * parameter.ndim, parameter.shape
+    sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offsets, sizes
 
 
 def settle_placements(parameter: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-from hf_gradclip.views.parameters import Parameters, measure
+from hf_gradclip.views.parameters import Parameters
 from hf_gradclip.views.view import GradientView
 
 
@@ -70,7 +70,7 @@ class FlatView(GradientView):
         """The norm of everything, from local shards."""
         if self._unscale is not None and not rescale:
             self._unscale()
-        local = measure(self.parameters.gradients(), self.parameters.layout, needs, rescale)
+        local = self.parameters.measure(needs, rescale)
         sumsq_S = local.sumsq_S.sum().view(1)
         max_abs_S = None if local.max_abs_S is None else local.max_abs_S.amax().view(1)
         if self._sharded:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_gradclip.strategy import Needs
+from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-from hf_gradclip.views.parameters import Parameters, Watched, measure, spread_of
+from hf_gradclip.views.parameters import Parameters, Watched, spread_of
 from hf_gradclip.views.view import GradientView
 
 
@@ -38,7 +38,7 @@ class LocalView(GradientView):
 
     @property
     def layout(self) -> Layout:
-        """One segment per trainable parameter; rebuilt when a frozen one was unfrozen."""
+        """The segments of the trainable parameters; rebuilt when a frozen one was unfrozen."""
         return self.parameters.layout
 
     @property
@@ -50,6 +50,10 @@ class LocalView(GradientView):
     def guarded(self) -> bool:
         """True if a GradScaler skips the steps with a non-finite gradient."""
         return self._guarded
+
+    def divide(self, units: Units) -> None:
+        """See GradientView."""
+        self.parameters.divide(units)
 
     def watched(self) -> Sequence[Tensor]:
         """The trainable parameters."""
@@ -64,7 +68,7 @@ class LocalView(GradientView):
         """Norms of the local gradients, after the loss scale is taken out."""
         if self._unscale is not None and not rescale:
             self._unscale()
-        stats = measure(self.parameters.gradients(), self.layout, needs, rescale)
+        stats = self.parameters.measure(needs, rescale)
         self._norm = stats.total
         return stats
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from hf_gradclip import kernels
 from hf_gradclip.kernels import eager
-from hf_gradclip.strategy import Needs
+from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views.units import Division, Held, axes_of
+from hf_gradclip.views.view import UnsupportedBackendError
 
+Shape = Sequence[int]
 Watched = nn.Module | Sequence[tuple[str, Tensor]]
 """A model, or named parameters."""
 
@@ -24,13 +27,17 @@ class Parameters:
 
     Args:
         model: wrapped by DDP or torch.compile, or not; or named parameters, those of an optimizer, say.
+        place: where this process's part of a parameter lies in the whole, as (offsets, sizes); None holds it whole.
 
     Raises:
         ValueError: if no parameter is trainable.
     """
 
-    def __init__(self, model: Watched) -> None:
+    def __init__(self, model: Watched, place: Callable[[Tensor], tuple[Shape, Shape]] | None = None) -> None:
         self._source = unwrap(model) if isinstance(model, nn.Module) else model
+        self._place = place or (lambda p: ([0] * p.ndim, p.shape))
+        self._units: Units | None = None
+        self._held: Held | None = None
         self._read()
 
     def _read(self) -> None:
@@ -43,11 +50,26 @@ class Parameters:
                 "to clip. Unfreeze or add some before training."
             )
         names = tuple(name for name, p in named if p.requires_grad)
-        self._layout = Layout.of_parameters(names, [p.numel() for p in self.trainable], self.trainable[0].device)
+        device = self.trainable[0].device
+        if self._units is None:
+            self._held = None
+            self._layout = Layout.of_parameters(names, [p.numel() for p in self.trainable], device)
+            return
+        model = self._source if isinstance(self._source, nn.Module) else None
+        shapes = [p.shape for p in self.trainable]
+        axes = axes_of(model, list(zip(names, self.trainable, strict=True)), shapes, self._units)
+        division = Division(names, shapes, axes, device)
+        self._layout = division.layout
+        self._held = Held(self._layout, [division.box(i, i, *self._place(p)) for i, p in enumerate(self.trainable)])
+
+    def divide(self, units: Units) -> None:
+        """Measure and scale by unit from here on."""
+        self._units = units
+        self._read()
 
     @property
     def layout(self) -> Layout:
-        """One segment per trainable parameter; a new one when a frozen parameter was unfrozen."""
+        """The segments of the trainable parameters; a new one when a frozen parameter was unfrozen."""
         if any(p.requires_grad for p in self._frozen):
             self._read()
         return self._layout
@@ -56,9 +78,30 @@ class Parameters:
         """The gradients as flat memory that may be scaled in place, this process's part of sharded ones."""
         return [writable(parameter) for parameter in self.trainable]
 
+    def measure(self, needs: Needs, rescale: bool) -> NormStats:
+        """The statistics of this process alone; see GradientView.measure."""
+        if self._held is not None:
+            weights = [_shaped(p.detach()) for p in self.trainable] if needs.weights else None
+            return self._held.measure(self._blocks(), weights, needs, rescale)
+        return measure(self.gradients(), self.layout, needs, rescale)
+
     def apply_(self, plan: ClipPlan) -> None:
         """Scale, then bound."""
-        kernels.apply_(self.gradients(), plan.scale_S, plan.bound_S)
+        if self._held is not None:
+            self._held.apply_(self._blocks(), plan)
+        else:
+            kernels.apply_(self.gradients(), plan.scale_S, plan.bound_S)
+
+    def _blocks(self) -> list[Tensor | None]:
+        """The gradients with their logical shapes, this process's part of sharded ones."""
+        for name, parameter in zip(self._layout.names, self.trainable, strict=True):
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise UnsupportedBackendError(
+                    f"{name} has a sparse gradient, which has no units. Use sparse=False in nn.Embedding, or a "
+                    "strategy of whole parameters."
+                )
+            writable(parameter)  # one with gaps is replaced
+        return [None if p.grad is None else _shaped(p.grad) for p in self.trainable]
 
     def drop_(self) -> None:
         """Set every gradient to None."""
@@ -75,6 +118,12 @@ def measure(grads: list[Tensor | None], layout: Layout, needs: Needs, rescale: b
     divisor_S = eager.divisors(max_abs_S)
     sumsq_S = eager.sumsq(grads, divisor_S, layout.dtype, layout.device) * divisor_S.square()
     return NormStats(sumsq_S, layout, max_abs_S)
+
+
+def _shaped(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor in its logical shape; of a complex one the real numbers, along one more axis."""
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def writable(parameter: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_gradclip.strategy import Needs
+from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 
@@ -35,6 +35,14 @@ class GradientView(ABC):
     @abstractmethod
     def guarded(self) -> bool:
         """True if somebody else skips a step with a non-finite gradient (a GradScaler)."""
+
+    def divide(self, units: Units) -> None:
+        """Measure and scale by unit from here on: the layout's segments are units then.
+
+        Raises:
+            UnsupportedBackendError: where the units are not known.
+        """
+        raise UnsupportedBackendError(f"{self.backend}: its memory is not known by unit. Use FSDP2 or DDP.")
 
     @abstractmethod
     def reductions(self, needs: Needs) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_gradclip import kernels
-from hf_gradclip.kernels import eager
-from hf_gradclip.strategy import Needs
+from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from hf_gradclip.views.parameters import named_parameters
+from hf_gradclip.views.units import Cut, Division, Held, axes_of
 from hf_gradclip.views.view import GradientView
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of one parameter's elements in the flat memory of a part: `length` of them from `start`."""
+    """A run of one parameter's elements: `length` from `offset` in the parameter, from `start` in a part's memory."""
 
-    segment: int
+    parameter: int
     start: int
     length: int
+    offset: int
 
 
 class Partition(ABC):
@@ -38,18 +39,18 @@ class Partition(ABC):
 
     Args:
         zero: the ZeRO optimizer.
-        segments: the segment of each trainable parameter, by `id`.
+        places: the number of each trainable parameter, by `id`.
     """
 
     parts: list[list[Piece]]
     kind: str
 
-    def __init__(self, zero: Any, segments: dict[int, int]) -> None:
+    def __init__(self, zero: Any, places: dict[int, int]) -> None:
         self.zero = zero
-        self.parts = self._find_parts(segments)
+        self.parts = self._find_parts(places)
 
     @abstractmethod
-    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+    def _find_parts(self, places: dict[int, int]) -> list[list[Piece]]:
         """The pieces of every part, in the order in which they are stepped."""
 
     @abstractmethod
@@ -67,6 +68,14 @@ class Partition(ABC):
             NotImplementedError: where updates cannot be clipped.
         """
         raise NotImplementedError
+
+    def pieces_of(self, part: int, flat: Tensor) -> list[Tensor]:
+        """The pieces of a part in flat memory of its size."""
+        return [flat.narrow(0, piece.start, piece.length) for piece in self.parts[part]]
+
+    def all_weights(self) -> list[Tensor]:
+        """The float32 weights of every piece of every part, flat, in the order of `parts`."""
+        return [piece for i, there in enumerate(self.parts) if there for piece in self.pieces_of(i, self.weights(i))]
 
     def group_of(self, part: int) -> int:
         """The optimizer's parameter group of a part."""
@@ -92,7 +101,7 @@ class Stage12(Partition):
 
     kind = "ZeRO-1/2 partitions"
 
-    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+    def _find_parts(self, places: dict[int, int]) -> list[list[Piece]]:
         # Not through p._hp_mapping, which does not follow round_robin_gradients.
         zero, parts = self.zero, []
         for i, params in enumerate(zero.params_in_partition):
@@ -103,7 +112,7 @@ class Stage12(Partition):
                 key = zero.get_param_id(p)
                 start = int(zero.grad_partition_insertion_offset[i][rank][key])
                 skipped = int(zero.grad_start_offset[i][rank][key])
-                pieces.append(Piece(segments[id(p)], start, min(p.numel() - skipped, size - start)))
+                pieces.append(Piece(places[id(p)], start, min(p.numel() - skipped, size - start), skipped))
             parts.append([piece for piece in pieces if piece.length > 0])
         return parts
 
@@ -114,8 +123,7 @@ class Stage12(Partition):
             if not pieces:
                 continue  # a small group leaves some ranks with padding only
             if self.zero.cpu_offload:
-                flat = self.flat(i)
-                memory += [flat.narrow(0, piece.start, piece.length) for piece in pieces]
+                memory += self.pieces_of(i, self.flat(i))
             else:
                 grads = [g for g in self.zero.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
                 memory += [_exactly(g, piece) for g, piece in zip(grads[: len(pieces)], pieces, strict=True)]
@@ -138,7 +146,9 @@ class Stage12(Partition):
 def _exactly(grad: Tensor, piece: Piece) -> Tensor:
     """The flat memory of a piece, which DeepSpeed's list may follow with padding that it does not mark."""
     if grad.numel() != piece.length:
-        raise RuntimeError(f"DeepSpeed holds {grad.numel()} elements where segment {piece.segment} has {piece.length}.")
+        raise RuntimeError(
+            f"DeepSpeed holds {grad.numel()} elements where parameter {piece.parameter} has {piece.length}."
+        )
     return grad.reshape(-1)
 
 
@@ -147,7 +157,7 @@ class Stage3(Partition):
 
     kind = "ZeRO-3 partitions"
 
-    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+    def _find_parts(self, places: dict[int, int]) -> list[list[Piece]]:
         zero = self.zero
         rank = dist.get_rank(group=zero.dp_process_group)
         parts = []
@@ -156,7 +166,7 @@ class Stage3(Partition):
             for p in group:
                 _, start, size = zero.grad_position[zero.get_param_id(p)]
                 real = max(0, min(size, p.ds_numel - rank * size))  # the last shard is padded
-                pieces.append(Piece(segments[id(p)], int(start), int(real)))
+                pieces.append(Piece(places[id(p)], int(start), int(real), rank * int(size)))
             parts.append(pieces)
         return parts
 
@@ -165,8 +175,7 @@ class Stage3(Partition):
         memory: list[Tensor | None] = []
         for i, pieces in enumerate(self.parts):
             if self.zero.offload_optimizer:
-                flat = self.flat(i)
-                memory += [flat.narrow(0, piece.start, piece.length) for piece in pieces]
+                memory += self.pieces_of(i, self.flat(i))
             else:
                 grads = self.zero.averaged_gradients[i]
                 memory += [g.reshape(-1)[: piece.length] for g, piece in zip(grads, pieces, strict=True)]
@@ -194,8 +203,8 @@ class Bf16(Partition):
 
     kind = "whole float32 gradients under ZeRO-1"
 
-    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
-        return [[Piece(segments[id(p)], 0, p.numel()) for p in group] for group in self.zero.bf16_groups]
+    def _find_parts(self, places: dict[int, int]) -> list[list[Piece]]:
+        return [[Piece(places[id(p)], 0, p.numel(), 0) for p in group] for group in self.zero.bf16_groups]
 
     def measured(self) -> list[Tensor | None]:
         """See Partition."""
@@ -207,6 +216,10 @@ class Bf16(Partition):
     def flat(self, part: int) -> Tensor:
         """There is none."""
         raise AssertionError("BF16_Optimizer has no part-wise seam: its gradients are scaled all at once")
+
+    def all_weights(self) -> list[Tensor]:
+        """The weights of the model, which every rank holds whole."""
+        return [p.detach().view(-1) for group in self.zero.bf16_groups for p in group]
 
     @property
     def loss_scale(self) -> float:
@@ -233,7 +246,7 @@ class Moved(Partition):
         self.kind = of.kind
         self.memory: dict[int, Tensor] = {}
 
-    def _find_parts(self, segments: dict[int, int]) -> list[list[Piece]]:
+    def _find_parts(self, places: dict[int, int]) -> list[list[Piece]]:
         return self.parts
 
     def measured(self) -> list[Tensor | None]:
@@ -268,19 +281,30 @@ class ZeroView(GradientView):
     def __init__(
         self, module: nn.Module, zero: Any, partition: type[Partition], device: torch.device, guarded: bool
     ) -> None:
-        named = [(name, p) for name, p in named_parameters(module) if p.requires_grad]
-        sizes = [int(getattr(p, "ds_numel", p.numel())) for _, p in named]
-        self._partition = partition(zero, {id(p): i for i, (_, p) in enumerate(named)})
+        self._module = module
+        self._named = [(name, p) for name, p in named_parameters(module) if p.requires_grad]
+        self._shapes = [tuple(getattr(p, "ds_shape", p.shape)) for _, p in self._named]
+        self._partition = partition(zero, {id(p): i for i, (_, p) in enumerate(self._named)})
+        self._device = device
         self._guarded = guarded
         self.skipping = False
-        self._layout = Layout.of_parameters(tuple(name for name, _ in named), sizes, device)
-        index = [torch.tensor([piece.segment for piece in part], dtype=torch.int64) for part in self._partition.parts]
-        self._segments = [part.to(device) for part in index]
-        self._all_segments = torch.cat(self._segments)
+        self._cut(None)
+
+    def _cut(self, axes: list[tuple[int, ...] | None] | None) -> None:
+        division = Division([name for name, _ in self._named], self._shapes, axes, self._device)
+        parts = self._partition.parts
+        pieces = [piece for part in parts for piece in part]
+        self._layout = division.layout
+        self._held = Held(self._layout, _cuts(division, pieces))
+        self._held_by_part = [Held(self._layout, _cuts(division, part)) for part in parts]
+
+    def divide(self, units: Units) -> None:
+        """See GradientView."""
+        self._cut(axes_of(self._module, self._named, self._shapes, units))
 
     @property
     def layout(self) -> Layout:
-        """One segment per trainable parameter, sized as if it were whole."""
+        """The segments of the trainable parameters, sized as if they were whole."""
         return self._layout
 
     @property
@@ -305,38 +329,27 @@ class ZeroView(GradientView):
     @torch.no_grad()
     def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
         """Norms of the whole gradients, from local pieces and one all-reduce (two with `max_abs`)."""
-        layout, memory, scale = self._layout, self._partition.measured(), self._partition.loss_scale
-        if rescale:
-            scaled_by = eager.max_abs(memory, layout.dtype, layout.device)
-            divisors = eager.divisors(scaled_by)
-            sums = eager.sumsq(memory, divisors, layout.dtype, layout.device) * divisors.square()
-            largest: Tensor | None = scaled_by
-        else:
-            sums, largest = kernels.statistics(memory, layout.dtype, layout.device, needs.max_abs)
-        max_abs_S = None
-        if largest is not None:
-            max_abs_S = layout_zeros(layout).index_reduce(0, self._all_segments, largest, "amax") / scale
-        sumsq_S = layout_zeros(layout).index_add(0, self._all_segments, sums) / scale**2
-        if self._partition.group is not None:
-            dist.all_reduce(sumsq_S, group=self._partition.group)
+        scale, group = self._partition.loss_scale, self._partition.group
+        weights = self._partition.all_weights() if needs.weights else None
+        local = self._held.measure(self._partition.measured(), weights, needs, rescale)
+        sums = [local.sumsq_S / scale**2]
+        if local.weight_sumsq_S is not None:
+            sums.append(local.weight_sumsq_S)
+        sums_S = torch.stack(sums)
+        max_abs_S = None if local.max_abs_S is None else local.max_abs_S / scale
+        if group is not None:
+            dist.all_reduce(sums_S, group=group)
             if max_abs_S is not None:
-                dist.all_reduce(max_abs_S, dist.ReduceOp.MAX, group=self._partition.group)
-        return NormStats(sumsq_S, layout, max_abs_S)
+                dist.all_reduce(max_abs_S, dist.ReduceOp.MAX, group=group)
+        return NormStats(sums_S[0], self._layout, max_abs_S, weight_sumsq_S=sums_S[1] if len(sums) > 1 else None)
 
     @torch.no_grad()
     def apply_(self, plan: ClipPlan, part: int | None = None) -> None:
         """Scale, then bound, one part in its float32 memory, or all gradients before the step."""
         if part is None:
-            memory, segments = self._partition.measured(), self._all_segments
+            self._held.apply_(self._partition.measured(), plan)
         else:
-            flat = self._partition.flat(part)
-            memory = [flat.narrow(0, piece.start, piece.length) for piece in self._partition.parts[part]]
-            segments = self._segments[part]
-        if not memory:
-            return
-        home = next((m.device for m in memory if m is not None), self._layout.device)
-        scale_S = plan.scale_S.expand(len(self._layout))[segments].to(home)
-        kernels.apply_(memory, scale_S, None if plan.bound_S is None else plan.bound_S[segments].to(home))
+            self._held_by_part[part].apply_(self._partition.pieces_of(part, self._partition.flat(part)), plan)
 
     def of_updates(self) -> tuple[ZeroView, Moved]:
         """A view of the same pieces of the updates, and the memory to put them in."""
@@ -350,6 +363,8 @@ class ZeroView(GradientView):
         self.skipping = True
 
 
-def layout_zeros(layout: Layout) -> Tensor:
-    """Zeros for the statistics of a layout, shape (S,)."""
-    return torch.zeros(len(layout), dtype=layout.dtype, device=layout.device)
+def _cuts(division: Division, pieces: Sequence[Piece]) -> list[Cut]:
+    """The cuts of pieces that lie in one flat tensor each."""
+    return [
+        cut for i, piece in enumerate(pieces) for cut in division.run(piece.parameter, i, piece.offset, piece.length)
+    ]

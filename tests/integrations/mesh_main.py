@@ -21,6 +21,7 @@ STRATEGIES = {
     "param_norm": "param_norm:max_norm=9",
     "zclip": "zclip:warmup_steps=2,z_threshold=0.5,max_norm=10",
     "adagc": "adagc:warmup_steps=2,lambda_rel=2,max_norm=10",
+    "agc": "agc:clip_factor=3",
 }
 LAYOUTS = ("hsdp", "tp", "fsdp_tp")
 FLAT = ("fsdp1", "fsdp1_original_parameters")
@@ -128,7 +129,7 @@ if __name__ == "__main__":
         for word in WHOLE:
             model, part, parts = laid_out(layout)
             found[f"{layout} {word}"] = fit(model, STRATEGIES[word], part, parts)
-        for word in ("param_norm", "adagc"):
+        for word in ("param_norm", "adagc", "agc"):
             try:
                 Clipper.for_model(laid_out(layout)[0], STRATEGIES[word])
             except UnsupportedBackendError as error:

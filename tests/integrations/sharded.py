@@ -36,6 +36,7 @@ STRATEGIES = {
     "param_norm": "param_norm:max_norm=0.25",
     "zclip": "zclip:warmup_steps=2,z_threshold=0.5,max_norm=0.34",
     "adagc": "adagc:warmup_steps=2,lambda_rel=1.01,max_norm=0.34",
+    "agc": "agc:clip_factor=0.2",
 }
 STEPS = 8
 RATE = 0.3

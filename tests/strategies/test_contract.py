@@ -66,10 +66,14 @@ def strategy(request):
 
 
 def stats_of(norms: list[float]) -> NormStats:
-    """Segments of 4 elements with these 2-norms; the largest element is half the norm, the loss is the first norm."""
+    """Segments of 4 elements with these 2-norms; the largest element is half the norm, the loss is the first norm.
+
+    Each is a unit whose weights have a norm of 10.
+    """
     norm_S = torch.tensor(norms, dtype=torch.float64)
     layout = Layout.of_parameters(tuple(f"p{i}" for i in range(len(norms))), [4] * len(norms), CPU)
-    return NormStats(norm_S.square(), layout, norm_S / 2, norm_S[0])
+    layout = dataclasses.replace(layout, unit_S=torch.ones(len(norms), dtype=torch.bool))
+    return NormStats(norm_S.square(), layout, norm_S / 2, norm_S[0], torch.full_like(norm_S, 100.0))
 
 
 def norms_of(step: int, segments: int) -> list[float]:
@@ -148,6 +152,7 @@ class TestSpec:
     def test_describe_parses_back_with_any_numbers(self, data):
         name = data.draw(st.sampled_from(NAMES))
         kinds = {float: st.floats(), int: st.integers(), str: st.text(max_size=8), bool: st.booleans()}
+        kinds[type(None)] = st.none() | st.integers(-1, 2)
         values = {
             field.name: data.draw(kinds[type(getattr(build(name), field.name))])
             for field in fields(strategy_class(name))

@@ -1,0 +1,70 @@
+"""Limit the gradient of each output of a layer relative to the weights that make it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_gradclip.strategy import Needs, State, Stateless, Strategy, Units, check_types, require
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+
+
+@dataclass(frozen=True)
+class AGC(Strategy):
+    """Scale the gradient of each unit by min(1, clip_factor * max(|w|, eps) / |g|), w and g being the unit's own.
+
+    A unit is what makes one output: a row of nn.Linear, a token of nn.Embedding, a column of GPT-2's Conv1D, a channel
+    of a convolution, a row of each expert where experts are fused into one tensor. The floor `eps` lets weights that
+    start at zero, as LoRA's B does, leave it. The limit is exact, without the 1e-6 that other limits add to the norm as
+    torch does: the norm of a row may well be of that size.
+
+    Parameters of one dimension (biases, the weights of norms) and the head are left alone unless asked for. The head
+    is what `get_output_embeddings()` gives, or a layer with a usual name (lm_head, score, classifier, ...); where it
+    is tied to the embedding, both are left alone.
+
+    Args:
+        clip_factor: the largest |g| as a multiple of |w|; > 0. The paper's best is 0.01 for large batches and up to
+            0.16 for small ones.
+        eps: the least |w| that counts; > 0.
+        unit_axis: the axis of a matrix that counts its outputs: 0 for (out, in), 1 for (in, out); None goes by the
+            kind of the layer.
+        include_1d: clip parameters of one dimension too, each as one unit.
+        include_head: clip the head too.
+
+    References:
+        Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021,
+        arXiv 2102.06171.
+    """
+
+    clip_factor: float = 0.01
+    eps: float = 1e-3
+    unit_axis: int | None = None
+    include_1d: bool = False
+    include_head: bool = False
+
+    per_parameter = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self, "clip_factor", lambda v: v > 0, "must be > 0. The paper uses 0.01 to 0.16.")
+        require(self, "eps", lambda v: v > 0, "must be > 0, else a weight of zero never moves. The paper uses 1e-3.")
+        require(self, "unit_axis", lambda v: v in (None, 0, 1), "must be 0, 1 or none.")
+
+    @property
+    def needs(self) -> Needs:
+        """Norms of units, and of their weights."""
+        return Needs(units=Units(self.unit_axis, self.include_1d, self.include_head), weights=True)
+
+    def init(self, layout: Layout) -> State:
+        """Nothing to remember."""
+        return Stateless()
+
+    def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
+        """One scale per unit."""
+        unit_S = stats.layout.unit_S
+        assert unit_S is not None
+        assert stats.weight_sumsq_S is not None
+        limit_S = self.clip_factor * stats.weight_sumsq_S.sqrt().clamp(min=self.eps)
+        scale_S = torch.where(stats.norm_S > limit_S, limit_S / stats.norm_S, 1.0)
+        return ClipPlan(torch.where(unit_S, scale_S, 1.0)), state
