@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.fold import Fold
+from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
 from hf_gradclip.strategy import SpecError, State, describe, flatten, name_of, parts_of, unflatten, where
 from hf_gradclip.types import ClipPlan, NormStats
@@ -60,6 +61,9 @@ class Clipper:
         view: where the gradients are.
         prefix: of the keys of the report.
 
+    Attributes:
+        recorder: is given every step, where somebody has put one here.
+
     Raises:
         UnsupportedBackendError: for a strategy by parameter where only the whole gradient is known.
     """
@@ -77,6 +81,7 @@ class Clipper:
         self.config = config
         self.view = view
         self.step_was_skipped = False
+        self.recorder: Recorder | None = None
         self._prefix = prefix
         self._fold: Fold | None = None
         self.reset()
@@ -254,6 +259,15 @@ class Clipper:
 
     def _count(self, decision: Decision, skipped: Tensor) -> None:
         self.report.add(decision.stats, decision.plan, decision.finite, skipped)
+        if self.recorder is not None:
+            self.recorder.add(decision.stats, decision.plan, decision.finite, skipped)
+
+    def count_overflow(self) -> None:
+        """Count a step that a loss scaler dropped before anything was measured."""
+        self.step_was_skipped = True
+        self.report.add_overflow()
+        if self.recorder is not None:
+            self.recorder.add_overflow(self._layout)
 
     def _guard(self, decision: Decision, action: int) -> None:
         if action == NONFINITE and self.config.nonfinite == "raise":

@@ -48,6 +48,10 @@ class ClipConfig:
         fold: hand the coefficient to torch's fused optimizer instead of writing the gradients.
         skip_sync: read a flag per step, so that schedulers wait for a skipped one; False hands the flag to torch's
             fused optimizer and reads nothing.
+        record: keep every step's norms and scales by parameter in `gradclip` in the run's output_dir; "text" also
+            writes the decoded text of the examples in a spike.
+        histogram_every: steps between two histograms of the norms by parameter, sent with the next log to the trackers
+            that draw them (TensorBoard, Weights & Biases); 0 sends none.
 
     Raises:
         SpecError: for a value that breaks these rules.
@@ -60,6 +64,8 @@ class ClipConfig:
     update: Strategy | None = None
     fold: bool = False
     skip_sync: bool = True
+    record: bool | str = False
+    histogram_every: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradient, Strategy):
@@ -76,10 +82,12 @@ class ClipConfig:
             raise SpecError(
                 f"ClipConfig(max_consecutive_skips={limit!r}): must be a whole number >= 1. The default is 20."
             )
-        if type(self.check_every) is not int or self.check_every < 0:
-            raise SpecError(
-                f"ClipConfig(check_every={self.check_every!r}): must be a whole number >= 0. The default is 100."
-            )
+        for name, usual in (("check_every", 100), ("histogram_every", 0)):
+            every = getattr(self, name)
+            if type(every) is not int or every < 0:
+                raise SpecError(f"ClipConfig({name}={every!r}): must be a whole number >= 0. The default is {usual}.")
+        if type(self.record) is not bool and self.record != "text":
+            raise SpecError(f"ClipConfig(record={self.record!r}): must be true, false or text.")
         for name in ("fold", "skip_sync"):
             if type(getattr(self, name)) is not bool:
                 raise SpecError(f"ClipConfig({name}={getattr(self, name)!r}): must be true or false.")
@@ -120,7 +128,7 @@ class ClipConfig:
         """
         if self.update is None:
             raise ValueError("ClipConfig.of_update(): update is None.")
-        return replace(self, gradient=self.update, update=None, fold=False, skip_sync=True, check_every=0)
+        return replace(self, gradient=self.update, update=None, fold=False, skip_sync=True, check_every=0, record=False)
 
     @classmethod
     def parse(
@@ -134,6 +142,8 @@ class ClipConfig:
         update: Any = None,
         fold: bool | None = None,
         skip_sync: bool | None = None,
+        record: bool | str | None = None,
+        histogram_every: int | None = None,
     ) -> ClipConfig:
         """Read a spec as described at the top of this file.
 
@@ -147,6 +157,8 @@ class ClipConfig:
             update: a spec for the updates; overrides the spec's.
             fold: overrides the spec's.
             skip_sync: overrides the spec's.
+            record: overrides the spec's.
+            histogram_every: overrides the spec's.
 
         Raises:
             SpecError: for anything that is not a spec; no other exception.
@@ -177,6 +189,8 @@ class ClipConfig:
             "check_every": check_every,
             "fold": fold,
             "skip_sync": skip_sync,
+            "record": record,
+            "histogram_every": histogram_every,
         }
         return cls(**settings | {key: value for key, value in given_apart.items() if value is not None})
 

@@ -41,6 +41,9 @@ class ClipReport:
     | `clip/rate` | share of the steps since in which any segment was scaled or bounded |
     | `clip/tensor_rate` | share of the tensor-steps since in which any part of the tensor was scaled or bounded |
     | `clip/skipped`, `clip/nonfinite` | steps since that did not reach the optimizer, that had a NaN or inf |
+
+    Attributes:
+        last: what was measured in the last step, on the device; None before the first.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, prefix: str = "clip") -> None:
@@ -52,6 +55,7 @@ class ClipReport:
         self._run = dict.fromkeys(("steps", "clipped", "skipped", "nonfinite"), 0)
         self._last: dict[str, float] = {}
         self._warned_zero = False
+        self.last: NormStats | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -61,6 +65,7 @@ class ClipReport:
 
     def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor) -> None:
         """Count one step. All arguments are on the device; `finite` and `skipped` are 0-d bools."""
+        self.last = stats
         applied = finite & ~skipped
         layout = stats.layout
         clipped_P = clipped_S = (plan.clipped_S & applied).expand(len(layout))

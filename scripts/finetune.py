@@ -62,6 +62,16 @@ class ClipArguments:
     clip_skip_sync: bool | None = field(
         default=None, metadata={"help": "False reads no flag per step, and schedulers do not wait for a skipped one."}
     )
+    clip_record: str = field(
+        default="true",
+        metadata={
+            "help": "Keep every step's norms and scales in OUTPUT_DIR/gradclip; text adds the examples of a spike.",
+            "choices": ["true", "false", "text"],
+        },
+    )
+    clip_histogram_every: int | None = field(
+        default=None, metadata={"help": "Steps between two histograms of the norms by parameter, for TensorBoard, ..."}
+    )
 
 
 @dataclass
@@ -260,6 +270,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             update=clip_args.clip_update,
             fold=clip_args.clip_fold,
             skip_sync=clip_args.clip_skip_sync,
+            record={"true": True, "false": False}.get(clip_args.clip_record, clip_args.clip_record),
+            histogram_every=clip_args.clip_histogram_every,
         )
     set_seed(args.seed)
     with args.main_process_first(desc="loading the texts"):

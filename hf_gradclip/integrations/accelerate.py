@@ -24,11 +24,12 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.loss import StepLoss
 from hf_gradclip.integrations.optimizer import Updates, innermost
+from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
 from hf_gradclip.integrations.startup import insist_on_one_layout
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
 from hf_gradclip.report import announce, logger
-from hf_gradclip.strategy import name_of
+from hf_gradclip.strategy import SpecError, name_of
 from hf_gradclip.views import view_of
 from hf_gradclip.views.parameters import unwrap
 from hf_gradclip.views.view import UnsupportedBackendError
@@ -43,6 +44,7 @@ def attach(
     auto: bool = False,
     nonfinite: str | None = None,
     max_consecutive_skips: int | None = None,
+    record: str | os.PathLike[str] | None = None,
 ) -> Attachment:
     """Let `accelerator.clip_grad_norm_` clip by a strategy. Before or after `prepare`.
 
@@ -56,6 +58,8 @@ def attach(
         auto: clip before every optimizer step, so that the loop needs no clip call.
         nonfinite: "skip", "raise" or "pass"; wins over the spec.
         max_consecutive_skips: wins over the spec.
+        record: a folder; every step's norms and scales go into `gradclip` in it. The record is written in
+            `attachment.scalars()`, in `save_state` and in `end_training`.
 
     Returns:
         The attachment: `attachment.clipper` for the state, `attachment.scalars()` for the logs.
@@ -65,7 +69,10 @@ def attach(
         UnsupportedBackendError: by name, with what to use instead.
     """
     config = ClipConfig.parse(clip, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips)
-    attachment = Attachment(accelerator, config, auto=auto)
+    if config.record and record is None:
+        raise SpecError("attach(accelerator, {'record': ...}): there is no output_dir here. Give record='a/folder'.")
+    recording = None if record is None else Recording(record, accelerator.process_index, together=False)
+    attachment = Attachment(accelerator, config, auto=auto, recording=recording)
     attachment.take_over_clip_call()
     attachment.hook_checkpoints()
     attachment.follow_loop()
@@ -79,12 +86,15 @@ class Attachment:
         accelerator: of this process.
         config: what to do.
         auto: clip before every optimizer step that no clip call preceded.
+        recording: where every step is kept.
 
     Raises:
         UnsupportedBackendError: see `refuse_unsupported`.
     """
 
-    def __init__(self, accelerator: Accelerator, config: ClipConfig, auto: bool = False) -> None:
+    def __init__(
+        self, accelerator: Accelerator, config: ClipConfig, auto: bool = False, recording: Recording | None = None
+    ) -> None:
         refuse_unsupported(accelerator)
         self.accelerator = accelerator
         self.config = config
@@ -94,7 +104,9 @@ class Attachment:
         self._of_optimizer: weakref.WeakKeyDictionary[Any, list[Clipper]] = weakref.WeakKeyDictionary()
         self._seams: Any = None
         self.updates = Updates(config, say=accelerator.is_main_process)
+        self.recording = recording
         self._loss = StepLoss(accelerator)
+        self._loss_of_step: Tensor | None = None
         self._watch_accelerator()
         self._steps = 0
         self._spread: Tensor | None = None
@@ -133,6 +145,8 @@ class Attachment:
         """
         self.insist_on_replicas()
         clipper.check_skips()
+        if self.recording is not None:
+            self.recording.flush()
         return clipper.report.scalars() | self.updates.scalars()
 
     def clipper_of(self, model: nn.Module) -> Clipper:
@@ -140,13 +154,20 @@ class Attachment:
         bare = unwrap(model)
         if (known := self._known(model)) is not None:
             return known
+        if self.recording is not None and self._clippers:
+            raise UnsupportedBackendError("record with two prepared models: one is recorded only. Leave record out.")
         clipper = self._make(model)
         insist_on_one_layout(clipper, self.accelerator.device)
         self._clippers.append((weakref.ref(bare), clipper))
         self._of_optimizer.clear()
+        self._record(clipper)
         if self.accelerator.is_main_process:
             announce(self.in_force(clipper))
         return clipper
+
+    def _record(self, clipper: Clipper) -> None:
+        if self.recording is not None:
+            self.recording.watch(clipper, self.updates.clippers)
 
     def _known(self, model: nn.Module) -> Clipper | None:
         bare = unwrap(model)
@@ -161,7 +182,7 @@ class Attachment:
                     "DeepSpeed with two prepared engines: one accelerator clips one of them only. "
                     "Use an Accelerator per engine."
                 )
-            self._seams = ZeroSeams(model, self.config, self.updates, self._loss.reduced)
+            self._seams = ZeroSeams(model, self.config, self.updates, self._judged_loss)
             return self._seams.clipper
         scaler = self.accelerator.scaler
         guarded = scaler is not None and scaler.is_enabled()
@@ -204,14 +225,28 @@ class Attachment:
 
     def _clip(self, clipper: Clipper) -> Tensor | None:
         if self._seams is not None:
+            self._note()
             return self._seams.norm  # decided and applied inside backward
         self.watch_optimizers()
-        norm = clipper.step(self._loss.reduced())
+        self._record(clipper)
+        norm = clipper.step(self._judged_loss())
+        self._note()
         self._check_replicas(clipper)
         for optimizer in self.accelerator._optimizers:
             if clipper in self._clippers_of(optimizer):
                 self._clipped[optimizer] = clipper.step_was_skipped
         return norm
+
+    def _judged_loss(self) -> Tensor | None:
+        """The loss of the step, reduced over ranks, where the strategy judges it; else it is for the record only."""
+        judged = self.config.gradient.needs.loss
+        self._loss_of_step = self._loss.reduced() if judged else self._loss.local()
+        return self._loss_of_step if judged else None
+
+    def _note(self) -> None:
+        if self.recording is not None:
+            groups = innermost(self.accelerator._optimizers[0]).param_groups if self.accelerator._optimizers else []
+            self.recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
 
     def _check_replicas(self, clipper: Clipper) -> None:
         """Every `check_every` steps: did all replicas measure the same? Read at the next log."""
@@ -275,7 +310,7 @@ class Attachment:
         accelerator = self.accelerator
         refuse = functools.partial(refuse_swap, accelerator)
         accelerator.prepare = _after(refuse, accelerator.prepare)
-        if self.config.gradient.needs.loss:
+        if self.config.gradient.needs.loss or self.recording is not None:
             accelerator.backward = _after(self._loss.add, accelerator.backward)
 
     @contextmanager
@@ -360,7 +395,12 @@ class Attachment:
         for name in ("save_state", "load_state"):
             setattr(self.accelerator, name, self.paused()(getattr(self.accelerator, name)))
 
+        if self.recording is not None:
+            self.accelerator.end_training = _after(self.recording.finish, self.accelerator.end_training)
+
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
+            if self.recording is not None:
+                self.recording.flush(force=True)
             if self.accelerator.is_main_process:
                 for i, model in enumerate(self.accelerator._models):
                     if (clipper := self._known(model)) is not None:

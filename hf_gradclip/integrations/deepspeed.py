@@ -190,8 +190,7 @@ class ZeroSeams:
             step(closure)
             if self.norm is None:  # a loss scaler dropped the step before its norm was asked for
                 self.norm = torch.tensor(float("inf"), device=self.clipper.report.device)
-                self.clipper.report.add_overflow()
-                self.clipper.step_was_skipped = True
+                self.clipper.count_overflow()
             if self.view.skipping:
                 zero.overflow = True
                 self.view.skipping = False

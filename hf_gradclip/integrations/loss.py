@@ -26,12 +26,17 @@ class StepLoss:
         part = loss.detach().float() / self._accelerator.gradient_accumulation_steps
         self._sum = part if self._sum is None else self._sum + part
 
+    def local(self) -> Tensor | None:
+        """The mean over this process's micro-batches, 0-d, and start anew; None if nothing was added."""
+        loss, self._sum = self._sum, None
+        return loss
+
     def reduced(self) -> Tensor | None:
         """The mean over micro-batches and ranks, 0-d, and start anew; None if nothing was added.
 
         One all-reduce of one number where there are several ranks.
         """
-        loss, self._sum = self._sum, None
+        loss = self.local()
         if loss is not None and world_size() > 1:
             loss = loss.clone()
             dist.all_reduce(loss)

@@ -9,13 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.accelerate import Attachment
+from hf_gradclip.integrations.examples import Collate, Indexed, has_indices, take_indices, text_of
+from hf_gradclip.integrations.histogram import draw_histograms
 from hf_gradclip.integrations.optimizer import innermost
+from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.refusals import refuse_unsupported
 from hf_gradclip.integrations.startup import check_run
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, save_state, save_updates
@@ -56,6 +59,12 @@ class GradClipMixin:
     optimizer: Any
     state: Any
     model_wrapped: nn.Module
+    data_collator: Any
+    train_dataset: Any
+    processing_class: Any
+    callback_handler: Any
+    _remove_unused_columns: Any
+    _get_collator_with_removed_columns: Any
     is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
@@ -63,6 +72,7 @@ class GradClipMixin:
         self._clip_attachment: Attachment | None = None
         self._clip_started: tuple[Any, ...] | None = None
         super().__init__(*args, **kwargs)
+        self.add_callback(_Record(self))  # type: ignore[attr-defined]
 
     @property
     def clipper(self) -> Clipper | None:
@@ -96,7 +106,20 @@ class GradClipMixin:
             return
         if self._clip_spec is None and self.is_deepspeed_enabled:
             config = replace(config, nonfinite="skip")  # what ZeRO does itself, and so the stock Trainer under it
-        self._clip_attachment = Attachment(self.accelerator, config)
+        self._clip_attachment = Attachment(self.accelerator, config, recording=self._make_recording(config))
+
+    def _make_recording(self, config: ClipConfig) -> Recording | None:
+        if not config.record:
+            return None
+        words = self._words_of if config.record == "text" else None
+        return Recording(self.args.output_dir, self.args.process_index, together=True, text_of=words)
+
+    def _words_of(self, example: int) -> str:
+        return text_of(self.train_dataset, self.processing_class, example)
+
+    @property
+    def _clip_recording(self) -> Recording | None:
+        return None if self._clip_attachment is None else self._clip_attachment.recording
 
     def _refuse_optimizers(self) -> None:
         name = str(getattr(self.args.optim, "value", self.args.optim))
@@ -144,6 +167,48 @@ class GradClipMixin:
                     "max_grad_norm=%s is set and overruled by clip=%r.", self.args.max_grad_norm, self._clip_spec
                 )
 
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        if self._clip_recording is None or description.lower() != "training" or not has_indices(dataset):
+            return super()._get_dataloader(dataset, description, *args, **kwargs)  # type: ignore[misc]
+        return self._with_indices(dataset, description, *args, **kwargs)
+
+    def _with_indices(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's dataloader over examples that come with their index; the columns are removed as it would."""
+        collator = self.data_collator
+        if hasattr(dataset, "column_names"):
+            inner, collate = self._remove_unused_columns(dataset, description=description), collator
+        else:
+            inner, collate = dataset, self._get_collator_with_removed_columns(collator, description=description)
+        sample = kwargs.get("sampler_fn")
+        if sample is not None:
+            kwargs["sampler_fn"] = lambda indexed: sample(indexed.dataset)
+        self.data_collator = Collate(collate)
+        try:
+            return super()._get_dataloader(Indexed(inner), description, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.data_collator = collator
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; the record keeps the loss, and which examples the batch holds."""
+        examples = take_indices(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if self._clip_recording is not None:
+            self._clip_recording.add_batch(loss, examples)
+        return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; what was not yet recorded is written however it ends."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._clip_recording is not None:
+                self._clip_recording.flush(force=True, alone=True)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        if self._clip_recording is not None:
+            self._clip_recording.flush(force=True)  # a checkpoint never holds a step that the record lacks
+        return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         if self._clip_attachment is None:
             return super()._clip_grad_norm(model)  # type: ignore[misc]
@@ -180,7 +245,31 @@ class GradClipMixin:
         if "loss" in logs and self.clipper is not None:
             assert self._clip_attachment is not None
             logs |= self._clip_attachment.scalars_of(self.clipper)
+            draw_histograms(self, self.clipper)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class _Record(TrainerCallback):
+    """Tells the record where training starts and ends.
+
+    Args:
+        trainer: whose record it is.
+    """
+
+    def __init__(self, trainer: GradClipMixin) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is known now, that of a checkpoint or 0."""
+        trainer = self._trainer()
+        if trainer is not None and trainer._clip_recording is not None:
+            trainer._clip_recording.start_after(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every rank is here, so that losses can be averaged."""
+        trainer = self._trainer()
+        if trainer is not None and trainer._clip_recording is not None:
+            trainer._clip_recording.finish()
 
 
 class GradClipTrainer(GradClipMixin, Trainer):
