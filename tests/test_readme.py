@@ -1,9 +1,10 @@
-"""README.md and CONTRIBUTING.md run as printed, and what they list is what the code has."""
+"""README.md, CONTRIBUTING.md and docs/ run as printed, and what they list is what the code has."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,16 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_gradclip.strategies
 from hf_gradclip import ClipConfig, Clipper, GradClipTrainer
+from hf_gradclip.cli import main
 from hf_gradclip.config import preset_names, strategy_class, strategy_names
 from hf_gradclip.strategy import SpecError, describe
+from tests.analysis.records import recorded
 from tests.tiny import VOCAB, counting_data, tiny_llama, train, training_args, weights_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+DOCS = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 STEPS = 2
 
 
@@ -100,12 +104,16 @@ def clipper_in(names: dict[str, Any]) -> Clipper | None:
     return names.get("clipper")
 
 
-def section(heading: str) -> str:
-    return re.search(rf"^## {heading}\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
-
-
-USES = dict(zip(("trainer", "trl", "accelerate", "torch", "function"), blocks(section("Use"), "python"), strict=True))
-UPDATES = dict(zip(("trainer", "optimizer"), blocks(section("Clip the update"), "python"), strict=True))
+USES = dict(zip(("trainer", "trl", "accelerate", "torch", "function"), blocks(README, "python"), strict=True))
+UPDATES = dict(zip(("trainer", "optimizer"), blocks(DOCS["updates"], "python"), strict=True))
+COMMANDS = [
+    line
+    for text in (README, *DOCS.values())
+    for block in blocks(text, "sh")
+    for line in block.splitlines()
+    if line.startswith("hf-gradclip")
+]
+(RECORD,) = blocks(DOCS["reference"], "python")
 
 
 class TestUse:
@@ -127,14 +135,22 @@ class TestUse:
     def test_every_update_is_clipped(self, name, names):
         """Both blocks clip gradient and update of each step, and the weights move."""
         before = weights_of(names["model"])
-        exec(compile(UPDATES[name], f"README.md, update, {name}", "exec"), names)
+        exec(compile(UPDATES[name], f"docs/updates.md, {name}", "exec"), names)
         assert not torch.equal(weights_of(names["model"]), before)
         made = names["trainer"] if name == "trainer" else names["optimizer"]
         assert made.clipper.report.summary()["clipped"] == STEPS
         assert made.update_clipper.report.summary()["steps"] == STEPS
 
+    def test_the_record_of_the_reference(self, names, stepped_norms, capsys):
+        exec(compile(RECORD, "docs/reference.md", "exec"), names)
+        assert names["record"].step_T.tolist() == [1, 2]
+        scaled = names["record"].norm_TP * names["record"].scale_TP
+        assert (scaled**2).sum(axis=1) ** 0.5 == pytest.approx(stepped_norms, rel=1e-5)
+
     def test_every_python_block_is_run(self):
-        assert len(blocks(README, "python")) == len(USES) + len(UPDATES)
+        written = {name: len(blocks(text, "python")) for name, text in {"README": README, **DOCS}.items()}
+        run = {"README": len(USES), "updates": len(UPDATES), "reference": 1, "writing-a-strategy": 2}
+        assert {name: count for name, count in written.items() if count} == run
 
     def test_the_entry_points_are_all_shown(self):
         shown = "".join(USES.values())
@@ -147,10 +163,38 @@ class TestUse:
             "pip install -c constraints.txt -e '.[test]' && pytest",
         ]
 
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_the_commands_on_a_recorded_run(self, command, tmp_path, capsys):
+        recorded("zclip:warmup_steps=10", tmp_path)
+        words = shlex.split(command.replace("outputs/finetune", str(tmp_path)).replace("RUN", str(tmp_path)))
+        assert main(words[1:]) == 0
+        assert capsys.readouterr().out
+
+    def test_every_other_command_is_run_elsewhere(self):
+        """Two by the script that CI is, DeepSpeed's by tests/scripts/test_finetune.py."""
+        lines = [
+            line for text in (README, *DOCS.values()) for block in blocks(text, "sh") for line in block.splitlines()
+        ]
+        others = [line for line in lines if line not in COMMANDS]
+        launched = "accelerate launch --config_file configs/accelerate/{}.yaml scripts/finetune.py --clip adagc"
+        assert others == [
+            "pip install -c constraints.txt -e . && accelerate launch scripts/finetune.py --clip adaptive",
+            "pip install -c constraints.txt -e '.[test]' && pytest",
+            "pip install -e '.[deepspeed]'",
+            *(f"{launched.format(name)}:warmup_steps=20" for name in ("zero2", "zero3")),
+        ]
+
+    @pytest.mark.parametrize("name", ["README", "CONTRIBUTING", *DOCS])
+    def test_links_lead_somewhere(self, name):
+        text = {"README": README, "CONTRIBUTING": CONTRIBUTING, **DOCS}[name]
+        folder = ROOT / "docs" if name in DOCS else ROOT
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+        assert [link for link in links if not (folder / link).exists()] == []
+
     @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
     def test_files_that_are_named_exist(self, text):
         named = set(re.findall(r"(?:configs|scripts|tests|hf_gradclip)/[\w/.]+\.(?:py|yaml)", text))
-        named = {name for name in named if "growth" not in name}  # the example of CONTRIBUTING.md
+        named = {name for name in named if "growth" not in name}  # an example
         assert named
         assert [name for name in named if not (ROOT / name).exists()] == []
 
@@ -159,7 +203,7 @@ class TestTables:
     def test_every_spec_parses(self, tmp_path, monkeypatch):
         (tmp_path / "clip.yaml").write_text('{"gradient": "adagc:warmup_steps=20", "nonfinite": "pass"}')
         monkeypatch.chdir(tmp_path)
-        lines = [re.split(r"\s{2,}", line)[0] for line in blocks(README, "text")[0].splitlines()]
+        lines = [re.split(r"\s{2,}", line)[0] for line in blocks(DOCS["choosing"], "text")[0].splitlines()]
         specs = [ast.literal_eval(line) for line in lines]
         assert len(specs) == 12
         configs = [ClipConfig.parse(spec, max_grad_norm=0.5) for spec in specs]
@@ -172,8 +216,9 @@ class TestTables:
         assert configs[9].max_consecutive_skips == 5
 
     def test_strategies_fields_and_defaults(self):
-        table = {words(row[0])[0]: row[3] for row in rows(README, "What to write for `clip`")}
+        table = {words(row[0])[0]: row[1] for row in rows(DOCS["choosing"], "Fields")}
         assert sorted(table) == strategy_names()
+        assert sorted(words(row[0])[0] for row in rows(README, "Strategies")) == strategy_names()
         for name, cell in table.items():
             try:
                 strategy = strategy_class(name)()
@@ -187,13 +232,14 @@ class TestTables:
             assert describe(strategy) == (f"{name}:{fields}" if fields else name)
 
     def test_presets(self):
-        line = README[README.index("Presets:") : README.index("are as published")]
+        text = DOCS["choosing"]
+        line = text[text.index("Presets:") : text.index("are as published")]
         assert sorted(word for word in words(line) if word not in strategy_names()) == preset_names()
 
     def test_logged_keys(self):
         trainer = train(GradClipTrainer, clip="adaptive", max_steps=2)
         logged = {key for entry in trainer.state.log_history if "loss" in entry for key in entry}
-        shown = {words(row[0])[0] for row in rows(README, "What is logged")}
+        shown = {words(row[0])[0] for row in rows(DOCS["reference"], "What is logged")}
         assert shown == {key for key in logged if key.startswith("clip/")} | {"grad_norm"}
 
     def test_versions_are_those_of_the_constraints(self):
@@ -204,10 +250,10 @@ class TestTables:
         assert shown == {name: pinned[name] for name in shown}
 
 
-class TestContributing:
+class TestWritingAStrategy:
     """The example strategy: its file joins the folder from elsewhere, its test runs, and it works as an instance."""
 
-    FILE, TEST = blocks(CONTRIBUTING, "python")
+    FILE, TEST = blocks(DOCS["writing-a-strategy"], "python")
 
     @pytest.fixture(autouse=True)
     def _in_the_folder(self, tmp_path, monkeypatch):
@@ -219,7 +265,7 @@ class TestContributing:
 
     def test_its_own_test_passes(self):
         namespace: dict[str, Any] = {"__name__": "test_growth"}
-        exec(compile(self.TEST, "CONTRIBUTING.md", "exec"), namespace)
+        exec(compile(self.TEST, "docs/writing-a-strategy.md", "exec"), namespace)
         tests = [value for key, value in namespace.items() if key.startswith("test_")]
         assert tests
         for test in tests:

@@ -125,8 +125,11 @@ class Recording:
             logger.warning("record: %s cannot be written (%s). The run goes on without it.", self.folder, error)
 
     def finish(self) -> None:
-        """Write the rest."""
+        """Write the rest, and join what is small."""
         self.flush(force=True)
+        if self._rank == 0 and not self._broken:
+            for place in self._clippers:
+                join_small(self.folder, place, at=2)
 
     def _flush(self, together: bool) -> None:
         for place, clipper in self._clippers.items():

@@ -137,14 +137,14 @@ def parts_of(folder: Path, place: str) -> list[Part]:
     return kept
 
 
-def join_small(folder: Path, place: str) -> None:
-    """Join the last parts into one when JOIN_AT of them have fewer than LARGE steps each, and remove what it covers."""
+def join_small(folder: Path, place: str, at: int = JOIN_AT) -> None:
+    """Join the last parts into one when `at` of them have fewer than LARGE steps each, and remove what it covers."""
     small: list[Part] = []
     for part in reversed(parts_of(folder, place)):
         if part.last - part.first + 1 >= LARGE:
             break
         small.insert(0, part)
-    if len(small) < JOIN_AT:
+    if len(small) < max(at, 2):
         return
     record = _read(small)
     write_part(folder, place, record.of(slice(None)), record.meta)

@@ -1,0 +1,184 @@
+"""What a record means, in sentences with its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_gradclip.analysis.run import Run, by_parameter, clipped_steps, total_scale
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.record.files import Record
+from hf_gradclip.strategy import SpecError, warmup_of
+
+OFTEN, SELDOM = 0.5, 0.1
+MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A parameter over the run.
+
+    Args:
+        name: of the parameter.
+        median_norm: over the finite steps, before clipping.
+        largest_norm: the same.
+        largest_step: the step of it.
+        share: median share of the squared norm of the whole.
+        clipped: share of the finite steps in which it was scaled.
+        smallest_scale: norm after / before.
+        zeros: finite steps in which its norm was exactly 0.
+    """
+
+    name: str
+    median_norm: float
+    largest_norm: float
+    largest_step: int
+    share: float
+    clipped: float
+    smallest_scale: float
+    zeros: int
+
+
+def tensors_of(record: Record) -> list[Tensor]:
+    """Every parameter, the one with the largest norm first."""
+    finite = record.finite_T
+    if not finite.any():
+        return []
+    norms, scales = record.norm_TP[finite].astype(np.float64), record.scale_TP[finite]
+    totals = np.maximum((norms**2).sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    shares = np.median(norms**2 / totals, axis=0)
+    largest = norms.argmax(axis=0)
+    found = [
+        Tensor(
+            name=name,
+            median_norm=float(np.median(norms[:, p])),
+            largest_norm=float(norms[largest[p], p]),
+            largest_step=int(record.step_T[finite][largest[p]]),
+            share=float(shares[p]),
+            clipped=float((scales[:, p] < 1).mean()),
+            smallest_scale=float(scales[:, p].min()),
+            zeros=int((norms[:, p] == 0).sum()),
+        )
+        for p, name in enumerate(record.names)
+    ]
+    return sorted(found, key=lambda tensor: -tensor.largest_norm)
+
+
+def findings(run: Run) -> list[str]:
+    """What a person should know of a run, the most important first."""
+    record = run.gradient
+    said = [
+        _rate(record, "gradient"),
+        _level(record),
+        *_spikes(run),
+        *_lost(record),
+        *_zeros(record),
+        *_dominant(record),
+    ]
+    if run.update is not None:
+        said.append(_rate(run.update, "update"))
+    return [sentence for sentence in said if sentence]
+
+
+def _rate(record: Record, what: str) -> str:
+    finite = record.finite_T & ~record.skipped_T
+    if not finite.any():
+        return f"No {what} of the {len(record)} recorded steps was finite and applied."
+    clipped, scale = clipped_steps(record)[finite], total_scale(record)[finite]
+    count = f"The {what} was clipped in {clipped.sum():,} of {finite.sum():,} steps ({clipped.mean():.0%})"
+    if not clipped.any():
+        known = record.threshold_T[np.isfinite(record.threshold_T)]
+        margin = f" The largest norm was {record.norm_T[finite].max():.3g}"
+        return f"{count}.{margin}{f', the threshold at least {known.min():.3g}.' if len(known) else '.'}"
+    if record.bounded_T[finite].any():
+        return f"{count}, single elements of it too, so the norm after clipping is not known."
+    mean = f"the clipped ones to {scale[clipped].mean():.2f} of their norm on average"
+    late = record.step_T[finite] > _warmup(record)
+    if clipped[~late].any() and late.any():
+        mean += f"; {clipped[~late].sum():,} of them in the warm-up of {_warmup(record)} steps, later {clipped[late].mean():.0%}"
+    rate = clipped[late].mean() if late.any() else clipped.mean()
+    if by_parameter(record):
+        share = (record.scale_TP[finite] < 1).mean()
+        return f"{count}, {mean}; of all tensors in all steps {share:.0%} were scaled."
+    if rate >= OFTEN:
+        return f"{count}, {mean}: the threshold acts as a learning-rate cut, to {scale.mean():.2f} of it over the run."
+    if rate >= SELDOM:
+        return f"{count}, {mean}: more than a safety net, less than a learning-rate cut."
+    return f"{count}, {mean}: a safety net."
+
+
+def _warmup(record: Record) -> int:
+    """Of the recorded strategy, in steps; 0 where it has none, or is of another package that is not here."""
+    try:
+        return warmup_of(ClipConfig.parse(record.meta["spec"]).gradient)
+    except SpecError:
+        return 0
+
+
+def _level(record: Record) -> str:
+    norms = record.norm_T[record.finite_T]
+    if len(norms) < 20:
+        return ""
+    tenth = max(1, len(norms) // 10)
+    first, last = np.median(norms[:tenth]), np.median(norms[-tenth:])
+    if first <= 0 or last <= 0:
+        return ""
+    moved = last / first
+    word = f"rose {moved:.1f}-fold" if moved > 1.5 else f"fell to {moved:.0%}" if moved < 0.67 else "stayed level"
+    fixed = " A fixed threshold means something else at the end than at the start." if not 0.5 < moved < 2 else ""
+    return f"The norm {word}: {first:.3g} in the first tenth of the run, {last:.3g} in the last (medians).{fixed}"
+
+
+def _spikes(run: Run) -> list[str]:
+    if not run.spikes:
+        return ["No step stands out by its norm."]
+    record, scale = run.gradient, total_scale(run.gradient)
+    rows = {int(step): row for row, step in enumerate(record.step_T)}
+    known = [rows[spike["step"]] for spike in run.spikes if spike["step"] in rows]
+    finite = [row for row in known if record.finite_T[row] and not record.skipped_T[row]]
+    caught = [row for row in finite if scale[row] < 1]
+    steps = ", ".join(str(spike["step"]) for spike in run.spikes[:MOST_NAMES])
+    more = f" and {len(run.spikes) - MOST_NAMES} more" if len(run.spikes) > MOST_NAMES else ""
+    one = len(run.spikes) == 1
+    said = f"{len(run.spikes)} step{'' if one else 's'} stand{'s' if one else ''} out by the norm ({steps}{more})"
+    if not finite:
+        return [f"{said}."]
+    if not caught:
+        return [f"{said}; {'it was not' if one else 'none was'} clipped."]
+    hardest = min(float(scale[row]) for row in caught)
+    how = f"to {hardest:.2g} of its norm" if len(caught) == 1 else f"the hardest to {hardest:.2g} of its norm"
+    count = "it was" if one else "all were" if len(caught) == len(run.spikes) else f"{len(caught)} were"
+    return [f"{said}; {count} clipped, {how}."]
+
+
+def _lost(record: Record) -> list[str]:
+    broken, skipped = int((~record.finite_T).sum()), int(record.skipped_T.sum())
+    said = []
+    if broken:
+        first = int(record.step_T[~record.finite_T][0])
+        said.append(f"The norm was NaN or inf in {broken:,} step{'s'[: broken != 1]}, first in step {first}.")
+    if skipped == 1:
+        said.append("1 step was left out: no weight moved in it.")
+    elif skipped:
+        said.append(f"{skipped:,} steps were left out: no weight moved in them.")
+    return said
+
+
+def _zeros(record: Record) -> list[str]:
+    steps = int(record.finite_T.sum())
+    found = sorted((t for t in tensors_of(record) if t.zeros), key=lambda t: -t.zeros)
+    said = [f"Norm exactly 0 for {t.name} in {t.zeros:,} of {steps:,} steps." for t in found[:MOST_NAMES]]
+    if len(found) > MOST_NAMES:
+        said.append(f"The same for {len(found) - MOST_NAMES} more tensors in some steps.")
+    return said
+
+
+def _dominant(record: Record) -> list[str]:
+    found = max(tensors_of(record), key=lambda t: t.share, default=None)
+    if found is None or len(record.names) < 2 or found.share < 0.5:
+        return []
+    return [
+        f"{found.name} makes {found.share:.0%} of the squared norm in the median step, so a limit on the whole is "
+        "mostly a limit on it."
+    ]

@@ -1,0 +1,158 @@
+"""What a strategy would have done with the norms of a recorded run.
+
+The norms are of the run as it was: under another strategy the weights, and so the later norms, would have been others.
+What a replay shows is how often and how hard a strategy acts on such norms, not where the run would have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.record.files import Record
+from hf_gradclip.record.spikes import find_spikes
+from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+
+LIMIT_OF_REPLAY = (
+    "The norms are of the run as it was recorded. Under another strategy it would have gone another way, so read this "
+    "as how often and how hard a strategy acts on such norms."
+)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one strategy did with the norms of a record; T steps, P parameters.
+
+    Args:
+        spec: of the strategy, with every field.
+        scale_TP: norm after / before per parameter; 1 in steps whose norm was not finite.
+        threshold_T: NaN where it is not one number.
+        skipped_T: which steps the strategy would have left out.
+    """
+
+    spec: str
+    scale_TP: np.ndarray
+    threshold_T: np.ndarray
+    skipped_T: np.ndarray
+
+    @property
+    def clipped_T(self) -> np.ndarray:
+        """Which steps were changed: anything scaled, or left out."""
+        return (self.scale_TP < 1).any(axis=1) | self.skipped_T
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A replay in numbers.
+
+    Args:
+        spec: of the strategy, as it was typed.
+        rate: share of the finite steps that were changed.
+        mean_scale: mean over the finite steps of norm after / norm before, of the whole gradient.
+        spikes: how many steps stood out.
+        caught: how many of them were changed.
+        false_alarms: steps that were changed and did not stand out.
+        thresholds: smallest, median and largest; None where the threshold is not one number.
+    """
+
+    spec: str
+    rate: float
+    mean_scale: float
+    spikes: int
+    caught: int
+    false_alarms: int
+    thresholds: tuple[float, float, float] | None
+
+
+def strategy_for_replay(spec: str) -> Strategy:
+    """The strategy of a spec, if norms are all it needs.
+
+    Raises:
+        SpecError: for a wrong spec, and for a strategy that needs more than recorded norms, by name.
+    """
+    config = ClipConfig.parse(spec)
+    if config.update is not None:
+        raise SpecError(f"{spec}: has an update too. Replay its parts by themselves, the update with --place update.")
+    for part in parts_of(config.gradient):
+        word, needs = name_of(part), part.needs
+        reasons = {
+            "it bounds single elements": part.bounds,
+            "it needs the largest elements": needs.max_abs,
+            "it needs the norms of units and their weights": needs.units is not None or needs.weights,
+        }
+        for reason, found in reasons.items():
+            if found:
+                raise SpecError(
+                    f"{word} cannot be replayed: {reason}, and a record holds norms by parameter. Replay global_norm, "
+                    "param_norm, block_rms, zclip, adagc, autoclip, soft or skip_step."
+                )
+    return config.gradient
+
+
+def replay(record: Record, strategy: Strategy) -> Replay:
+    """Feed the recorded norms to a strategy, as the clipper does: a step that was not finite is not remembered.
+
+    Raises:
+        SpecError: if the strategy judges the loss and the record has none.
+    """
+    if strategy.needs.loss and not np.isfinite(record.loss_T).any():
+        raise SpecError(f"{describe(strategy)} judges the loss, and this record has none.")
+    layout = Layout.of_parameters(record.names, record.numel_P.tolist(), torch.device("cpu"))
+    state = strategy.init(layout)
+    scale_TP = np.ones(record.norm_TP.shape)
+    threshold_T = np.full(len(record), np.nan)
+    skipped_T = np.zeros(len(record), dtype=bool)
+    for t, stats in _statistics(record, layout):
+        plan, state = strategy.update(stats, state)
+        scale_TP[t] = plan.scale_S.expand(len(layout)).numpy()
+        threshold_T[t] = float("nan") if plan.threshold is None else float(plan.threshold)
+        skipped_T[t] = _skips(plan)
+    return Replay(describe(strategy), scale_TP, threshold_T, skipped_T)
+
+
+def _statistics(record: Record, layout: Layout) -> Iterator[tuple[int, NormStats]]:
+    """The finite steps. Norms by parameter are kept in float32, the total in float64, which they are brought to."""
+    for t in np.flatnonzero(record.finite_T):
+        sumsq_P = record.norm_TP[t].astype(np.float64) ** 2
+        total = sumsq_P.sum()
+        if total > 0:
+            sumsq_P *= record.norm_T[t] ** 2 / total
+        yield int(t), NormStats(torch.from_numpy(sumsq_P), layout, loss=torch.tensor(record.loss_T[t]))
+
+
+def _skips(plan: ClipPlan) -> bool:
+    return plan.skip is not None and bool(plan.skip)
+
+
+def outcome_of(record: Record, found: Replay, spec: str) -> Outcome:
+    """A replay in numbers, against the spikes of the record; `spec` is what it is called."""
+    finite = record.finite_T
+    spikes = np.zeros(len(record), dtype=bool)
+    spikes[[spike.row for spike in find_spikes(record.norm_T.tolist(), [])]] = True
+    spikes &= finite
+    clipped = found.clipped_T & finite
+    squares = record.norm_TP[finite].astype(np.float64) ** 2
+    with np.errstate(invalid="ignore"):
+        ratio = np.sqrt((squares * found.scale_TP[finite] ** 2).sum(axis=1) / squares.sum(axis=1))
+    ratio = np.where(found.skipped_T[finite], 0.0, np.nan_to_num(ratio, nan=1.0))
+    known = found.threshold_T[np.isfinite(found.threshold_T)]
+    return Outcome(
+        spec=spec,
+        rate=float(clipped.sum() / max(finite.sum(), 1)),
+        mean_scale=float(ratio.mean()) if len(ratio) else 1.0,
+        spikes=int(spikes.sum()),
+        caught=int((clipped & spikes).sum()),
+        false_alarms=int((clipped & ~spikes).sum()),
+        thresholds=(float(known.min()), float(np.median(known)), float(known.max())) if len(known) else None,
+    )
+
+
+def difference(record: Record, found: Replay) -> float:
+    """The largest difference between the scales of a replay and those that were recorded, over the finite steps."""
+    finite = record.finite_T
+    return float(np.abs(found.scale_TP[finite] - record.scale_TP[finite]).max(initial=0.0))

@@ -1,0 +1,76 @@
+"""A recorded run: its records of gradient and update, and its spikes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_gradclip.record.files import FOLDER, Record, folder_of, parts_of, read_record
+
+UPDATE = "update"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run.
+
+    Args:
+        name: of its folder.
+        folder: where the record is.
+        gradient: the record of the gradients.
+        update: the record of the updates; None where they were not clipped.
+        spikes: the files of rank 0 in order, each with the examples that other ranks held under `other_ranks`.
+    """
+
+    name: str
+    folder: Path
+    gradient: Record
+    update: Record | None
+    spikes: list[dict[str, Any]]
+
+
+def load_run(path: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        FileNotFoundError: if it was not recorded.
+    """
+    folder = folder_of(path)
+    whole = folder.resolve()
+    name = whole.parent.name if whole.name == FOLDER else whole.name
+    update = read_record(folder, UPDATE) if parts_of(folder, UPDATE) else None
+    return Run(name, folder, read_record(folder), update, _spikes(folder))
+
+
+def _spikes(folder: Path) -> list[dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    others: dict[int, dict[str, Any]] = {}
+    for path in sorted((folder / "spikes").glob("step_*.json")):
+        spike = json.loads(path.read_text("utf-8"))
+        if spike["rank"] == 0:
+            found[spike["step"]] = spike
+        else:
+            others.setdefault(spike["step"], {})[str(spike["rank"])] = spike["examples"]
+    return [{**found[step], "other_ranks": others.get(step, {})} for step in sorted(found)]
+
+
+def total_scale(record: Record) -> np.ndarray:
+    """Norm after / before of the whole per step, shape (T,); 1 where the norm is 0 or not finite."""
+    squares = record.norm_TP.astype(np.float64) ** 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt((squares * record.scale_TP.astype(np.float64) ** 2).sum(axis=1) / squares.sum(axis=1))
+    return np.where(record.finite_T, np.nan_to_num(scale, nan=1.0), 1.0)
+
+
+def clipped_steps(record: Record) -> np.ndarray:
+    """The steps in which anything was scaled or bounded, shape (T,)."""
+    return ((record.scale_TP < 1).any(axis=1) | record.bounded_T) & record.finite_T & ~record.skipped_T
+
+
+def by_parameter(record: Record) -> bool:
+    """Whether the parameters of a step were scaled apart."""
+    return bool((np.ptp(record.scale_TP[record.finite_T], axis=1) > 1e-6).any()) if record.finite_T.any() else False

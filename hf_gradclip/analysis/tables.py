@@ -1,0 +1,160 @@
+"""The tables of reports and replays, as cells and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_gradclip.analysis.findings import tensors_of
+from hf_gradclip.analysis.replay import Outcome
+from hf_gradclip.analysis.run import Run, clipped_steps, total_scale
+from hf_gradclip.record.files import Record
+
+COLUMNS = ("strategy", "clipped", "mean scale", "spikes", "false alarms", "threshold")
+SUMMARY_COLUMNS = (
+    "run",
+    "steps",
+    "clipped",
+    "mean scale",
+    "median norm",
+    "largest norm",
+    "spikes",
+    "NaN or inf",
+    "last loss",
+)
+TENSOR_COLUMNS = ("tensor", "median norm", "largest", "in step", "share", "clipped", "least scale", "zero")
+SPIKE_COLUMNS = ("step", "norm", "z", "loss", "largest tensors", "examples")
+MOST_TENSORS = 15
+MOST_EXAMPLES = 12
+LAST = 20
+
+
+def outcome_rows(outcomes: Iterable[Outcome]) -> list[tuple[str, ...]]:
+    """Outcomes as cells, in the order of COLUMNS."""
+    return [
+        (
+            outcome.spec,
+            f"{outcome.rate:.1%}",
+            f"{outcome.mean_scale:.3f}",
+            f"{outcome.caught} of {outcome.spikes}",
+            f"{outcome.false_alarms}",
+            _thresholds(outcome.thresholds),
+        )
+        for outcome in outcomes
+    ]
+
+
+def _thresholds(values: tuple[float, float, float] | None) -> str:
+    """One number, or the smallest to the largest with the median."""
+    if values is None:
+        return "by parameter"
+    low, middle, high = (f"{value:.3g}" for value in values)
+    return low if low == high else f"{low} to {high}, median {middle}"
+
+
+def summary_rows(runs: Iterable[Run]) -> list[tuple[str, ...]]:
+    """Runs as cells, in the order of SUMMARY_COLUMNS."""
+    rows: list[tuple[str, ...]] = []
+    for run in runs:
+        record = run.gradient
+        norms, losses = record.norm_T[record.finite_T], record.loss_T[np.isfinite(record.loss_T)]
+        rows.append(
+            (
+                run.name,
+                f"{len(record):,}",
+                f"{clipped_steps(record).sum() / max(record.finite_T.sum(), 1):.1%}",
+                f"{total_scale(record)[record.finite_T].mean():.3f}" if len(norms) else "-",
+                f"{np.median(norms):.4g}" if len(norms) else "-",
+                f"{norms.max():.4g}" if len(norms) else "-",
+                f"{len(run.spikes)}",
+                f"{(~record.finite_T).sum()}",
+                f"{losses[-LAST:].mean():.4g}" if len(losses) else "-",
+            )
+        )
+    return rows
+
+
+def tensor_rows(record: Record) -> list[tuple[str, ...]]:
+    """The tensors with the largest norms as cells, in the order of TENSOR_COLUMNS."""
+    return [
+        (
+            tensor.name,
+            f"{tensor.median_norm:.3g}",
+            f"{tensor.largest_norm:.3g}",
+            f"{tensor.largest_step:,}",
+            f"{tensor.share:.1%}",
+            f"{tensor.clipped:.1%}",
+            f"{tensor.smallest_scale:.3g}",
+            f"{tensor.zeros:,}",
+        )
+        for tensor in tensors_of(record)[:MOST_TENSORS]
+    ]
+
+
+def spike_rows(run: Run) -> list[tuple[str, ...]]:
+    """The spikes as cells, in the order of SPIKE_COLUMNS."""
+    return [
+        (
+            f"{spike['step']:,}",
+            _number(spike["norm"]),
+            _number(spike["z"]),
+            _number(spike["loss"]),
+            ", ".join(f"{tensor['name']} {tensor['share']:.0%}" for tensor in spike["tensors"][:3]),
+            _examples(spike),
+        )
+        for spike in run.spikes
+    ]
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{float(value):.3g}"
+
+
+def _examples(spike: dict[str, Any]) -> str:
+    held = {"0": spike["examples"], **spike["other_ranks"]} if spike["other_ranks"] else {"": spike["examples"]}
+    said = []
+    for rank, examples in held.items():
+        if isinstance(examples, list):
+            more = f" and {len(examples) - MOST_EXAMPLES} more" if len(examples) > MOST_EXAMPLES else ""
+            words = ", ".join(map(str, examples[:MOST_EXAMPLES])) + more
+        else:
+            words = str(examples)
+        said.append(f"rank {rank}: {words}" if rank else words)
+    return "; ".join(said)
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """Print a table.
+
+    Raises:
+        ImportError: without rich.
+    """
+    _, box, table = _rich()
+    first, *others = columns
+    shown = table.Table(
+        table.Column(first, overflow="fold"), *others, title=title or None, title_justify="left", box=box.SIMPLE_HEAD
+    )
+    for row in rows:
+        shown.add_row(*row)
+    _rich()[0].Console().print(shown)
+
+
+def say(*lines: str) -> None:
+    """Print lines, folded at the width of the terminal.
+
+    Raises:
+        ImportError: without rich.
+    """
+    console = _rich()[0].Console()
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _rich() -> tuple[Any, Any, Any]:
+    try:
+        from rich import box, console, table
+    except ImportError:
+        raise ImportError("tables need rich: pip install 'hf_gradclip[report]'.") from None
+    return console, box, table

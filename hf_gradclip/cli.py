@@ -1,0 +1,112 @@
+"""`hf-gradclip`: report on a recorded run, replay it under other strategies, suggest a threshold, list strategies."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from hf_gradclip.config import preset_names, strategy_class, strategy_names
+from hf_gradclip.strategy import SpecError, describe
+
+DONE, BAD_INPUT = 0, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status: 0, or 2 for input that cannot be served."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run_command(args)
+    except (SpecError, ValueError, OSError, ImportError) as error:
+        print(f"hf-gradclip {args.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-gradclip", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    report = commands.add_parser("report", help="a page and pictures of recorded runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run; several side by side")
+    report.add_argument("--out", type=Path, default=None, help="folder for the page; RUN/gradclip if left out")
+    report.add_argument("--text", action="store_true", help="print tables instead")
+    report.set_defaults(run_command=_report)
+
+    replay = commands.add_parser("replay", help="what other strategies would have done with the recorded norms")
+    replay.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run")
+    replay.add_argument("--clip", action="append", default=[], metavar="SPEC", help="a strategy; may be repeated")
+    replay.add_argument("--place", choices=["gradient", "update"], default="gradient", help="which norms")
+    replay.add_argument("--out", type=Path, default=None, help="the picture; RUN/gradclip/replay.png if left out")
+    replay.set_defaults(run_command=_replay)
+
+    suggest = commands.add_parser("suggest", help="a threshold for a wanted share of clipped steps")
+    suggest.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run")
+    suggest.add_argument("--rate", type=float, default=0.05, help="wanted share of clipped steps (default 0.05)")
+    suggest.set_defaults(run_command=_suggest)
+
+    commands.add_parser("list", help="strategies and presets, with their fields").set_defaults(run_command=_list)
+    return parser
+
+
+def _report(args: argparse.Namespace) -> None:
+    from hf_gradclip.analysis.report import print_report, write_report
+
+    if args.text:
+        print_report(args.runs)
+        return
+    for path in write_report(args.runs, args.out):
+        print(path)
+
+
+def _replay(args: argparse.Namespace) -> None:
+    from hf_gradclip.analysis.replay import LIMIT_OF_REPLAY, difference, outcome_of, replay, strategy_for_replay
+    from hf_gradclip.analysis.replay_figure import draw_replay
+    from hf_gradclip.analysis.tables import COLUMNS, outcome_rows, show_table
+    from hf_gradclip.record.files import folder_of, read_record
+
+    record = read_record(args.run, args.place)
+    if not record.finite_T.any():
+        raise ValueError(f"{args.run}: no recorded step has a finite norm.")
+    specs = args.clip or [record.meta["spec"]]
+    found = [replay(record, strategy_for_replay(spec)) for spec in specs]
+    show_table(COLUMNS, outcome_rows(map(functools.partial(outcome_of, record), found, specs)))
+    for run in found:
+        if run.spec == record.meta["spec"]:
+            print(f"What was recorded is {run.spec}: its scales differ by {difference(record, run):.1e} at most.")
+    print(LIMIT_OF_REPLAY)
+    path = args.out or folder_of(args.run) / "replay.png"
+    draw_replay(record, found, path)
+    print(path)
+
+
+def _suggest(args: argparse.Namespace) -> None:
+    from hf_gradclip.analysis.replay import LIMIT_OF_REPLAY
+    from hf_gradclip.analysis.suggest import suggest
+    from hf_gradclip.analysis.tables import COLUMNS, outcome_rows, show_table
+    from hf_gradclip.record.files import read_record
+
+    show_table(
+        COLUMNS, outcome_rows(suggest(read_record(args.run), args.rate)), f"To clip {args.rate:.1%} of the steps:"
+    )
+    print(LIMIT_OF_REPLAY)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from hf_gradclip.analysis.tables import show_table
+    from hf_gradclip.config import ClipConfig
+
+    rows = []
+    for name in strategy_names():
+        cls = strategy_class(name)
+        given = ", ".join(f.name if f.default is MISSING else f"{f.name}={f.default}" for f in fields(cls))  # type: ignore[arg-type]
+        rows.append((name, (cls.__doc__ or "").strip().splitlines()[0], given))
+    show_table(("strategy", "does", "fields"), rows)
+    show_table(("preset", "is"), [(name, describe(ClipConfig.parse(name).gradient)) for name in preset_names()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

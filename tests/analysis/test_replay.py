@@ -1,0 +1,117 @@
+"""A replay does what the clipper did, and what the equations say, with the norms of a record."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hf_gradclip.analysis.replay import difference, outcome_of, replay, strategy_for_replay
+from hf_gradclip.analysis.suggest import suggest
+from hf_gradclip.strategy import SpecError
+from tests.analysis.records import norms_of, record_by_hand, recorded
+
+SPECS = (
+    "zclip:warmup_steps=10",
+    "adagc:warmup_steps=10,max_norm=0.6",
+    "autoclip:percentile=80",
+    "global_norm:max_norm=0.6",
+    "param_norm:max_norm=0.3",
+    "block_rms:max_rms=0.03",
+    "soft:max_norm=1",
+    "adagc:warmup_steps=10,mode=reference+global_norm:max_norm=0.6",
+    "skip_step:window=30,min_values=10",
+)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_recorded_strategy_gives_the_recorded_scales(spec, tmp_path) -> None:
+    record = recorded(spec, tmp_path)
+    assert not record.finite_T[33]
+    found = replay(record, strategy_for_replay(spec))
+    assert difference(record, found) < 1e-6
+    assert 0 < found.clipped_T.sum() < len(record) or spec.startswith("soft")
+    np.testing.assert_array_equal(found.skipped_T[record.finite_T], record.skipped_T[record.finite_T])
+    np.testing.assert_allclose(found.threshold_T[record.finite_T], record.threshold_T[record.finite_T], rtol=1e-9)
+
+
+def test_another_strategy_than_the_recorded_one_differs(tmp_path) -> None:
+    record = recorded("global_norm:max_norm=0.6", tmp_path)
+    assert difference(record, replay(record, strategy_for_replay("global_norm:max_norm=0.59"))) > 1e-3
+
+
+def test_zclip_by_its_equations() -> None:
+    """Warm-up of 25 at 1, then z > 2.5 is brought to mu + 2.5^2 sigma / z; float64, by hand."""
+    record = record_by_hand(norms_of())
+    totals, mean, var, scales, early = record.norm_T, 0.0, 0.0, [], []
+    for norm in totals:
+        if len(early) < 25:
+            early.append(norm)
+            scales.append(min(1.0, 1.0 / (norm + 1e-6)))
+            mean, var = float(np.mean(early)), float(np.var(early))
+            continue
+        sigma = max(var**0.5, 0.05 * mean)
+        z = (norm - mean) / sigma
+        kept = mean + 2.5**2 * sigma / z if z > 2.5 else norm
+        scales.append(min(1.0, kept / (norm + 1e-6)) if z > 2.5 else 1.0)
+        old, mean = mean, 0.97 * mean + 0.03 * kept
+        var = 0.97 * var + 0.03 * (kept - old) * (kept - mean)
+    found = replay(record, strategy_for_replay("zclip"))
+    np.testing.assert_allclose(found.scale_TP[:, 0], scales, rtol=1e-9)
+    assert found.clipped_T[[60, 90]].all()
+
+
+def test_the_numbers_of_an_outcome() -> None:
+    """global_norm at 1: both spikes are caught, nothing else is touched."""
+    record = record_by_hand(norms_of())
+    outcome = outcome_of(record, replay(record, strategy_for_replay("1.0")), "1.0")
+    assert (outcome.spikes, outcome.caught, outcome.false_alarms) == (2, 2, 0)
+    assert outcome.rate == pytest.approx(2 / 120)
+    expected = np.minimum(1, 1 / (record.norm_T + 1e-6)).mean()
+    assert outcome.mean_scale == pytest.approx(expected, rel=1e-6)
+    assert outcome.thresholds == (1.0, 1.0, 1.0)
+
+    tight = outcome_of(record, replay(record, strategy_for_replay("0.01")), "0.01")
+    assert (tight.caught, tight.false_alarms, tight.rate) == (2, 118, 1.0)
+    by_tensor = outcome_of(record, replay(record, strategy_for_replay("adagc")), "adagc")
+    assert by_tensor.thresholds is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("value:max_value=1", "value cannot be replayed: it bounds single elements"),
+        ("agc", "agc cannot be replayed: it needs the norms of units"),
+        ("global_norm:norm_type=inf", "global_norm cannot be replayed: it needs the largest elements"),
+        ("zclip+value:max_value=1", "value cannot be replayed"),
+        ("nonsense", "no strategy or preset is called"),
+    ],
+)
+def test_what_norms_cannot_tell_is_refused_by_name(spec, reason) -> None:
+    with pytest.raises(SpecError, match=reason):
+        strategy_for_replay(spec)
+
+
+def test_a_loss_is_used_where_there_is_one_and_missed_where_there_is_none(tmp_path) -> None:
+    spec = "skip_step:window=30,min_values=10,on=loss"
+    record = recorded(spec, tmp_path, loss=2.0)
+    assert difference(record, replay(record, strategy_for_replay(spec))) < 1e-6
+    blind = record_by_hand(norms_of(), loss_T=np.full(120, np.nan))
+    with pytest.raises(SpecError, match="judges the loss, and this record has none"):
+        replay(blind, strategy_for_replay(spec))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3])
+def test_a_suggestion_clips_about_the_wanted_share(rate) -> None:
+    record = record_by_hand(norms_of(400))
+    limit, percentile, z = suggest(record, rate)
+    assert limit.spec == f"global_norm:max_norm={np.quantile(record.norm_T, 1 - rate):.4g}"
+    assert limit.rate == pytest.approx(rate, abs=0.01)
+    assert z.rate <= rate
+    assert z.rate == pytest.approx(rate, abs=0.05)
+    assert percentile.rate == pytest.approx(rate, abs=0.06)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -1.0, 5.0])
+def test_a_rate_that_is_no_share_is_refused(rate) -> None:
+    with pytest.raises(ValueError, match="must be a share between 0 and 1"):
+        suggest(record_by_hand(norms_of()), rate)
