@@ -94,9 +94,11 @@ def _rate(record: Record, what: str) -> str:
     if record.bounded_T[finite].any():
         return f"{count}, single elements of it too, so the norm after clipping is not known."
     mean = f"the clipped ones to {scale[clipped].mean():.2f} of their norm on average"
-    late = record.step_T[finite] > _warmup(record)
+    warmup = _warmup(record)
+    late = record.step_T[finite] > warmup
     if clipped[~late].any() and late.any():
-        mean += f"; {clipped[~late].sum():,} of them in the warm-up of {_warmup(record)} steps, later {clipped[late].mean():.0%}"
+        early = f"{clipped[~late].sum():,} of them in the warm-up of {warmup} steps"
+        mean += f"; {early}, later {clipped[late].mean():.0%}"
     rate = clipped[late].mean() if late.any() else clipped.mean()
     if by_parameter(record):
         share = (record.scale_TP[finite] < 1).mean()
