@@ -114,10 +114,10 @@ def write_part(folder: Path, place: str, rows: dict[str, np.ndarray], meta: dict
         table,
         aside,
         compression="zstd",
-        use_dictionary=["scales.list.element"],
+        use_dictionary=False,
         column_encoding={
             **dict.fromkeys(("loss", "learning_rate", "norm", "threshold"), "BYTE_STREAM_SPLIT"),
-            "norms.list.element": "BYTE_STREAM_SPLIT",
+            **dict.fromkeys(("norms.list.element", "scales.list.element"), "BYTE_STREAM_SPLIT"),
         },
     )
     aside.replace(path)
@@ -195,6 +195,10 @@ def read_record(run: str | Path, place: str = "gradient") -> Record:
         run: its output_dir, or the folder `gradclip` in it.
         place: "gradient" or "update".
 
+    Returns:
+        Its steps in order. Where the set of parameters changed in the run, a parameter's norm and scale are NaN at
+        the steps that did not have it.
+
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it was written by a later version.
@@ -209,6 +213,8 @@ def read_record(run: str | Path, place: str = "gradient") -> Record:
 def _read(parts: Iterable[Part]) -> Record:
     _, parquet = _arrow()
     found: dict[str, list[np.ndarray]] = {}
+    numel: dict[str, int] = {}
+    owners: list[list[str]] = []
     meta: dict[str, Any] = {}
     until = -1
     for part in parts:
@@ -216,15 +222,20 @@ def _read(parts: Iterable[Part]) -> Record:
         meta = json.loads(table.schema.metadata[b"hf_gradclip"])
         if meta["version"] > VERSION:
             raise ValueError(f"{part.path.name}: was written by a later version of hf_gradclip. Install that one.")
+        numel |= dict(zip(meta["names"], meta["numel"], strict=True))
+        owners.append(meta["names"])
         new = table["step"].to_numpy() > until
         until = part.last
         for name in table.column_names:
             column = table[name].combine_chunks()
             if name in ("norms", "scales"):
-                values = column.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
+                values = column.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, len(meta["names"]))
             else:
                 values = column.to_numpy(zero_copy_only=False)
             found.setdefault(name, []).append(values[new])
+    for name in ("norms", "scales"):
+        found[name] = [_spread(values, own, [*numel]) for values, own in zip(found[name], owners, strict=True)]
+    meta |= {"names": [*numel], "numel": [*numel.values()]}
     columns = {name: np.concatenate(values) for name, values in found.items()}
     numbers = {f"{name}_T": columns[name].astype(np.float64) for name in NUMBERS}
     flags = {f"{name}_T": columns[name].astype(bool) for name in FLAGS}
@@ -238,6 +249,15 @@ def _read(parts: Iterable[Part]) -> Record:
         **numbers,
         **flags,
     )
+
+
+def _spread(values: np.ndarray, own: list[str], names: list[str]) -> np.ndarray:
+    """The columns of `own` at their places among `names`, NaN elsewhere."""
+    if own == names:
+        return values
+    wide = np.full((len(values), len(names)), np.nan, dtype=values.dtype)
+    wide[:, [names.index(name) for name in own]] = values
+    return wide
 
 
 def _arrow() -> tuple[ModuleType, ModuleType]:
