@@ -312,6 +312,8 @@ class Attachment:
         accelerator.prepare = _after(refuse, accelerator.prepare)
         if self.config.gradient.needs.loss or self.recording is not None:
             accelerator.backward = _after(self._loss.add, accelerator.backward)
+        if self.recording is not None:
+            accelerator.backward = _after(self.recording.begin, accelerator.backward)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -400,7 +402,7 @@ class Attachment:
 
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
             if self.recording is not None:
-                self.recording.flush(force=True)
+                self.recording.save_step(output_dir)
             if self.accelerator.is_main_process:
                 for i, model in enumerate(self.accelerator._models):
                     if (clipper := self._known(model)) is not None:
@@ -413,6 +415,8 @@ class Attachment:
                     path = os.path.join(input_dir, numbered(STATE_NAME, i))
                     load_state(clipper, path, say=self.accelerator.is_main_process)
             load_updates(self.updates.clippers, input_dir, say=self.accelerator.is_main_process)
+            if self.recording is not None:
+                self.recording.load_step(input_dir)
 
         self.accelerator.register_save_state_pre_hook(save)
         self.accelerator.register_load_state_pre_hook(load)

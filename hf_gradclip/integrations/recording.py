@@ -6,6 +6,8 @@ held in a spike.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import os
 from collections import deque
@@ -27,6 +29,7 @@ from hf_gradclip.strategy import describe
 
 GRADIENT, UPDATE = "gradient", "update"
 AT_ONCE = 10
+STEP_NAME = "gradclip_record.json"
 
 
 class Recording:
@@ -53,6 +56,7 @@ class Recording:
         self._held: deque[tuple[int, list[Any]]] = deque()
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._facts: dict[int, tuple[float, float]] = {}
+        self._begun = False
         self._broken = False
 
     def watch(self, clipper: Clipper, updates: Sequence[Clipper]) -> None:
@@ -64,16 +68,31 @@ class Recording:
             if updates[0].recorder is None:
                 updates[0].recorder = Recorder(clock=self._recorder)
 
+    def begin(self, *_: Any, **__: Any) -> None:
+        """Start before the first step, unless `start_after` was called."""
+        if not self._begun:
+            self.start_after(0)
+
     def start_after(self, step: int) -> None:
-        """Go on after a step: what the folder has of later ones is dropped; at 0 an old record is put aside."""
+        """Go on after a step: what the folder has of later ones is dropped; at 0 an old record is put aside.
+
+        Every rank calls it, since every rank judges the coming norms by the same earlier ones.
+        """
+        self._begun = True
         for clipper in self._clippers.values():
             if clipper.recorder is not None:
                 clipper.recorder.start_after(step)
         self._forget()
         self._held.clear()
         self._norms.clear()
-        if self._rank != 0:
-            return
+        if self._rank == 0:
+            self._writing(lambda: self._clear_after(step))
+        if world_size() > 1:
+            norms = [list(self._norms)]
+            dist.broadcast_object_list(norms)
+            self._norms = deque(norms[0], maxlen=WINDOW)
+
+    def _clear_after(self, step: int) -> None:
         if step == 0 and parts_of(self.folder, GRADIENT):
             self._put_aside()
         for place in (GRADIENT, UPDATE):
@@ -110,16 +129,24 @@ class Recording:
         self._losses, self._examples = [], []
 
     def flush(self, force: bool = False, alone: bool = False) -> None:
-        """Write what is buffered, if it is much or must be now; look for spikes in it. Never raises.
+        """Write what is buffered, if it is much or must be now; look for spikes in it.
+
+        What cannot be written is said once, and the run goes on: a rank that no longer writes still takes part in the
+        mean over ranks.
 
         Args:
             force: however little it is.
             alone: other ranks may not come here, so nothing is averaged over them.
         """
-        if self._broken or (len(self._recorder) < AT_ONCE and not force):
+        if len(self._recorder) >= AT_ONCE or force:
+            self._flush(self._together and not alone)
+
+    def _writing(self, write: Callable[[], None]) -> None:
+        """Do something with files; after the first failure nothing more."""
+        if self._broken:
             return
         try:
-            self._flush(self._together and not alone)
+            write()
         except Exception as error:
             self._broken = True
             logger.warning("record: %s cannot be written (%s). The run goes on without it.", self.folder, error)
@@ -142,7 +169,7 @@ class Recording:
                 losses = losses / world_size()
             rows = recorder.drain(losses)
             if place == GRADIENT:
-                self._look_for_spikes(rows, clipper.view.layout.names)
+                self._writing(functools.partial(self._look_for_spikes, rows, clipper.view.layout.names))
                 facts = zip(rows["learning_rate"].tolist(), rows["loss"].tolist(), strict=True)
                 self._facts |= dict(zip(rows["step"].tolist(), facts, strict=True))
             else:  # an update is decided on after the loop has said what it knows of the step
@@ -150,9 +177,31 @@ class Recording:
                 known = [self._facts.get(step, nothing) for step in rows["step"].tolist()]
                 rows["learning_rate"], rows["loss"] = (np.array(column) for column in zip(*known, strict=True))
             if self._rank == 0:
-                write_part(self.folder, place, rows, self._meta(place, clipper))
-                join_small(self.folder, place)
+                self._writing(functools.partial(self._write, place, rows, self._meta(place, clipper)))
         self._facts = dict(list(self._facts.items())[-1:])  # the update of the last step may come later
+
+    def _write(self, place: str, rows: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        write_part(self.folder, place, rows, meta)
+        join_small(self.folder, place)
+
+    def save_step(self, folder: str) -> None:
+        """Write the rest, and how far the record is into a checkpoint of Accelerate."""
+        self.flush(force=True)
+        if self._rank == 0:
+            path = Path(folder, STEP_NAME)
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps({"step": self._recorder.step}) + "\n", "utf-8")
+            aside.replace(path)
+
+    def load_step(self, folder: str) -> None:
+        """Go on where a checkpoint of Accelerate was, or say that its steps were not recorded."""
+        path = Path(folder, STEP_NAME)
+        if path.is_file():
+            self.start_after(int(json.loads(path.read_text("utf-8"))["step"]))
+            return
+        if self._rank == 0:
+            logger.warning("record: %s is missing, so the recorded steps count from 1.", path)
+        self.start_after(0)
 
     def _look_for_spikes(self, rows: dict[str, np.ndarray], names: Sequence[str]) -> None:
         norms = rows["norm"].tolist()
