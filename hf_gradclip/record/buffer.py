@@ -50,8 +50,10 @@ class Recorder:
     def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor) -> None:
         """Keep one step. All arguments are on the device."""
         before = stats.by_param
-        post = stats.scaled(plan.scale_S).by_param if stats.layout.unit_S is not None else None
-        ratio = plan.scale_S.expand(len(before.layout)) if post is None else _ratio(post.sumsq_S, before.sumsq_S)
+        scale_P = plan.scale_S
+        if stats.layout.unit_S is not None:
+            scale_P = (stats.scaled(plan.scale_S).by_param.sumsq_S / before.sumsq_S).sqrt()
+        ratio = torch.where(before.sumsq_S > 0, scale_P, 1.0)
         threshold = before.sumsq_S.new_full((), float("nan")) if plan.threshold is None else plan.threshold
         bounded = torch.zeros_like(finite) if plan.bound_S is None else (plan.bound_S < float("inf")).any()
         small = torch.stack([stats.total, threshold, finite, skipped, bounded])
@@ -124,8 +126,3 @@ class Recorder:
             "norms": values[:, :width].astype(np.float32),
             "scales": values[:, width : 2 * width].astype(np.float32),
         }
-
-
-def _ratio(after: Tensor, before: Tensor) -> Tensor:
-    """Norm after / before, 1 where there is none."""
-    return torch.where(before > 0, after / before, 1.0).sqrt()

@@ -88,7 +88,7 @@ def test_many_small_parts_become_few(tmp_path) -> None:
     np.testing.assert_array_equal(read_record(tmp_path).norm_TP, rows(1, 4000)["norms"])
 
 
-class Crash(Exception):
+class CrashError(Exception):
     pass
 
 
@@ -103,7 +103,7 @@ class CrashAt:
     def guarded(self, original):
         def call(*args, **kwargs):
             if self.left == 0:
-                raise Crash
+                raise CrashError
             self.left -= 1
             return original(*args, **kwargs)
 
@@ -120,7 +120,7 @@ def crash_everywhere(tmp_path, monkeypatch, prepare, change, then) -> int:
             CrashAt(patch, n)
             try:
                 change(folder)
-            except Crash:
+            except CrashError:
                 whole = False
         then(folder)
         if whole:
