@@ -12,6 +12,7 @@ from transformers import Trainer
 
 import hf_gradclip
 from hf_gradclip import GradClipMixin, GradClipTrainer
+from tests.integrations.recorded import RECORD, PoisonedTrainer, poisoned_data
 from tests.integrations.test_accelerate import batches
 from tests.tiny import logged, tiny_llama, train, weights_of
 
@@ -130,9 +131,29 @@ def different_specs(results: dict) -> None:
         results["specs"] = str(error)
 
 
+def recorded(results: dict) -> None:
+    """Accumulation on two ranks, with poisoned examples; then the same with a disk that is full for rank 0."""
+    from hf_gradclip.integrations import recording
+
+    folder = Path(sys.argv[1], "recorded")
+    settings = {"clip": RECORD, "max_steps": 60, "logging_steps": 6, "gradient_accumulation_steps": 2}
+    settings |= {"per_device_train_batch_size": 1, "data": poisoned_data()}
+    ours = train(PoisonedTrainer, output_dir=str(folder), **settings)
+    steps = getattr(ours, "poisoned_steps", [])
+    results["recorded"] = {"steps": steps, "loss": logged(ours, "loss"), "norm": logged(ours)}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    recording.write_part = full
+    ours = train(PoisonedTrainer, output_dir=str(folder / "full"), **settings)
+    results["full"] = {"steps": ours.state.global_step, "loss": logged(ours, "loss")}
+
+
 if __name__ == "__main__":
     found: dict = {}
     scenarios = (parity, engaged, nan_on_one_rank, replicas_come_apart, different_specs, loss_on_one_rank, plain_loop)
+    scenarios += (recorded,)
     for scenario in scenarios:
         scenario(found)
     Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))

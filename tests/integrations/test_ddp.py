@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hf_gradclip import Clipper
+from hf_gradclip.record.files import read_record
 from tests.integrations.ddp_main import LIMIT, OPTIMIZERS
+from tests.integrations.recorded import POISON
 from tests.integrations.test_accelerate import batches
 from tests.tiny import tiny_llama, weights_of
 
@@ -20,8 +23,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ddp")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[dict]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = [*launch, "--num_machines", "1", "-m", "tests.integrations.ddp_main", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
@@ -90,3 +97,28 @@ def test_a_plain_loop_equals_one_process(ranks) -> None:
         assert result["loop"]["names"] == clipper.state_dict()["names"], "no wrapper prefix in the names"
         torch.testing.assert_close(torch.tensor(result["loop"]["norms"]), torch.tensor(norms), rtol=1e-5, atol=0)
         torch.testing.assert_close(torch.tensor(result["loop"]["weights"]), weights_of(model), rtol=0, atol=1e-5)
+
+
+def test_the_record_has_the_mean_over_ranks(ranks, folder) -> None:
+    record = read_record(folder / "recorded")
+    assert record.step_T.tolist() == [*range(1, 61)]
+    assert record.meta["world"] == 2
+    for result in ranks:
+        np.testing.assert_allclose(record.loss_T.reshape(10, 6).mean(1), result["recorded"]["loss"], rtol=1e-6)
+        np.testing.assert_allclose(record.norm_T[5::6], result["recorded"]["norm"], rtol=1e-6)
+
+
+def test_a_spike_names_the_poisoned_example_on_the_rank_that_held_it(ranks, folder) -> None:
+    held = {rank: [step for step in result["recorded"]["steps"] if step > 25] for rank, result in enumerate(ranks)}
+    assert held[0] or held[1]
+    for step in {*held[0], *held[1]}:
+        for rank, name in enumerate((f"step_{step}.json", f"step_{step}_rank1.json")):
+            spike = json.loads((folder / "recorded" / "gradclip" / "spikes" / name).read_text())
+            assert spike["rank"] == rank
+            assert len(spike["examples"]) == 2, "two micro-batches of one example"
+            assert bool(set(spike["examples"]) & set(POISON)) == (step in held[rank])
+
+
+def test_a_full_disk_on_one_rank_does_not_hold_up_the_other(ranks) -> None:
+    for result in ranks:
+        assert result["full"] == {"steps": 60, "loss": result["recorded"]["loss"]}
