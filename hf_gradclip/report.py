@@ -127,6 +127,18 @@ class ClipReport:
             shown["threshold"] = self._last["threshold"]
         return shown
 
+    def closing_line(self) -> str:
+        """The whole run on this process, in words."""
+        run = self.summary()
+        text = (
+            f"{self._prefix}: steps {run['steps']:.0f}, clipped {run['clipped']:.0f} ({run['rate']:.1%}), "
+            f"skipped {run['skipped']:.0f}, non-finite {run['nonfinite']:.0f}"
+        )
+        if "norm_median" in run:
+            text += f"; norm: median {run['norm_median']:.4g}, largest {run['norm_max']:.4g}"
+            text += f", threshold at the end {run['threshold']:.4g}" if "threshold" in run else ""
+        return text
+
     def _drain(self) -> dict[str, float]:
         """Read everything to the host at once, add it to the run, start anew."""
         if not self._norms:

@@ -244,18 +244,6 @@ def optimizer_of(args: RunArguments) -> tuple[type[torch.optim.Optimizer], dict[
     return cls, {"lr": args.learning_rate, **settings}
 
 
-def summary_lines(summary: dict[str, float], what: str = "steps") -> list[str]:
-    """The closing summary, in words."""
-    lines = [
-        f"{what} {summary['steps']:.0f}, clipped {summary['clipped']:.0f} ({summary['rate']:.1%}), "
-        f"skipped {summary['skipped']:.0f}, non-finite {summary['nonfinite']:.0f}"
-    ]
-    if "norm_median" in summary:
-        end = f", threshold at the end {summary['threshold']:.4g}" if "threshold" in summary else ""
-        lines.append(f"norm: median {summary['norm_median']:.4g}, largest {summary['norm_max']:.4g}{end}")
-    return lines
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save; the metrics of the run."""
     clip_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
@@ -298,15 +286,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     before = next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), after)
     metrics = {"eval_loss_before": before, "eval_loss": after, **result.metrics}
     if trainer.clipper is not None:
-        summary = trainer.clipper.report.summary()
-        metrics |= {f"clip/{key}": value for key, value in summary.items()}
-        lines = summary_lines(summary)
-        if trainer.update_clipper is not None:
-            summary = trainer.update_clipper.report.summary()
-            metrics |= {f"clip_update/{key}": value for key, value in summary.items()}
-            lines += summary_lines(summary, "updates")
-        if trainer.is_world_process_zero():
-            print("\nclipping:", *lines, sep="\n  ")
+        metrics |= {f"clip/{key}": value for key, value in trainer.clipper.report.summary().items()}
+    if trainer.update_clipper is not None:
+        metrics |= {f"clip_update/{key}": value for key, value in trainer.update_clipper.report.summary().items()}
     if trainer.is_world_process_zero():
         print(f"eval loss {metrics['eval_loss_before']:.3f} -> {metrics['eval_loss']:.3f}; saved to {args.output_dir}")
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")

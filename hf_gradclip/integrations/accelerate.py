@@ -208,6 +208,14 @@ class Attachment:
             f"reads {reads} number{'s'[: reads != 1]} to the host{again}"
         )
 
+    def finish(self) -> None:
+        """At the end of a run, on every rank: write the rest of the record; rank 0 says what clipping did."""
+        if self.recording is not None:
+            self.recording.finish()
+        if self.accelerator.is_main_process:
+            for clipper in (*(clipper for _, clipper in self._clippers), *self.updates.clippers):
+                announce(clipper.report.closing_line())
+
     def forget(self) -> None:
         """Drop all clippers: the next call makes new ones."""
         self._clippers.clear()
@@ -397,8 +405,7 @@ class Attachment:
         for name in ("save_state", "load_state"):
             setattr(self.accelerator, name, self.paused()(getattr(self.accelerator, name)))
 
-        if self.recording is not None:
-            self.accelerator.end_training = _after(self.recording.finish, self.accelerator.end_training)
+        self.accelerator.end_training = _after(self.finish, self.accelerator.end_training)
 
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
             if self.recording is not None:

@@ -250,7 +250,7 @@ class GradClipMixin:
 
 
 class _Record(TrainerCallback):
-    """Tells the record where training starts and ends.
+    """Tells the record where training starts, and the attachment where it ends.
 
     Args:
         trainer: whose record it is.
@@ -268,8 +268,8 @@ class _Record(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every rank is here, so that losses can be averaged."""
         trainer = self._trainer()
-        if trainer is not None and trainer._clip_recording is not None:
-            trainer._clip_recording.finish()
+        if trainer is not None and trainer._clip_attachment is not None:
+            trainer._clip_attachment.finish()
 
 
 class GradClipTrainer(GradClipMixin, Trainer):

@@ -96,7 +96,7 @@ def test_skips_and_nans_are_recorded(tmp_path) -> None:
     assert np.isnan(found["norm"]).tolist() == np.isnan(found["loss"]).tolist() == [i == 5 for i in range(12)]
 
 
-def test_updates_are_recorded_beside_gradients(tmp_path) -> None:
+def test_updates_are_recorded_beside_gradients(tmp_path, caplog) -> None:
     clip = {**RECORD, "update": "block_rms:max_rms=0.3"}
     trainer = train(GradClipTrainer, clip=clip, max_steps=12, optim="adamw_torch", output_dir=str(tmp_path))
     gradient, update = record_of(tmp_path), record_of(tmp_path, "update")
@@ -106,6 +106,9 @@ def test_updates_are_recorded_beside_gradients(tmp_path) -> None:
     np.testing.assert_allclose(update["norm"], norms, rtol=1e-6)
     assert (update["scales"] < 1).any()
     assert read_record(tmp_path, "update").meta["spec"].startswith("block_rms")
+    for prefix, found in (("clip", gradient), ("clip_update", update)):
+        clipped = (found["scales"] < 1).any(axis=1).sum()
+        assert f"{prefix}: steps 12, clipped {clipped} ({clipped / 12:.1%}), skipped 0, non-finite 0" in caplog.text
 
 
 def test_five_and_five_are_ten(tmp_path, caplog) -> None:
@@ -259,6 +262,7 @@ def test_a_plain_loop_is_recorded_and_resumed(tmp_path, caplog) -> None:
     losses = loop(tmp_path / "ten", range(10))
     whole = record_of(tmp_path / "ten")
     np.testing.assert_allclose(whole["loss"], losses, rtol=1e-6)
+    assert "clip: steps 10, clipped" in caplog.text
     np.testing.assert_allclose(whole["learning_rate"], 3e-3, rtol=1e-6)
     checkpoint = str(tmp_path / "checkpoint")
     loop(tmp_path / "twice", range(8), save=checkpoint)
