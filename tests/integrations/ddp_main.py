@@ -152,8 +152,16 @@ def recorded(results: dict) -> None:
 
 if __name__ == "__main__":
     found: dict = {}
-    scenarios = (parity, engaged, nan_on_one_rank, replicas_come_apart, different_specs, loss_on_one_rank, plain_loop)
-    scenarios += (recorded,)
+    scenarios = (
+        parity,
+        engaged,
+        nan_on_one_rank,
+        replicas_come_apart,
+        different_specs,
+        loss_on_one_rank,
+        plain_loop,
+        recorded,
+    )
     for scenario in scenarios:
         scenario(found)
     Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
