@@ -45,7 +45,8 @@ def tensors_of(record: Record) -> list[Tensor]:
     finite = record.finite_T
     if not finite.any():
         return []
-    norms, scales = record.norm_TP[finite].astype(np.float64), record.scale_TP[finite]
+    measured, scales = record.norm_TP[finite].astype(np.float64), record.scale_TP[finite]
+    norms = np.nan_to_num(measured)  # NaN where a parameter was not there yet
     totals = np.maximum((norms**2).sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     shares = np.median(norms**2 / totals, axis=0)
     largest = norms.argmax(axis=0)
@@ -58,7 +59,7 @@ def tensors_of(record: Record) -> list[Tensor]:
             share=float(shares[p]),
             clipped=float((scales[:, p] < 1).mean()),
             smallest_scale=float(scales[:, p].min()),
-            zeros=int((norms[:, p] == 0).sum()),
+            zeros=int((measured[:, p] == 0).sum()),
         )
         for p, name in enumerate(record.names)
     ]

@@ -118,7 +118,7 @@ def replay(record: Record, strategy: Strategy) -> Replay:
 def _statistics(record: Record, layout: Layout) -> Iterator[tuple[int, NormStats]]:
     """The finite steps. Norms by parameter are kept in float32, the total in float64, which they are brought to."""
     for t in np.flatnonzero(record.finite_T):
-        sumsq_P = record.norm_TP[t].astype(np.float64) ** 2
+        sumsq_P = np.nan_to_num(record.norm_TP[t].astype(np.float64)) ** 2  # NaN where a parameter was not there yet
         total = sumsq_P.sum()
         if total > 0:
             sumsq_P *= record.norm_T[t] ** 2 / total
@@ -136,7 +136,7 @@ def outcome_of(record: Record, found: Replay, spec: str) -> Outcome:
     spikes[[spike.row for spike in find_spikes(record.norm_T.tolist(), [])]] = True
     spikes &= finite
     clipped = found.clipped_T & finite
-    squares = record.norm_TP[finite].astype(np.float64) ** 2
+    squares = np.nan_to_num(record.norm_TP[finite].astype(np.float64)) ** 2
     with np.errstate(invalid="ignore"):
         ratio = np.sqrt((squares * found.scale_TP[finite] ** 2).sum(axis=1) / squares.sum(axis=1))
     ratio = np.where(found.skipped_T[finite], 0.0, np.nan_to_num(ratio, nan=1.0))
@@ -153,6 +153,9 @@ def outcome_of(record: Record, found: Replay, spec: str) -> Outcome:
 
 
 def difference(record: Record, found: Replay) -> float:
-    """The largest difference between the scales of a replay and those that were recorded, over the finite steps."""
-    finite = record.finite_T
-    return float(np.abs(found.scale_TP[finite] - record.scale_TP[finite]).max(initial=0.0))
+    """The largest difference between the scales of a replay and those that were recorded.
+
+    Over the finite steps, and the parameters with a norm above 0: a scale of nothing is nothing.
+    """
+    known = record.finite_T[:, None] & (record.norm_TP > 0)
+    return float(np.abs(found.scale_TP - record.scale_TP)[known].max(initial=0.0))

@@ -61,8 +61,9 @@ def _spikes(folder: Path) -> list[dict[str, Any]]:
 def total_scale(record: Record) -> np.ndarray:
     """Norm after / before of the whole per step, shape (T,); 1 where the norm is 0 or not finite."""
     squares = record.norm_TP.astype(np.float64) ** 2
+    kept = squares * record.scale_TP.astype(np.float64) ** 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        scale = np.sqrt((squares * record.scale_TP.astype(np.float64) ** 2).sum(axis=1) / squares.sum(axis=1))
+        scale = np.sqrt(np.nansum(kept, axis=1) / np.nansum(squares, axis=1))
     return np.where(record.finite_T, np.nan_to_num(scale, nan=1.0), 1.0)
 
 
@@ -73,4 +74,5 @@ def clipped_steps(record: Record) -> np.ndarray:
 
 def by_parameter(record: Record) -> bool:
     """Whether the parameters of a step were scaled apart."""
-    return bool((np.ptp(record.scale_TP[record.finite_T], axis=1) > 1e-6).any()) if record.finite_T.any() else False
+    scales = np.where(record.norm_TP > 0, record.scale_TP, np.nan)[record.finite_T & (record.norm_T > 0)]
+    return bool(len(scales) and (np.nanmax(scales, axis=1) - np.nanmin(scales, axis=1) > 1e-6).any())

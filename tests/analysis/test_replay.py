@@ -34,6 +34,15 @@ def test_the_recorded_strategy_gives_the_recorded_scales(spec, tmp_path) -> None
     np.testing.assert_allclose(found.threshold_T[record.finite_T], record.threshold_T[record.finite_T], rtol=1e-9)
 
 
+def test_parameters_without_a_gradient(tmp_path) -> None:
+    """A zero norm has no scale: the record says 1, the coefficient of the whole may be anything."""
+    norms = norms_of()
+    norms[::3, 2] = 0.0
+    record = recorded("global_norm:max_norm=0.5", tmp_path, norms)
+    assert (record.scale_TP[::3, 2] == 1).all()
+    assert difference(record, replay(record, strategy_for_replay("global_norm:max_norm=0.5"))) < 1e-6
+
+
 def test_another_strategy_than_the_recorded_one_differs(tmp_path) -> None:
     record = recorded("global_norm:max_norm=0.6", tmp_path)
     assert difference(record, replay(record, strategy_for_replay("global_norm:max_norm=0.59"))) > 1e-3
