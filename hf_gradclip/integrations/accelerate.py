@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.integrations.histogram import Histograms
 from hf_gradclip.integrations.loss import StepLoss
 from hf_gradclip.integrations.optimizer import Updates, innermost
 from hf_gradclip.integrations.recording import Recording
@@ -105,6 +106,7 @@ class Attachment:
         self._seams: Any = None
         self.updates = Updates(config, say=accelerator.is_main_process)
         self.recording = recording
+        self.histograms = Histograms(config.histogram_every)
         self._loss = StepLoss(accelerator)
         self._loss_of_step: Tensor | None = None
         self._watch_accelerator()
@@ -131,9 +133,16 @@ class Attachment:
     def scalars(self) -> dict[str, float]:
         """The `clip/` values since the last call, for `accelerator.log`. One host read.
 
+        With `histogram_every` the trackers of the accelerator get a histogram too.
+
         Raises:
             RuntimeError: if the replicas have come apart.
         """
+        trackers = {tracker.name: tracker for tracker in self.accelerator.trackers}
+        boards = [trackers["tensorboard"].writer] if "tensorboard" in trackers else []
+        runs = [trackers["wandb"].run] if "wandb" in trackers else []
+        if self.accelerator.is_main_process:
+            self.histograms.send(self.clipper, self._steps, boards, runs)
         return self.scalars_of(self.clipper)
 
     def scalars_of(self, clipper: Clipper) -> dict[str, float]:
@@ -232,6 +241,7 @@ class Attachment:
         return self._clip(self.clipper_of(model))
 
     def _clip(self, clipper: Clipper) -> Tensor | None:
+        self._steps += 1
         if self._seams is not None:
             self._note()
             return self._seams.norm  # decided and applied inside backward
@@ -258,7 +268,6 @@ class Attachment:
 
     def _check_replicas(self, clipper: Clipper) -> None:
         """Every `check_every` steps: did all replicas measure the same? Read at the next log."""
-        self._steps += 1
         every = self.config.check_every
         if not every or self._steps % every:
             return

@@ -16,7 +16,6 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.accelerate import Attachment
 from hf_gradclip.integrations.examples import Collate, Indexed, has_indices, take_indices, text_of
-from hf_gradclip.integrations.histogram import draw_histograms
 from hf_gradclip.integrations.optimizer import innermost
 from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.refusals import refuse_unsupported
@@ -63,6 +62,7 @@ class GradClipMixin:
     train_dataset: Any
     processing_class: Any
     callback_handler: Any
+    is_world_process_zero: Any
     _remove_unused_columns: Any
     _get_collator_with_removed_columns: Any
     is_deepspeed_enabled: bool
@@ -245,7 +245,11 @@ class GradClipMixin:
         if "loss" in logs and self.clipper is not None:
             assert self._clip_attachment is not None
             logs |= self._clip_attachment.scalars_of(self.clipper)
-            draw_histograms(self, self.clipper)
+            if self.is_world_process_zero():
+                callbacks = self.callback_handler.callbacks
+                boards = [b for callback in callbacks if (b := getattr(callback, "tb_writer", None)) is not None]
+                runs = [w for callback in callbacks if (w := getattr(callback, "_wandb", None)) is not None]
+                self._clip_attachment.histograms.send(self.clipper, int(self.state.global_step), boards, runs)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 

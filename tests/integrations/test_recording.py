@@ -24,6 +24,7 @@ from hf_gradclip.config import SpecError
 from hf_gradclip.integrations import recording
 from hf_gradclip.record.files import read_record
 from tests.integrations.recorded import CLIP, RECORD, PoisonedTrainer, is_poison, poisoned_data
+from tests.integrations.test_accelerate import batches
 from tests.integrations.test_checkpoints import StopAt
 from tests.tiny import counting_data, logged, tiny_llama, train
 
@@ -294,3 +295,27 @@ def test_histograms_reach_tensorboard(tmp_path, monkeypatch) -> None:
         assert event.histogram_value.num == norms.shape[1]
         assert event.histogram_value.sum == pytest.approx(norms[event.step - 1].sum(), rel=1e-5)
         assert event.histogram_value.max == pytest.approx(norms[event.step - 1].max(), rel=1e-5)
+
+
+def test_histograms_of_a_plain_loop(tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
+
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    attachment = hf_gradclip.attach(accelerator, {"gradient": "none", "histogram_every": 3})
+    model = tiny_llama()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    norms = {}
+    for step, (batch, _) in enumerate(batches(7), start=1):
+        accelerator.backward(model(**batch).loss)
+        norms[step] = torch.stack([p.grad.double().norm() for p in model.parameters()])
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.log(attachment.scalars(), step=step)
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={HISTOGRAMS: 0}).Reload()
+    drawn = events.Histograms("clip/param_norm")
+    assert [event.step for event in drawn] == [3, 6]
+    assert [event.histogram_value.sum for event in drawn] == pytest.approx([float(norms[i].sum()) for i in (3, 6)])
+    assert {"clip/norm_mean", "clip/rate"} <= set(events.Tags()["scalars"])
