@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from hf_gradclip.record.files import read_record
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -83,6 +86,21 @@ def test_every_optimizer_with_its_update_clipped(tmp_path, optimizer, rate, limi
     assert metrics["clip/clipped"] > 0
 
 
+def assert_recorded(folder: Path, metrics: dict[str, float], *places: str) -> None:
+    """Every step once, with what the Trainer and the closing summary say of the whole run."""
+    record = read_record(folder)
+    assert record.step_T.tolist() == list(range(1, 13))
+    assert record.loss_T.mean() == pytest.approx(metrics["train_loss"], rel=1e-5)
+    assert np.median(record.norm_T) == pytest.approx(metrics["clip/norm_median"], rel=1e-9)
+    np.testing.assert_allclose(np.sqrt((record.norm_TP.astype(float) ** 2).sum(axis=1)), record.norm_T, rtol=1e-6)
+    assert (record.scale_TP < 1).any(axis=1).sum() == metrics["clip/clipped"]
+    for place in places:
+        update = read_record(folder, place)
+        assert set(update.step_T) <= set(record.step_T)
+        assert np.isin(update.learning_rate_T, record.learning_rate_T).all()
+        assert (update.scale_TP < 1).any(axis=1).sum() == metrics["clip_update/clipped"]
+
+
 @pytest.mark.deepspeed
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
@@ -101,6 +119,7 @@ def test_the_main_job_under_deepspeed(tmp_path, stage, monkeypatch) -> None:
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
     assert metrics["clip/clipped"] > 0
     assert metrics["clip_update/clipped"] > 0
+    assert_recorded(tmp_path, metrics, "update")
     saved = torch.load(tmp_path / "checkpoint-12" / "gradclip.pt", weights_only=True)
     assert saved["state"]["seen"] == 12
 
@@ -119,6 +138,7 @@ def test_the_main_job_under_fsdp2(tmp_path) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
     assert metrics["clip/clipped"] > 0
+    assert_recorded(tmp_path, metrics)
 
 
 @pytest.mark.parametrize(
