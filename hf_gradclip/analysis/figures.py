@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradclip.analysis.run import Run, clipped_steps
+from hf_gradclip.analysis.run import Run, by_parameter, clipped_steps
 from hf_gradclip.record.files import Record
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -61,7 +61,7 @@ def thin(
 
 
 def rolling_rate(clipped: np.ndarray) -> np.ndarray:
-    """Share of clipped steps over the last window of a thirtieth of the run, at least 10 steps."""
+    """Mean over the last window of a thirtieth of the run, at least 10 steps: of flags, the share of clipped steps."""
     window = max(10, len(clipped) // 30)
     sums = np.concatenate([[0], np.cumsum(clipped)])
     ends = np.arange(1, len(clipped) + 1)
@@ -250,13 +250,19 @@ def _rate(figure: Any, runs: Sequence[Run], narrow: bool) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axes = _axes(figure)
+    apart = len(runs) == 1 and by_parameter(runs[0].gradient)
     for run, color in _colored(runs):
-        rate = rolling_rate(clipped_steps(run.gradient))
-        axes.plot(*thin(run.gradient.step_T, rate), color=color, linewidth=1.3, label=run.name)
+        record = run.gradient
+        rate = rolling_rate(clipped_steps(record))
+        label = run.name if len(runs) > 1 else "steps in which anything was clipped"
+        axes.plot(*thin(record.step_T, rate), color=color, linewidth=1.3, label=label)
+        if apart:
+            tensors = rolling_rate((record.scale_TP < 1).mean(axis=1) * clipped_steps(record))
+            axes.plot(*thin(record.step_T, tensors), color=COLORS[1], linewidth=1.3, label="tensors clipped")
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("clipped", color=DARK)
-    if len(runs) > 1:
+    if len(runs) > 1 or apart:
         _legend(axes, narrow)
 
 

@@ -18,6 +18,7 @@ from hf_gradclip.analysis.tables import (
     tensor_rows,
 )
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light; --ink: #1c1c1c; --soft: #5c5c5c; --line: #dedede; --paper: #ffffff; --mark: #0072b2; }
 * { box-sizing: border-box; }
@@ -63,6 +64,7 @@ def page_of(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
     body = "\n".join(part for part in parts if part)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<style>{STYLE}</style></head>\n<body>\n{body}\n'
         f"<footer>{_text(foot)} Written by hf-gradclip report.</footer>\n</body></html>\n"
