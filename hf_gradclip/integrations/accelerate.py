@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -27,15 +25,15 @@ from hf_gradclip.integrations.loss import StepLoss
 from hf_gradclip.integrations.optimizer import Updates, innermost
 from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
+from hf_gradclip.integrations.replicas import Replicas
 from hf_gradclip.integrations.startup import insist_on_one_layout
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
+from hf_gradclip.integrations.wrapping import after, then
 from hf_gradclip.report import announce, logger
 from hf_gradclip.strategy import SpecError, name_of
 from hf_gradclip.views import view_of
 from hf_gradclip.views.parameters import unwrap
 from hf_gradclip.views.view import UnsupportedBackendError
-
-SPREAD = 1e-6
 
 
 def attach(
@@ -107,11 +105,11 @@ class Attachment:
         self.updates = Updates(config, say=accelerator.is_main_process)
         self.recording = recording
         self.histograms = Histograms(config.histogram_every)
+        self._replicas = Replicas(config.check_every)
         self._loss = StepLoss(accelerator)
         self._loss_of_step: Tensor | None = None
         self._watch_accelerator()
         self._steps = 0
-        self._spread: Tensor | None = None
         self._paused = False
         self._said_max_norm = False
         self._said_stranger = False
@@ -152,7 +150,7 @@ class Attachment:
             RuntimeError: if the replicas have come apart.
             NonFiniteError: with `skip_sync=False`, after too many skipped steps in a row.
         """
-        self.insist_on_replicas()
+        self._replicas.insist()
         clipper.check_skips()
         if self.recording is not None:
             self.recording.flush()
@@ -249,7 +247,7 @@ class Attachment:
         self._record(clipper)
         norm = clipper.step(self._judged_loss())
         self._note()
-        self._check_replicas(clipper)
+        self._replicas.check(clipper.view, self._steps)
         for optimizer in self.accelerator._optimizers:
             if clipper in self._clippers_of(optimizer):
                 self._clipped[optimizer] = clipper.step_was_skipped
@@ -265,30 +263,6 @@ class Attachment:
         if self.recording is not None:
             groups = innermost(self.accelerator._optimizers[0]).param_groups if self.accelerator._optimizers else []
             self.recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
-
-    def _check_replicas(self, clipper: Clipper) -> None:
-        """Every `check_every` steps: did all replicas measure the same? Read at the next log."""
-        every = self.config.check_every
-        if not every or self._steps % every:
-            return
-        spread = clipper.view.spread()
-        if spread is not None:
-            dist.all_reduce(spread, dist.ReduceOp.MAX)  # a replica group may be a part of the job; all of it must stop
-            self._spread = spread if self._spread is None else torch.maximum(self._spread, spread)
-
-    def insist_on_replicas(self) -> None:
-        """Stop, on every rank, if a replica check since the last call found different gradients. One host read.
-
-        Raises:
-            RuntimeError: with the largest difference of the norms.
-        """
-        spread, self._spread = self._spread, None
-        if spread is not None and float(spread) > SPREAD:  # at a log only, and only after a check
-            raise RuntimeError(
-                f"The ranks measured gradient norms that differ by up to {float(spread):.3g} of the norm. Under DDP "
-                "and HSDP they must be equal, so the replicas have come apart: look for a gradient that is changed "
-                "after backward, or a parameter that is not reduced. check_every=0 switches this check off."
-            )
 
     def _clippers_of(self, optimizer: Any) -> list[Clipper]:
         """The clippers of the models whose parameters an optimizer steps."""
@@ -326,11 +300,11 @@ class Attachment:
         """Refuse a swap of our optimizer in `prepare`, and note the loss in `backward` where a strategy judges it."""
         accelerator = self.accelerator
         refuse = functools.partial(refuse_swap, accelerator)
-        accelerator.prepare = _after(refuse, accelerator.prepare)
+        accelerator.prepare = after(refuse, accelerator.prepare)
         if self.config.gradient.needs.loss or self.recording is not None:
-            accelerator.backward = _after(self._loss.add, accelerator.backward)
+            accelerator.backward = after(self._loss.add, accelerator.backward)
         if self.recording is not None:
-            accelerator.backward = _after(self.recording.begin, accelerator.backward)
+            accelerator.backward = after(self.recording.begin, accelerator.backward)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -399,7 +373,7 @@ class Attachment:
     def follow_loop(self) -> None:
         """Make the clippers for what is prepared now, and for what `prepare` brings later."""
         for name in ("prepare", "backward"):
-            setattr(self.accelerator, name, _then(getattr(self.accelerator, name), self.start))
+            setattr(self.accelerator, name, then(getattr(self.accelerator, name), self.start))
         self.start()
 
     def start(self) -> None:
@@ -414,7 +388,7 @@ class Attachment:
         for name in ("save_state", "load_state"):
             setattr(self.accelerator, name, self.paused()(getattr(self.accelerator, name)))
 
-        self.accelerator.end_training = _after(self.finish, self.accelerator.end_training)
+        self.accelerator.end_training = after(self.finish, self.accelerator.end_training)
 
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
             if self.recording is not None:
@@ -436,29 +410,6 @@ class Attachment:
 
         self.accelerator.register_save_state_pre_hook(save)
         self.accelerator.register_load_state_pre_hook(load)
-
-
-def _after(before: Callable[..., None], original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original`, after `before` has seen its arguments."""
-
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        before(*args, **kwargs)
-        return original(*args, **kwargs)
-
-    return call
-
-
-def _then(original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
-    """`original`, followed by `after`."""
-
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        after()
-        return result
-
-    return call
 
 
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
