@@ -60,11 +60,12 @@ def clip_grad_norm_(
     grads = [writable(p) for p in present]
     device = next(p.grad.device for p in present if p.grad is not None)
     layout = Layout.of_parameters(tuple(map(str, range(len(grads)))), [p.numel() for p in present], device)
-    needs = Needs(max_abs=order != 2.0)
-    stats = measure(grads, layout, needs, rescale=False)
-    norm = stats.total if order == 2.0 else torch.where(stats.total.isnan(), stats.total, stats.max_abs)
-    if device.type == "cpu" and order == 2.0 and not norm.isfinite():
-        norm = measure(grads, layout, needs, rescale=True).total
+    if order == 2.0:
+        norm = measure(grads, layout, Needs(), rescale=False).total
+        if device.type == "cpu" and not norm.isfinite():
+            norm = measure(grads, layout, Needs(), rescale=True).total
+    else:
+        norm = eager.largest_of(grads, layout.dtype, device).amax()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_(norm_type={norm_type}): the norm of the gradients is {float(norm)}, so they cannot be "

@@ -128,6 +128,11 @@ def _divided(grad: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def max_abs(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Largest absolute element per gradient, shape (len(grads),); missing gives 0, NaN gives inf."""
+    return largest_of(grads, dtype, device).nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def largest_of(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same, where NaN stays NaN."""
     zero = torch.zeros((), dtype=dtype, device=device)
     largest = []
     for grad in grads:
@@ -138,7 +143,7 @@ def max_abs(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.de
         largest.append(torch.maximum(-low, high).to(device=device, dtype=dtype, non_blocking=True))
     if not largest:
         return zero.view(1)[:0]
-    return torch.stack(largest).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return torch.stack(largest)
 
 
 def divisors(largest: Tensor) -> Tensor:
