@@ -11,26 +11,23 @@ order. The result is the same, bit for bit, in every run.
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_gradclip.kernels.table import Table, on, table_of
+
 CHUNK = 1 << 16  # elements that a program takes
 BLOCK = 1 << 13  # bytes that it moves at a time
 WARPS = 8
-TABLES = 16  # sets of gradients whose tables are kept
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-_WORD = tl.constexpr(16)  # bytes, of the widest load and store
-_INF_BITS = tl.constexpr(0x7F800000)
+WORD = tl.constexpr(16)  # bytes, of the widest load and store
+INF_BITS = tl.constexpr(0x7F800000)
 _LARGE = tl.constexpr(2.0**50)  # above, the squares of a chunk may overflow float32
 _SMALL = tl.constexpr(2.0**-50)  # below, they lose digits
 _SHRINK = tl.constexpr(2.0**-90)
@@ -56,15 +53,14 @@ def statistics(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch
     """
     sumsq_S = torch.empty(len(grads), dtype=dtype, device=device)
     max_S = torch.empty_like(sumsq_S)
-    with _on(device):
-        table = _table_of(grads, sumsq_S.device)
-        chunks = table.tensor_C.numel()
-        sumsq_C = torch.empty(chunks, dtype=dtype, device=device)
-        max_C = torch.empty(chunks, dtype=torch.float32, device=device)
-        if chunks:
-            _measure[(chunks,)](*table.arguments, sumsq_C, max_C, table.dtypes, CHUNK, BLOCK, num_warps=WARPS)
+    with on(device):
+        table = table_of([grads], sumsq_S.device, CHUNK)
+        sumsq_C = torch.empty(table.chunks, dtype=dtype, device=device)
+        max_C = torch.empty(table.chunks, dtype=torch.float32, device=device)
+        if table.chunks:
+            _measure[(table.chunks,)](*table.arguments, sumsq_C, max_C, _dtypes(table), CHUNK, BLOCK, num_warps=WARPS)
         if grads:
-            _finish[(len(grads),)](table.first_S, sumsq_C, max_C, sumsq_S, max_S, 1024, num_warps=4)
+            finish[(len(grads),)](table.first_S, sumsq_C, max_C, sumsq_S, max_S, 1024, num_warps=4)
     return sumsq_S, max_S
 
 
@@ -83,110 +79,28 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
     """
     scale_S = scale_S.expand(len(grads))
     bound_S = None if bound_S is None else bound_S.expand(len(grads))
-    with _on(scale_S.device):
-        table = _table_of(grads, scale_S.device)
-        chunks = table.tensor_C.numel()
-        if chunks:
+    with on(scale_S.device):
+        table = table_of([grads], scale_S.device, CHUNK)
+        if table.chunks:
             plan = (scale_S, scale_S.stride(0), bound_S, 0 if bound_S is None else bound_S.stride(0))
-            _scale_and_clamp[(chunks,)](*table.arguments, *plan, table.dtypes, CHUNK, BLOCK, num_warps=WARPS)
+            _scale_and_clamp[(table.chunks,)](*table.arguments, *plan, _dtypes(table), CHUNK, BLOCK, num_warps=WARPS)
 
 
-@dataclass
-class _Table:
-    """Where the gradients are. Only `address_S` depends on more than sizes and dtypes."""
-
-    addresses: list[int]
-    address_S: Tensor
-    numel_S: Tensor
-    dtype_S: Tensor  # index into `dtypes`
-    first_S: Tensor  # first chunk of each gradient; shape (S + 1,)
-    tensor_C: Tensor  # the gradient that each chunk belongs to
-    dtypes: tuple[tl.dtype, ...]
-
-    @property
-    def arguments(self) -> tuple[Tensor, ...]:
-        return self.address_S, self.numel_S, self.dtype_S, self.first_S, self.tensor_C
-
-
-_tables: OrderedDict[tuple[object, ...], _Table] = OrderedDict()
-
-
-def _table_of(grads: Sequence[Tensor | None], device: torch.device) -> _Table:
-    """The table of these gradients; what has not changed since the last call is not built or uploaded again.
-
-    One table per stream: a table is replaced only in the order of the launches that read it.
-    """
-    addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
-    kinds = tuple([None if grad is None else (grad.numel(), grad.dtype) for grad in grads])
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, kinds)
-    table = _tables.get(key)
-    if table is None or table.addresses != addresses:
-        for i, grad in enumerate(grads):
-            _check(i, grad, device)
-        address_S = _upload(addresses, torch.int64, device)
-        if table is None:
-            table = _tables[key] = _build(grads, addresses, address_S)
-            if len(_tables) > TABLES:
-                _tables.popitem(last=False)
-        table.addresses, table.address_S = addresses, address_S
-    _tables.move_to_end(key)
-    return table
-
-
-def _build(grads: Sequence[Tensor | None], addresses: list[int], address_S: Tensor) -> _Table:
-    device = address_S.device
-    numels = [0 if grad is None else grad.numel() for grad in grads]
-    present = [dtype for dtype in _DTYPES if any(grad is not None and grad.dtype == dtype for grad in grads)]
-    codes = [0 if grad is None else present.index(grad.dtype) for grad in grads]
-    chunks = [-(-numel // CHUNK) for numel in numels]
-    owner_C = torch.arange(len(grads)).repeat_interleave(torch.tensor(chunks, dtype=torch.int64))
-    return _Table(
-        addresses=addresses,
-        address_S=address_S,
-        numel_S=_upload(numels, torch.int64, device),
-        dtype_S=_upload(codes, torch.int32, device),
-        first_S=_upload([0, *accumulate(chunks)], torch.int32, device),
-        tensor_C=_upload(owner_C, torch.int32, device),
-        dtypes=tuple(_DTYPES[dtype] for dtype in present),
-    )
-
-
-def _check(i: int, grad: Tensor | None, device: torch.device) -> None:
-    if grad is None:
-        return
-    if grad.dtype not in _DTYPES:
-        known = ", ".join(str(dtype) for dtype in _DTYPES)
-        raise ValueError(f"gradient {i} is {grad.dtype}: the Triton kernels take {known}. Use kernels.eager.")
-    if grad.device != device:
-        raise ValueError(f"gradient {i} is on {grad.device}, not on {device}. Call once per device.")
-    if not grad.is_contiguous():
-        layout = f"shape {tuple(grad.shape)} and strides {grad.stride()}"
-        raise ValueError(f"gradient {i} has {layout}: it must be contiguous. Pass eager.flat of it.")
-
-
-def _upload(values: Sequence[int] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy to the device without waiting; torch keeps pinned memory from reuse until its copy has ended."""
-    host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launch on this device; Triton takes the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def _dtypes(table: Table) -> tuple[tl.dtype, ...]:
+    return tuple(TRITON[dtype] for (dtype,) in table.kinds if dtype is not None)
 
 
 @triton.jit
 def _measure(
-    address_S, numel_S, dtype_S, first_S, tensor_C, sumsq_C, max_C,
+    address_S, numel_S, kind_S, first_S, segment_C, sumsq_C, max_C,
     DTYPES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one chunk."""
     c = tl.program_id(0)
-    s = tl.load(tensor_C + c)
+    s = tl.load(segment_C + c)
     start = (c - tl.load(first_S + s)).to(tl.int64) * CHUNK
     n = tl.minimum(tl.load(numel_S + s) - start, CHUNK).to(tl.int32)
-    kind = tl.load(dtype_S + s)
+    kind = tl.load(kind_S + s)
     for k in tl.static_range(len(DTYPES)):
         if kind == k:
             _measure_chunk(tl.load(address_S + s), start, n, sumsq_C + c, max_C + c, DTYPES[k], BLOCK)
@@ -195,7 +109,7 @@ def _measure(
 @triton.jit
 def _measure_chunk(address, start, n, sumsq, largest, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     total, bits = _sum_and_max(address, start, n, 1.0, DTYPE, BLOCK)
-    top = tl.minimum(bits, _INF_BITS).to(tl.float32, bitcast=True)  # the bits of NaN are above those of inf
+    top = tl.minimum(bits, INF_BITS).to(tl.float32, bitcast=True)  # the bits of NaN are above those of inf
     large = top > _LARGE
     small = (top < _SMALL) & (top > 0)
     back = tl.where(large, _GROW, tl.where(small, _SHRINK, 1.0)).to(sumsq.dtype.element_ty)
@@ -217,10 +131,10 @@ def _sum_and_max(address, start, n, factor, DTYPE: tl.constexpr, BLOCK: tl.const
     for i in tl.range(0, n_body, STEP):
         o = i + tl.arange(0, STEP)
         x = tl.load(body + o, mask=o < n_body, other=0.0).to(tl.float32)
-        bits = tl.maximum(bits, _bits(x))
+        bits = tl.maximum(bits, bits_of(x))
         x *= factor
         sums += x * x
-    return tl.sum(sums) + tl.sum(scaled * scaled), tl.maximum(tl.max(bits), tl.max(_bits(y)))
+    return tl.sum(sums) + tl.sum(scaled * scaled), tl.maximum(tl.max(bits), tl.max(bits_of(y)))
 
 
 @triton.jit
@@ -231,9 +145,9 @@ def _split(address, start, n, DTYPE: tl.constexpr):
     the compiler may use 16-byte loads and stores. Up to a word of elements lies before it and up to a word behind.
     """
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    LANES: tl.constexpr = _WORD // SIZE
+    LANES: tl.constexpr = WORD // SIZE
     first = address + start * SIZE
-    aligned = (first + _WORD - 1) & -_WORD
+    aligned = (first + WORD - 1) & -WORD
     head = tl.minimum(((aligned - first) // SIZE).to(tl.int32), n)
     body = tl.multiple_of(aligned.to(tl.pointer_type(DTYPE)), 16)
     n_body = tl.multiple_of((n - head) // LANES * LANES, LANES)
@@ -245,12 +159,13 @@ def _split(address, start, n, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _bits(x):
+def bits_of(x):
+    """The bit pattern of |x|, which grows with it; that of NaN is above that of inf."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _finish(first_S, sumsq_C, max_C, sumsq_S, max_S, BLOCK: tl.constexpr):
+def finish(first_S, sumsq_C, max_C, sumsq_S, max_S, BLOCK: tl.constexpr):
     """Add the chunks of one gradient, always in the same order."""
     s = tl.program_id(0)
     end = tl.load(first_S + s + 1)
@@ -266,12 +181,12 @@ def _finish(first_S, sumsq_C, max_C, sumsq_S, max_S, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scale_and_clamp(
-    address_S, numel_S, dtype_S, first_S, tensor_C, scale_S, scale_stride, bound_S, bound_stride,
+    address_S, numel_S, kind_S, first_S, segment_C, scale_S, scale_stride, bound_S, bound_stride,
     DTYPES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write one chunk, unless nothing is asked of its gradient."""
     c = tl.program_id(0)
-    s = tl.load(tensor_C + c)
+    s = tl.load(segment_C + c)
     scale = tl.load(scale_S + s * scale_stride).to(tl.float32)
     bound = float("inf")
     if bound_S is not None:
@@ -279,7 +194,7 @@ def _scale_and_clamp(
     if (scale != 1.0) | (bound < float("inf")):
         start = (c - tl.load(first_S + s)).to(tl.int64) * CHUNK
         n = tl.minimum(tl.load(numel_S + s) - start, CHUNK).to(tl.int32)
-        kind = tl.load(dtype_S + s)
+        kind = tl.load(kind_S + s)
         for k in tl.static_range(len(DTYPES)):
             if kind == k:
                 _write_chunk(tl.load(address_S + s), start, n, scale, bound, DTYPES[k], BLOCK)
@@ -289,15 +204,15 @@ def _scale_and_clamp(
 def _write_chunk(address, start, n, scale, bound, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     edge, edge_mask, body, n_body = _split(address, start, n, DTYPE)
     y = tl.load(edge, mask=edge_mask)
-    tl.store(edge, _clamped(y.to(tl.float32) * scale, bound).to(DTYPE), mask=edge_mask)
+    tl.store(edge, clamped(y.to(tl.float32) * scale, bound).to(DTYPE), mask=edge_mask)
     STEP: tl.constexpr = BLOCK * 8 // DTYPE.primitive_bitwidth
     for i in tl.range(0, n_body, STEP):
         o = i + tl.arange(0, STEP)
         x = tl.load(body + o, mask=o < n_body)
-        tl.store(body + o, _clamped(x.to(tl.float32) * scale, bound).to(DTYPE), mask=o < n_body)
+        tl.store(body + o, clamped(x.to(tl.float32) * scale, bound).to(DTYPE), mask=o < n_body)
 
 
 @triton.jit
-def _clamped(x, bound):
+def clamped(x, bound):
     """Comparisons, because they are false for NaN and so keep it."""
     return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    from hf_gradclip.kernels import fused_triton
+    from hf_gradclip.kernels import fused_triton, table
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,7 +62,6 @@ def segments(sizes: list[int], dtype: torch.dtype, start: int = 0) -> tuple[Tens
 
 def set_chunk(patch: pytest.MonkeyPatch, elements: int) -> None:
     patch.setattr(fused_triton, "CHUNK", elements)
-    patch.setattr(fused_triton, "_tables", OrderedDict())
 
 
 def assert_statistics(grads: list[Tensor | None]) -> None:
@@ -244,7 +243,7 @@ class TestApply:
         """Its address is 0, so that either would end the process."""
         grads = [randn(3000), randn(3000, seed=1)]
         want = [grads[0].clone(), wanted(grads[1], torch.tensor(0.5))]
-        fused_triton._table_of(grads, CPU).address_S[0] = 0
+        table.table_of([grads], CPU, fused_triton.CHUNK).address_RS[0] = 0
         fused_triton.apply_(grads, torch.tensor([1.0, 0.5]), None)
         fused_triton.apply_(grads, torch.ones((), dtype=torch.float64), torch.full((2,), math.inf))
         assert_same(grads[0], want[0])
@@ -255,9 +254,9 @@ class TestTable:
     __test__ = INTERPRETED
 
     def count_uploads(self, monkeypatch) -> list[int]:
-        uploads, upload = [], fused_triton._upload
-        monkeypatch.setattr(fused_triton, "_upload", lambda values, *to: uploads.append(1) or upload(values, *to))
-        monkeypatch.setattr(fused_triton, "_tables", OrderedDict())
+        uploads, upload = [], table.upload
+        monkeypatch.setattr(table, "upload", lambda values, *to: uploads.append(1) or upload(values, *to))
+        monkeypatch.setattr(table, "_tables", OrderedDict())
         return uploads
 
     def test_uploaded_only_when_changed(self, monkeypatch):
@@ -295,10 +294,10 @@ class TestTable:
 
     def test_few_tables_are_kept(self, monkeypatch):
         self.count_uploads(monkeypatch)
-        monkeypatch.setattr(fused_triton, "TABLES", 3)
+        monkeypatch.setattr(table, "TABLES", 3)
         for size in (1, 2, 3, 1, 4, 5, 1):
             assert_statistics([randn(size)])
-        assert [kinds[0][0] for _, _, kinds in fused_triton._tables] == [4, 5, 1]
+        assert [sizes[0] for _, _, _, _, sizes, _ in table._tables] == [4, 5, 1]
 
     @pytest.mark.parametrize(
         ("grad", "says"),

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-TABLE = {"address_S": "*i64", "numel_S": "*i64", "dtype_S": "*i32", "first_S": "*i32", "tensor_C": "*i32"}
+TABLE = {"numel_S": "*i64", "kind_S": "*i32", "first_S": "*i32", "segment_C": "*i32"}
 PLAN = {"scale_S": "*fp64", "scale_stride": "i32", "bound_S": "*fp64", "bound_stride": "i32"}
-POINTERS = {"_measure": {**TABLE, "sumsq_C": "*fp64", "max_C": "*fp32"}, "_scale_and_clamp": {**TABLE, **PLAN}}
+POINTERS = {
+    "_measure": {"address_S": "*i64", **TABLE, "sumsq_C": "*fp64", "max_C": "*fp32"},
+    "_scale_and_clamp": {"address_S": "*i64", **TABLE, **PLAN},
+}
 
 SCRIPT = f"""
 import json, sys
