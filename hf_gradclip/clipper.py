@@ -36,12 +36,14 @@ class Decision:
         plan: what to do; it touches nothing where the norm is not finite.
         finite: whether the total norm is finite, 0-d bool.
         action: LEAVE, CLIP, SKIP or NONFINITE, 0-d uint8: the one number that a step may read.
+        local: what the caller measured of this process, instead of the view.
     """
 
     stats: NormStats
     plan: ClipPlan
     finite: Tensor
     action: Tensor
+    local: NormStats | None = None
 
 
 class Clipper:
@@ -158,13 +160,42 @@ class Clipper:
             self._fold.hand(decision.plan, self._to_skip(decision))
         if action == CLIP and not self.config.fold:
             self.view.apply_(decision.plan)
-        elif self.step_was_skipped and (action == SKIP or not self.view.guarded):
-            self.view.drop_()
+        else:
+            self._drop_skipped(action)
         return decision.stats.total
 
     @torch.no_grad()
-    def decide(self, rescale: bool = False, loss: Tensor | None = None) -> Decision:
+    def plan(self, loss: Tensor | None = None, local: NormStats | None = None) -> ClipPlan:
+        """`step` for an optimizer that clips as it reads: decides, counts, drops what is skipped, and writes nothing.
+
+        Args:
+            loss: as for `step`.
+            local: what was measured of this process, with `max_abs_S`; None measures the gradients.
+
+        Returns:
+            What is still to do.
+
+        Raises:
+            NonFiniteError: as `step`.
+        """
+        decision, action = self.settle(self.decide(loss=loss, local=local))
+        if action == CLIP:
+            return decision.plan
+        self._drop_skipped(action)
+        return ClipPlan(torch.ones_like(decision.stats.total))
+
+    def _drop_skipped(self, action: int) -> None:
+        if self.step_was_skipped and (action == SKIP or not self.view.guarded):
+            self.view.drop_()
+
+    @torch.no_grad()
+    def decide(self, rescale: bool = False, loss: Tensor | None = None, local: NormStats | None = None) -> Decision:
         """Measure and decide; keep the new state where the norm is finite. No host read.
+
+        Args:
+            rescale: see GradientView.measure.
+            loss: see `step`.
+            local: see `plan`.
 
         Raises:
             ValueError: if the strategy judges the loss and none is given.
@@ -179,7 +210,10 @@ class Clipper:
             )
             self.reset()
         needs = self.config.gradient.needs
-        stats = self.view.measure(needs, rescale)
+        if local is None:
+            stats = self.view.measure(needs, rescale)
+        else:
+            stats = self.view.reduce(local if needs.max_abs or rescale else replace(local, max_abs_S=None))
         if needs.loss:
             if loss is None:
                 raise ValueError(
@@ -198,7 +232,7 @@ class Clipper:
         if plan.skip is not None:
             action = torch.where(plan.skip, SKIP, action)
         action = torch.where(finite, action, NONFINITE)
-        return Decision(stats, plan, finite, action)
+        return Decision(stats, plan, finite, action, local)
 
     def settle(self, decision: Decision) -> tuple[Decision, int]:
         """Read the action where it matters, guard against non-finite norms, count the step.
@@ -219,7 +253,7 @@ class Clipper:
 
         action = int(decision.action)  # the one host read of a step
         if action == NONFINITE:
-            again = self.decide(rescale=True, loss=decision.stats.loss)
+            again = self.decide(rescale=True, loss=decision.stats.loss, local=decision.local)
             if (action := int(again.action)) != NONFINITE:
                 decision = again
         passed = action == NONFINITE and self.config.nonfinite == "pass" and not guarded

@@ -6,6 +6,7 @@ Triton is missing, fails, or does not take a gradient's dtype, plain torch serve
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ def statistics(
             sums, largest = fused.statistics(grads, dtype, device)
             return sums, largest if max_abs else None
         except Exception as error:
-            _give_up(error)
+            give_up(error)
     return eager.sumsq(grads, None, dtype, device), eager.max_abs(grads, dtype, device) if max_abs else None
 
 
@@ -46,33 +47,45 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
             fused.apply_(grads, scale_S, bound_S)
             return
         except Exception as error:
-            _give_up(error)
+            give_up(error)
     eager.scale_(grads, scale_S)
     if bound_S is not None:
         eager.clamp_(grads, bound_S)
 
 
+def step_kernels(device: torch.device) -> ModuleType | None:
+    """The kernels of an optimizer's step, see `step_triton`; None where plain torch serves."""
+    return _triton("step_triton", device)
+
+
 def _fused(grads: Sequence[Tensor | None], device: torch.device) -> ModuleType | None:
     """The Triton kernels, if they are asked for and take these gradients."""
+    served = (torch.float32, torch.float16, torch.bfloat16)
+    if not _wanted() or any(g is not None and (g.device != device or g.dtype not in served) for g in grads):
+        return None
+    return _triton("fused_triton", device)
+
+
+def _wanted() -> bool:
+    """Whether Triton is asked for."""
     wanted = os.environ.get(VARIABLE, "eager")
     if wanted not in ("eager", "triton"):
         raise ValueError(f"{VARIABLE}={wanted}: must be eager or triton.")
-    if wanted == "eager" or _given_up:
-        return None
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    served = (torch.float32, torch.float16, torch.bfloat16)
-    if any(g is not None and (g.device != device or g.dtype not in served) for g in grads):
+    return wanted == "triton"
+
+
+def _triton(name: str, device: torch.device) -> ModuleType | None:
+    """A file of this folder that imports Triton, if Triton is asked for and runs on this device."""
+    if not _wanted() or _given_up or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
         return None
     try:
-        from hf_gradclip.kernels import fused_triton
+        return importlib.import_module(f"hf_gradclip.kernels.{name}")
     except Exception as error:
-        _give_up(error)
+        give_up(error)
         return None
-    return fused_triton
 
 
-def _give_up(error: Exception) -> None:
+def give_up(error: Exception) -> None:
     """Plain torch from here on."""
     _given_up.append(str(error))
     logger.warning("%s=triton: %s. Plain torch serves instead.", VARIABLE, " ".join(str(error).split())[:300])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local
+from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local, memory_of
 
 
 class _Moments(ClippedOptimizer):
@@ -34,6 +35,26 @@ class _Moments(ClippedOptimizer):
         torch._foreach_div_(denominators, [(1 - beta2**count) ** 0.5 for count in counts])
         torch._foreach_add_(denominators, group["eps"])
         return Direction(means, list(denominators), [1 / (1 - beta1**count) for count in counts])
+
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory]:
+        states = [self._moments_of(p, group["amsgrad"]) for p in params]
+        steps = [state["step"] for state in states]
+        counts = [float(step) + 1 for step in steps]
+        beta1, beta2 = map(float, group["betas"])
+        terms = {count: (1 / (1 - beta1**count), (1 - beta2**count) ** 0.5) for count in set(counts)}
+        rule = Rule(
+            "adam",
+            **self._numbers(group),
+            past=beta1,
+            fresh=1 - beta1,
+            past2=beta2,
+            fresh2=1 - beta2,
+            eps=group["eps"],
+            terms=[terms[count] for count in counts],
+            done=lambda: torch._foreach_add_(steps, 1),
+        )
+        largest = "max_exp_avg_sq" if group["amsgrad"] else None
+        return rule, memory_of(params, states, ("exp_avg", "exp_avg_sq", largest))
 
     def _moments_of(self, p: Tensor, amsgrad: bool) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]

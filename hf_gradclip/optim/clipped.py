@@ -19,6 +19,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.optim import fused
 from hf_gradclip.report import logger
 from hf_gradclip.strategy import SpecError, describe, flatten
 from hf_gradclip.views import view_of
@@ -107,6 +109,10 @@ class ClippedOptimizer(Optimizer, ABC):
             grads: this process's memory of their gradients, coupled decay already in; a numerator may be one of them.
         """
 
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory] | None:
+        """The same for a step in Triton, where moments and counters do not move yet; None has the foreach form only."""
+        return None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
@@ -128,16 +134,28 @@ class ClippedOptimizer(Optimizer, ABC):
         if self._specs and not self._watches_all():
             logger.warning("%s: the set of parameters changed, so the clip state starts anew.", type(self).__name__)
             self._make_clippers()
+        found = fused.kernels_of(self)
+        plan = after = None
         if self.clipper is not None:
             if loss is None and self.clipper.config.gradient.needs.loss:
                 raise ValueError(
                     f"{type(self).__name__}(clip={describe(self.clipper.config.gradient)!r}): judges the loss, so give "
                     "step() a closure that computes it."
                 )
-            self.clipper.step(loss=loss if isinstance(loss, Tensor) else None)
+            judged = loss if isinstance(loss, Tensor) else None
+            if found is None:
+                self.clipper.step(loss=judged)
+            else:
+                plan = self.clipper.plan(loss=judged)
+
+        groups = self.param_groups
+        if found is not None:
+            groups, after = fused.step_(self, found, plan)
+            if groups and self.clipper is not None and plan is not None:
+                self.clipper.view.apply_(plan)
 
         written = []
-        for group in self.param_groups:
+        for group in groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
@@ -149,7 +167,9 @@ class ClippedOptimizer(Optimizer, ABC):
                 write_(grads, direction, zero=float(group["lr"]) == 0.0)
                 written.append((group, params, grads))
         if written and self.update_clipper is not None:
-            if any(float(group["lr"]) != 0.0 for group, _, _ in written):
+            if after is not None:
+                self.update_clipper.view.apply_(after)
+            elif any(float(group["lr"]) != 0.0 for group, _, _ in written):
                 self.update_clipper.step()
                 if self.update_clipper.step_was_skipped:
                     return loss
@@ -178,6 +198,15 @@ class ClippedOptimizer(Optimizer, ABC):
         if decay != 0:
             torch._foreach_add_(grads, [local(p) for p in params], alpha=decay)
         return grads
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What every rule has."""
+        return {
+            "lr": float(group["lr"]),
+            "decay": float(group["weight_decay"]),
+            "decoupled": bool(group.get("decoupled_weight_decay")),
+            "maximize": bool(group["maximize"]),
+        }
 
     def _zeros(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -267,6 +296,12 @@ def local(tensor: Tensor | None) -> Tensor:
         kind = "sparse gradients" if tensor.is_sparse else "complex parameters"
         raise ValueError(f"hf_gradclip.optim does not take {kind}. Use the optimizer of torch.optim, with Clipper.")
     return tensor
+
+
+def memory_of(params: list[Tensor], states: list[dict[str, Any]], moments: tuple[str | None, ...]) -> Memory:
+    """This process's memory of some parameters, their gradients and up to three moments, by their keys in the state."""
+    kept = [[None if key is None else local(state[key]) for state in states] for key in moments]
+    return Memory([local(p) for p in params], [local(p.grad) for p in params], *kept)
 
 
 def named_of(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local
+from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local, memory_of
 
 
 class RMSprop(ClippedOptimizer):
@@ -100,6 +101,25 @@ class RMSprop(ClippedOptimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_addcdiv_(buffers, grads, denominators)
         return Direction(buffers, None, ones)
+
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory]:
+        states = [self._averages_of(p, group) for p in params]
+        steps = [state["step"] for state in states]
+        alpha = float(group["alpha"])
+        counts = [float(step) + 1 for step in steps] if group["bias_correction"] else None
+        rule = Rule(
+            "rmsprop",
+            **self._numbers(group),
+            past=group["momentum"],
+            past2=alpha,
+            fresh2=1 - alpha,
+            eps=group["eps"],
+            terms=None if counts is None else [(1.0, (1 - alpha**count) ** 0.5) for count in counts],
+            done=lambda: torch._foreach_add_(steps, 1),
+        )
+        mean = "grad_avg" if group["centered"] else None
+        buffer = "momentum_buffer" if group["momentum"] != 0 else None
+        return rule, memory_of(params, states, ("square_avg", mean, buffer))
 
     def _averages_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local
+from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local, memory_of
 
 
 class SGD(ClippedOptimizer):
@@ -91,6 +92,23 @@ class SGD(ClippedOptimizer):
             return Direction(list(torch._foreach_add(grads, buffers, alpha=group["momentum"])), None, ones)
         torch._foreach_add_(grads, buffers, alpha=group["momentum"])
         return Direction(grads, None, ones)
+
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory]:
+        momentum, gain = float(group["momentum"]), 1 - float(group["dampening"])
+        states: list[dict[str, Any]] = [{} for _ in params]
+        fresh = [self.state[p].get("momentum_buffer") is None for p in params]
+        if momentum != 0:
+            for p, state, new in zip(params, states, fresh, strict=True):
+                state["momentum_buffer"] = self._zeros(p) if new else self.state[p]["momentum_buffer"]
+
+        def done() -> None:
+            for p, state in zip(params, states, strict=True):
+                self.state[p].update(state)
+
+        name = "nesterov" if group["nesterov"] else "sgd"
+        terms = None if gain == 1 else [(1.0 if new else gain, 1.0) for new in fresh]
+        rule = Rule(name, **self._numbers(group), past=momentum, terms=terms, done=done)
+        return rule, memory_of(params, states, ("momentum_buffer" if momentum != 0 else None, None, None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

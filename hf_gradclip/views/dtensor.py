@@ -77,12 +77,15 @@ class DTensorView(GradientView):
         """Norms of the whole gradients, from local shards and one all-reduce (two with `max_abs`)."""
         if self._unscale is not None and not rescale:
             self._unscale()
+        for parameter in self.parameters.trainable:
+            settle_placements(parameter)
+        return self.reduce(self.parameters.measure(needs, rescale))
+
+    def reduce(self, local: NormStats) -> NormStats:
+        """One all-reduce of the sums, and one of the largest elements."""
         layout = self.layout
         if layout is not self._owned_for:
             self._owned_S = self._find_owned()
-        for parameter in self.parameters.trainable:
-            settle_placements(parameter)
-        local = self.parameters.measure(needs, rescale)
         self._local_S = local.sumsq_S
         sums = [local.sumsq_S] if local.weight_sumsq_S is None else [local.sumsq_S, local.weight_sumsq_S]
         owned = torch.where(self._owned_S, torch.stack(sums), 0.0)

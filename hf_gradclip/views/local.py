@@ -68,9 +68,12 @@ class LocalView(GradientView):
         """Norms of the local gradients, after the loss scale is taken out."""
         if self._unscale is not None and not rescale:
             self._unscale()
-        stats = self.parameters.measure(needs, rescale)
-        self._norm = stats.total
-        return stats
+        return self.reduce(self.parameters.measure(needs, rescale))
+
+    def reduce(self, local: NormStats) -> NormStats:
+        """Nothing to add up."""
+        self._norm = local.total
+        return local
 
     def spread(self) -> Tensor | None:
         """Over all ranks of the job, which under DDP hold the same gradient."""

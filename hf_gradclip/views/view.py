@@ -57,6 +57,14 @@ class GradientView(ABC):
             rescale: divide by the largest element before squaring, for gradients whose squares overflow.
         """
 
+    def reduce(self, local: NormStats) -> NormStats:
+        """Add up over ranks what was measured of this process's memory elsewhere, with the reductions of `measure`.
+
+        Raises:
+            UnsupportedBackendError: where nobody else can measure.
+        """
+        raise UnsupportedBackendError(f"{self.backend}: nobody else measures here.")
+
     def watched(self) -> Sequence[Tensor]:
         """The parameters whose `.grad` this view shows; empty where the gradients are not there."""
         return ()

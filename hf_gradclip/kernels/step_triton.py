@@ -1,0 +1,305 @@
+"""The optimizer's step in Triton, for CUDA: one launch reads a group's gradients, weights and moments and writes the
+last two. The gradient is clipped as it is read and never written.
+
+Shape letters as in table.py. The body of a chunk moves in 16-byte words where its weights, gradient and moments can be
+cut so that all of them begin on 16 bytes; otherwise it moves element by element. Arithmetic is in float32, and what is
+stored is rounded once. `measure` computes the same update and stores nothing but its statistics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_gradclip.kernels.fused_triton import INF_BITS, TRITON, WORD, bits_of, clamped, finish
+from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.kernels.table import Table, dense, on, table_of, upload
+from hf_gradclip.types import ClipPlan
+
+CHUNK = 1 << 14  # elements that a program takes
+STEP = 1 << 11  # elements that it moves at a time
+EDGE = 1 << 10  # the same where they move one by one
+WARPS = 8
+
+Places = tuple[tuple[int, int], ...]
+"""Per parameter its segment in the plan for the gradients and in that for the updates."""
+
+_LANES = tl.constexpr(8)  # elements of the narrowest dtype in a word
+_ABSENT = tl.constexpr(tl.int1)  # in the place of the dtype of a moment that a rule does not keep
+
+
+def serves(memory: Memory) -> bool:
+    """Whether all tensors of a parameter are there with one size and one order of elements, on one device."""
+    device = memory.weights[0].device
+    for weight, *others in zip(*memory, strict=True):
+        same = [weight, *(tensor for tensor in others if tensor is not None)]
+        if not all(t.dtype in TRITON and t.device == device and t.shape == weight.shape for t in same):
+            return False
+        if not all(t.is_contiguous() for t in same) and not (
+            dense(weight) and all(t.stride() == weight.stride() for t in same)
+        ):
+            return False
+    return True
+
+
+def step_(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, after: ClipPlan | None) -> None:
+    """One step of a group: the weights and moments change, the gradients do not.
+
+    Args:
+        rule: the arithmetic.
+        memory: which `serves`.
+        places: a pair per parameter.
+        plan: for the gradients; None leaves them as they are.
+        after: for the updates, in the same way.
+    """
+    with on(memory.weights[0].device):
+        table = _table(memory, places)
+        if table.chunks:
+            _launch(table, rule, len(places), plan, after, None, None)
+
+
+def measure(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None) -> tuple[Tensor, Tensor]:
+    """The statistics of the update that `step_` would go along; nothing is written. Arguments as for `step_`.
+
+    Returns:
+        Sum of squares and largest absolute element per parameter, float64, each of shape (len(places),). NaN gives NaN
+        in the sum and inf in the largest element.
+    """
+    device = memory.weights[0].device
+    sumsq_S = torch.empty(len(places), dtype=torch.float64, device=device)
+    max_S = torch.empty_like(sumsq_S)
+    with on(device):
+        table = _table(memory, places)
+        sumsq_C = torch.empty(table.chunks, dtype=torch.float64, device=device)
+        max_C = torch.empty(table.chunks, dtype=torch.float32, device=device)
+        if table.chunks:
+            _launch(table, rule, len(places), plan, None, sumsq_C, max_C)
+        finish[(len(places),)](table.first_S, sumsq_C, max_C, sumsq_S, max_S, 1024, num_warps=4)
+    return sumsq_S, max_S
+
+
+def _table(memory: Memory, places: Places) -> Table:
+    flat = tuple(number for pair in places for number in pair)
+    return table_of(memory, memory.weights[0].device, CHUNK, flat, "tensor")
+
+
+def _launch(
+    table: Table,
+    rule: Rule,
+    count: int,
+    plan: ClipPlan | None,
+    after: ClipPlan | None,
+    sumsq_C: Tensor | None,
+    max_C: Tensor | None,
+) -> None:
+    terms = None
+    if rule.terms is not None:
+        terms = upload([number for pair in rule.terms for number in pair], torch.float32, table.address_RS.device)
+    sign = -1.0 if rule.maximize else 1.0
+    weigh = (rule.past, rule.fresh, rule.past2, rule.fresh2)
+    numbers = (rule.lr, 1 - rule.lr * rule.decay, rule.decay, sign, *weigh, rule.eps)
+    decay = "none" if rule.decay == 0 else "decoupled" if rule.decoupled else "coupled"
+    kinds = tuple(tl.int1 if dtype is None else TRITON[dtype] for kind in table.kinds for dtype in kind)
+    _step[(table.chunks,)](
+        *table.arguments, table.place_S, terms, count, *_vectors(plan), *_vectors(after), sumsq_C, max_C,
+        *map(float, numbers), rule.name, decay, kinds, CHUNK, STEP, EDGE, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _vectors(plan: ClipPlan | None) -> tuple[Any, ...]:
+    """Scale and bound with the distance between two segments, which is 0 where one number serves all."""
+    if plan is None:
+        return None, 0, None, 0
+    scale, bound = plan.scale_S, plan.bound_S
+    stride = scale.stride(0) if scale.ndim else 0
+    return scale, stride, bound, bound.stride(0) if bound is not None and bound.ndim else 0
+
+
+@triton.jit(do_not_specialize=["count", "scale_stride", "bound_stride", "after_stride", "limit_stride"])
+def _step(
+    address_RS, numel_S, kind_S, first_S, segment_C, place_S, term_S, count,
+    scale_S, scale_stride, bound_S, bound_stride, after_S, after_stride, limit_S, limit_stride, sumsq_C, max_C,
+    lr, keep, decay, sign, past, fresh, past2, fresh2, eps,
+    RULE: tl.constexpr, DECAY: tl.constexpr, KINDS: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """One chunk; with `sumsq_C` its update is measured and nothing else is written."""
+    i = tl.program_id(0)
+    s = tl.load(segment_C + i)
+    start = (i - tl.load(first_S + s)).to(tl.int64) * CHUNK
+    n = tl.minimum(tl.load(numel_S + s) - start, CHUNK).to(tl.int32)
+    place = tl.load(place_S + 2 * s)
+    place_after = tl.load(place_S + 2 * s + 1)
+    scale = _number(scale_S, place * scale_stride, 1.0)
+    bound = _number(bound_S, place * bound_stride, float("inf"))
+    after = _number(after_S, place_after * after_stride, 1.0)
+    limit = _number(limit_S, place_after * limit_stride, float("inf"))
+    term = _number(term_S, 2 * s, 1.0)
+    root = _number(term_S, 2 * s + 1, 1.0)
+    numbers = (
+        scale, bound, after, limit, term, root, lr, keep, decay, sign, past, fresh, past2, fresh2, eps
+    )  # fmt: skip
+    kind = tl.load(kind_S + s)
+    for k in tl.static_range(len(KINDS) // 5):
+        if kind == k:
+            _chunk(
+                address_RS + s, count, start, n, numbers, sumsq_C, max_C, i, RULE, DECAY,
+                KINDS[5 * k], KINDS[5 * k + 1], KINDS[5 * k + 2], KINDS[5 * k + 3], KINDS[5 * k + 4], STEP, EDGE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _number(vector, place, default):
+    number = default
+    if vector is not None:
+        number = tl.load(vector + place).to(tl.float32)
+    return number
+
+
+@triton.jit
+def _chunk(
+    address, count, start, n, numbers, sumsq_C, max_C, i, RULE: tl.constexpr, DECAY: tl.constexpr,
+    w_dtype: tl.constexpr, g_dtype: tl.constexpr, a_dtype: tl.constexpr, b_dtype: tl.constexpr, c_dtype: tl.constexpr,
+    STEP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The n elements from `start` on: those that can move in words, then those before and after them."""
+    MEASURE: tl.constexpr = sumsq_C is not None
+    w, w_odd = _first(address, 0, count, start, w_dtype)
+    g, g_odd = _first(address, 1, count, start, g_dtype)
+    a, a_odd = _first(address, 2, count, start, a_dtype)
+    b, b_odd = _first(address, 3, count, start, b_dtype)
+    c, c_odd = _first(address, 4, count, start, c_dtype)
+    head = -1
+    for h in tl.static_range(_LANES - 1, -1, -1):
+        odd = (
+            _odd(w_odd, h, w_dtype)
+            | _odd(g_odd, h, g_dtype)
+            | _odd(a_odd, h, a_dtype)
+            | _odd(b_odd, h, b_dtype)
+            | _odd(c_odd, h, c_dtype)
+        )
+        head = tl.where(odd == 0, h, head)
+    n_body = tl.multiple_of(tl.where(head < 0, 0, tl.maximum(n - head, 0) // _LANES * _LANES), 8)
+    head = tl.minimum(tl.maximum(head, 0), n)
+
+    total = tl.zeros((STEP,), tl.float64)
+    bits = tl.zeros((STEP,), tl.int32)
+    ww, gg, aa, bb, cc = (
+        _at(w, head, w_dtype),
+        _at(g, head, g_dtype),
+        _at(a, head, a_dtype),
+        _at(b, head, b_dtype),
+        _at(c, head, c_dtype),
+    )
+    for first in tl.range(0, n_body, STEP):
+        o = first + tl.arange(0, STEP)
+        u = _elements(
+            ww, gg, aa, bb, cc, o, o < n_body, numbers, RULE, DECAY, MEASURE, a_dtype, b_dtype, c_dtype
+        )  # fmt: skip
+        if MEASURE:
+            total += u.to(tl.float64) * u.to(tl.float64)
+            bits = tl.maximum(bits, bits_of(u))
+    edge_total = tl.zeros((EDGE,), tl.float64)
+    edge_bits = tl.zeros((EDGE,), tl.int32)
+    for first in tl.range(0, n - n_body, EDGE):
+        j = first + tl.arange(0, EDGE)
+        o = tl.where(j < head, j, j + n_body)
+        u = _elements(w, g, a, b, c, o, j < n - n_body, numbers, RULE, DECAY, MEASURE, a_dtype, b_dtype, c_dtype)
+        if MEASURE:
+            edge_total += u.to(tl.float64) * u.to(tl.float64)
+            edge_bits = tl.maximum(edge_bits, bits_of(u))
+    if MEASURE:
+        tl.store(sumsq_C + i, tl.sum(total) + tl.sum(edge_total))
+        top = tl.minimum(tl.maximum(tl.max(bits), tl.max(edge_bits)), INF_BITS)
+        tl.store(max_C + i, top.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _first(address, column: tl.constexpr, count, start, dtype: tl.constexpr):
+    """Pointer to the first element, and how far it is from a multiple of 16 bytes; 0 for a tensor that is not kept."""
+    pointer, odd = 0, 0
+    if dtype != _ABSENT:
+        here = tl.load(address + column * count) + start * (dtype.primitive_bitwidth // 8)
+        pointer, odd = here.to(tl.pointer_type(dtype)), (here & (WORD - 1)).to(tl.int32)
+    return pointer, odd
+
+
+@triton.jit
+def _odd(odd, h: tl.constexpr, dtype: tl.constexpr):
+    """How far the h-th element is from a multiple of 16 bytes."""
+    further = 0
+    if dtype != _ABSENT:
+        further = (odd + h * (dtype.primitive_bitwidth // 8)) & (WORD - 1)
+    return further
+
+
+@triton.jit
+def _at(pointer, head, dtype: tl.constexpr):
+    """Pointer to the body, which begins on 16 bytes wherever it is used."""
+    body = 0
+    if dtype != _ABSENT:
+        body = tl.multiple_of(pointer + head, 16)
+    return body
+
+
+@triton.jit
+def _elements(
+    w_ptr, g_ptr, a_ptr, b_ptr, c_ptr, o, mask, numbers, RULE: tl.constexpr, DECAY: tl.constexpr,
+    MEASURE: tl.constexpr, a_dtype: tl.constexpr, b_dtype: tl.constexpr, c_dtype: tl.constexpr,
+):  # fmt: skip
+    """Some elements: read, step, write. The update before its own clip, 0 where masked."""
+    scale, bound, after, limit, term, root, lr, keep, decay, sign, past, fresh, past2, fresh2, eps = numbers
+    g = sign * clamped(tl.load(g_ptr + o, mask=mask, other=0.0).to(tl.float32) * scale, bound)
+    if not MEASURE or DECAY == "coupled":
+        w = tl.load(w_ptr + o, mask=mask, other=0.0).to(tl.float32)
+    if DECAY == "coupled":
+        g += decay * w
+    if a_dtype != _ABSENT:
+        a = tl.load(a_ptr + o, mask=mask, other=0.0).to(tl.float32)
+    if b_dtype != _ABSENT:
+        b = tl.load(b_ptr + o, mask=mask, other=0.0).to(tl.float32)
+    if c_dtype != _ABSENT:
+        c = tl.load(c_ptr + o, mask=mask, other=0.0).to(tl.float32)
+
+    if RULE == "adam":
+        a = past * a + fresh * g
+        b = past2 * b + fresh2 * g * g
+        top = b
+        if c_dtype != _ABSENT:
+            c = tl.where((c >= b) | (c != c), c, b)
+            top = c
+        u = term * tl.div_rn(a, tl.div_rn(tl.sqrt_rn(top), root) + eps)
+    elif RULE == "rmsprop":
+        a = past2 * a + fresh2 * g * g
+        variance = a
+        if b_dtype != _ABSENT:
+            b = past2 * b + fresh2 * g
+            variance = a - b * b
+        u = tl.div_rn(g, tl.div_rn(tl.sqrt_rn(variance), root) + eps)
+        if c_dtype != _ABSENT:
+            c = past * c + u
+            u = c
+    else:
+        u = g
+        if a_dtype != _ABSENT:
+            a = past * a + term * g
+            u = a
+            if RULE == "nesterov":
+                u = g + past * a
+
+    if not MEASURE:
+        if a_dtype != _ABSENT:
+            tl.store(a_ptr + o, a.to(a_dtype), mask=mask)
+        if b_dtype != _ABSENT:
+            tl.store(b_ptr + o, b.to(b_dtype), mask=mask)
+        if c_dtype != _ABSENT:
+            tl.store(c_ptr + o, c.to(c_dtype), mask=mask)
+        if DECAY == "decoupled":
+            w = w * keep
+        move = tl.where(lr == 0.0, 0.0, lr * clamped(u * after, limit))  # also where the update is not finite
+        tl.store(w_ptr + o, (w - move).to(w_ptr.dtype.element_ty), mask=mask)
+    return tl.where(mask, u, 0.0)
