@@ -22,7 +22,6 @@ from hf_gradclip.types import ClipPlan
 
 CHUNK = 1 << 14  # elements that a program takes
 STEP = 1 << 11  # elements that it moves at a time
-EDGE = 1 << 10  # the same where they move one by one
 WARPS = 8
 
 Places = tuple[tuple[int, int], ...]
@@ -106,7 +105,7 @@ def _launch(
     kinds = tuple(tl.int1 if dtype is None else TRITON[dtype] for kind in table.kinds for dtype in kind)
     _step[(table.chunks,)](
         *table.arguments, table.place_S, terms, count, *_vectors(plan), *_vectors(after), sumsq_C, max_C,
-        *map(float, numbers), rule.name, decay, kinds, CHUNK, STEP, EDGE, num_warps=WARPS,
+        *map(float, numbers), rule.name, decay, kinds, CHUNK, STEP, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -125,21 +124,18 @@ def _step(
     scale_S, scale_stride, bound_S, bound_stride, after_S, after_stride, limit_S, limit_stride, sumsq_C, max_C,
     lr, keep, decay, sign, past, fresh, past2, fresh2, eps,
     RULE: tl.constexpr, DECAY: tl.constexpr, KINDS: tl.constexpr,
-    CHUNK: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One chunk; with `sumsq_C` its update is measured and nothing else is written."""
     i = tl.program_id(0)
     s = tl.load(segment_C + i)
     start = (i - tl.load(first_S + s)).to(tl.int64) * CHUNK
     n = tl.minimum(tl.load(numel_S + s) - start, CHUNK).to(tl.int32)
-    place = tl.load(place_S + 2 * s)
-    place_after = tl.load(place_S + 2 * s + 1)
-    scale = _number(scale_S, place * scale_stride, 1.0)
-    bound = _number(bound_S, place * bound_stride, float("inf"))
-    after = _number(after_S, place_after * after_stride, 1.0)
-    limit = _number(limit_S, place_after * limit_stride, float("inf"))
-    term = _number(term_S, 2 * s, 1.0)
-    root = _number(term_S, 2 * s + 1, 1.0)
+    scale, bound = _numbers(scale_S, scale_stride, bound_S, bound_stride, tl.load(place_S + 2 * s))
+    after, limit = _numbers(after_S, after_stride, limit_S, limit_stride, tl.load(place_S + 2 * s + 1))
+    term, root = 1.0, 1.0
+    if term_S is not None:
+        term, root = tl.load(term_S + 2 * s), tl.load(term_S + 2 * s + 1)
     numbers = (
         scale, bound, after, limit, term, root, lr, keep, decay, sign, past, fresh, past2, fresh2, eps
     )  # fmt: skip
@@ -148,53 +144,45 @@ def _step(
         if kind == k:
             _chunk(
                 address_RS + s, count, start, n, numbers, sumsq_C, max_C, i, RULE, DECAY,
-                KINDS[5 * k], KINDS[5 * k + 1], KINDS[5 * k + 2], KINDS[5 * k + 3], KINDS[5 * k + 4], STEP, EDGE,
+                KINDS[5 * k], KINDS[5 * k + 1], KINDS[5 * k + 2], KINDS[5 * k + 3], KINDS[5 * k + 4], STEP,
             )  # fmt: skip
 
 
 @triton.jit
-def _number(vector, place, default):
-    number = default
-    if vector is not None:
-        number = tl.load(vector + place).to(tl.float32)
-    return number
+def _numbers(scale_S, scale_stride, bound_S, bound_stride, place):
+    """A plan's scale and bound of one segment."""
+    scale, bound = 1.0, float("inf")
+    if scale_S is not None:
+        scale = tl.load(scale_S + place * scale_stride).to(tl.float32)
+    if bound_S is not None:
+        bound = tl.load(bound_S + place * bound_stride).to(tl.float32)
+    return scale, bound
 
 
 @triton.jit
 def _chunk(
     address, count, start, n, numbers, sumsq_C, max_C, i, RULE: tl.constexpr, DECAY: tl.constexpr,
     w_dtype: tl.constexpr, g_dtype: tl.constexpr, a_dtype: tl.constexpr, b_dtype: tl.constexpr, c_dtype: tl.constexpr,
-    STEP: tl.constexpr, EDGE: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """The n elements from `start` on: those that can move in words, then those before and after them."""
     MEASURE: tl.constexpr = sumsq_C is not None
-    w, w_odd = _first(address, 0, count, start, w_dtype)
-    g, g_odd = _first(address, 1, count, start, g_dtype)
-    a, a_odd = _first(address, 2, count, start, a_dtype)
-    b, b_odd = _first(address, 3, count, start, b_dtype)
-    c, c_odd = _first(address, 4, count, start, c_dtype)
-    head = -1
-    for h in tl.static_range(_LANES - 1, -1, -1):
-        odd = (
-            _odd(w_odd, h, w_dtype)
-            | _odd(g_odd, h, g_dtype)
-            | _odd(a_odd, h, a_dtype)
-            | _odd(b_odd, h, b_dtype)
-            | _odd(c_odd, h, c_dtype)
-        )
-        head = tl.where(odd == 0, h, head)
-    n_body = tl.multiple_of(tl.where(head < 0, 0, tl.maximum(n - head, 0) // _LANES * _LANES), 8)
-    head = tl.minimum(tl.maximum(head, 0), n)
+    w, w_head, w_mask = _first(address, 0, count, start, w_dtype)
+    g, g_head, g_mask = _first(address, 1, count, start, g_dtype)
+    a, a_head, a_mask = _first(address, 2, count, start, a_dtype)
+    b, b_head, b_mask = _first(address, 3, count, start, b_dtype)
+    c, c_head, c_mask = _first(address, 4, count, start, c_dtype)
+    head = tl.maximum(w_head, tl.maximum(tl.maximum(g_head, a_head), tl.maximum(b_head, c_head)))
+    apart = ((head - w_head) & w_mask) | ((head - g_head) & g_mask) | ((head - a_head) & a_mask)
+    apart |= ((head - b_head) & b_mask) | ((head - c_head) & c_mask)
+    head = tl.where(apart == 0, tl.minimum(head, n), 0)
+    n_body = tl.multiple_of(tl.where(apart == 0, (n - head) // _LANES * _LANES, 0), 8)
 
-    total = tl.zeros((STEP,), tl.float64)
-    bits = tl.zeros((STEP,), tl.int32)
-    ww, gg, aa, bb, cc = (
-        _at(w, head, w_dtype),
-        _at(g, head, g_dtype),
-        _at(a, head, a_dtype),
-        _at(b, head, b_dtype),
-        _at(c, head, c_dtype),
-    )
+    if MEASURE:
+        total = tl.zeros((STEP,), tl.float64)
+        bits = tl.zeros((STEP,), tl.int32)
+    ww, gg = tl.multiple_of(w + head, 16), tl.multiple_of(g + head, 16)
+    aa, bb, cc = tl.multiple_of(a + head, 16), tl.multiple_of(b + head, 16), tl.multiple_of(c + head, 16)
     for first in tl.range(0, n_body, STEP):
         o = first + tl.arange(0, STEP)
         u = _elements(
@@ -203,47 +191,31 @@ def _chunk(
         if MEASURE:
             total += u.to(tl.float64) * u.to(tl.float64)
             bits = tl.maximum(bits, bits_of(u))
-    edge_total = tl.zeros((EDGE,), tl.float64)
-    edge_bits = tl.zeros((EDGE,), tl.int32)
-    for first in tl.range(0, n - n_body, EDGE):
-        j = first + tl.arange(0, EDGE)
+    for first in tl.range(0, n - n_body, STEP):
+        j = first + tl.arange(0, STEP)
         o = tl.where(j < head, j, j + n_body)
         u = _elements(w, g, a, b, c, o, j < n - n_body, numbers, RULE, DECAY, MEASURE, a_dtype, b_dtype, c_dtype)
         if MEASURE:
-            edge_total += u.to(tl.float64) * u.to(tl.float64)
-            edge_bits = tl.maximum(edge_bits, bits_of(u))
+            total += u.to(tl.float64) * u.to(tl.float64)
+            bits = tl.maximum(bits, bits_of(u))
     if MEASURE:
-        tl.store(sumsq_C + i, tl.sum(total) + tl.sum(edge_total))
-        top = tl.minimum(tl.maximum(tl.max(bits), tl.max(edge_bits)), INF_BITS)
-        tl.store(max_C + i, top.to(tl.float32, bitcast=True))
+        tl.store(sumsq_C + i, tl.sum(total))
+        tl.store(max_C + i, tl.minimum(tl.max(bits), INF_BITS).to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def _first(address, column: tl.constexpr, count, start, dtype: tl.constexpr):
-    """Pointer to the first element, and how far it is from a multiple of 16 bytes; 0 for a tensor that is not kept."""
-    pointer, odd = 0, 0
+    """Of a tensor: pointer to the first element, elements from there to the next 16 bytes, elements in 16 bytes less 1.
+
+    All are 0 for one that is not kept.
+    """
+    pointer, head, mask = 0, 0, 0
     if dtype != _ABSENT:
-        here = tl.load(address + column * count) + start * (dtype.primitive_bitwidth // 8)
-        pointer, odd = here.to(tl.pointer_type(dtype)), (here & (WORD - 1)).to(tl.int32)
-    return pointer, odd
-
-
-@triton.jit
-def _odd(odd, h: tl.constexpr, dtype: tl.constexpr):
-    """How far the h-th element is from a multiple of 16 bytes."""
-    further = 0
-    if dtype != _ABSENT:
-        further = (odd + h * (dtype.primitive_bitwidth // 8)) & (WORD - 1)
-    return further
-
-
-@triton.jit
-def _at(pointer, head, dtype: tl.constexpr):
-    """Pointer to the body, which begins on 16 bytes wherever it is used."""
-    body = 0
-    if dtype != _ABSENT:
-        body = tl.multiple_of(pointer + head, 16)
-    return body
+        size: tl.constexpr = dtype.primitive_bitwidth // 8
+        here = tl.load(address + column * count) + start * size
+        pointer, mask = here.to(tl.pointer_type(dtype)), WORD // size - 1
+        head = ((-here & (WORD - 1)) // size).to(tl.int32)
+    return pointer, head, mask
 
 
 @triton.jit

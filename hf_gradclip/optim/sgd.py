@@ -94,21 +94,25 @@ class SGD(ClippedOptimizer):
         return Direction(grads, None, ones)
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory]:
-        momentum, gain = float(group["momentum"]), 1 - float(group["dampening"])
-        states: list[dict[str, Any]] = [{} for _ in params]
+        numbers = self._numbers(group)
+        if group["momentum"] == 0:
+            return Rule("sgd", **numbers, done=lambda: None), memory_of(params, [{}] * len(params), (None, None, None))
         fresh = [self.state[p].get("momentum_buffer") is None for p in params]
-        if momentum != 0:
-            for p, state, new in zip(params, states, fresh, strict=True):
-                state["momentum_buffer"] = self._zeros(p) if new else self.state[p]["momentum_buffer"]
+        buffers = [self._zeros(p) if new else self.state[p]["momentum_buffer"] for p, new in zip(params, fresh, strict=True)]
 
         def done() -> None:
-            for p, state in zip(params, states, strict=True):
-                self.state[p].update(state)
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
 
-        name = "nesterov" if group["nesterov"] else "sgd"
-        terms = None if gain == 1 else [(1.0 if new else gain, 1.0) for new in fresh]
-        rule = Rule(name, **self._numbers(group), past=momentum, terms=terms, done=done)
-        return rule, memory_of(params, states, ("momentum_buffer" if momentum != 0 else None, None, None))
+        gain = 1 - float(group["dampening"])
+        rule = Rule(
+            "nesterov" if group["nesterov"] else "sgd",
+            **numbers,
+            past=group["momentum"],
+            terms=None if gain == 1 else [(1.0 if new else gain, 1.0) for new in fresh],
+            done=done,
+        )
+        return rule, memory_of(params, [{"momentum_buffer": b} for b in buffers], ("momentum_buffer", None, None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,0 +1,203 @@
+"""The fused step against float64, run by Triton's interpreter: how, and its faults, are in test_triton.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.types import ClipPlan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from hf_gradclip.kernels import step_triton
+
+SIZES = [1, 9, 300]
+DECAY = 0.1
+LR = 0.02
+BETAS = (0.9, 0.99)
+SCALE = torch.tensor([0.25, 1.0, 0.5], dtype=torch.float64)
+BOUND = torch.tensor([math.inf, 0.7, 0.6], dtype=torch.float64)
+TERMS = [(1 / (1 - 0.9**t), (1 - 0.99**t) ** 0.5) for t in (1, 2, 7)]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")
+def test_under_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.fail("triton is missing, and its kernels untested: pip install -c constraints.txt -e '.[test]'")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rule(**other: object) -> Rule:
+    numbers = {"name": "adam", "lr": LR, "decay": DECAY, "decoupled": True, "maximize": False, "done": lambda: None}
+    numbers |= {"past": BETAS[0], "fresh": 1 - BETAS[0], "past2": BETAS[1], "fresh2": 1 - BETAS[1], "eps": 1e-6}
+    return Rule(**{**numbers, "terms": TERMS, **other})
+
+
+def segments(dtype: torch.dtype, start: int, seed: int, sizes: Sequence[int] = SIZES) -> tuple[Tensor, list[Tensor]]:
+    """Segments of one buffer that begins on 16 bytes, with a guard of one NaN before and after each."""
+    buffer = torch.full((start + sum(sizes) + len(sizes) + 1,), math.nan, dtype=dtype)
+    found, place = [], start + 1
+    for i, size in enumerate(sizes):
+        found.append(buffer[place : place + size])
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(100 * seed + i))
+        found[-1].copy_(noise.square() + 0.1 if seed == 3 else noise)
+        place += size + 1
+    return buffer, found
+
+
+def made(dtypes: tuple[torch.dtype, ...], starts: tuple[int, ...]) -> tuple[list[Tensor], Memory]:
+    """The buffers of weights, gradients and two moments, and the segments."""
+    buffers, columns = zip(
+        *(segments(d, s, seed) for seed, (d, s) in enumerate(zip(dtypes, starts, strict=True))), strict=True
+    )
+    return list(buffers), Memory(*columns, [None] * len(SIZES))
+
+
+def adamw(memory: Memory) -> tuple[list[Tensor], ...]:
+    """Weights, moments and update of one step in float64, before it is clipped itself: from the equations."""
+    weights, means, squares, updates = [], [], [], []
+    for i, (w, g, m, v) in enumerate(zip(*memory[:4], strict=True)):
+        g = (g.double() * SCALE[i]).clamp(-BOUND[i], BOUND[i])
+        means.append(BETAS[0] * m.double() + (1 - BETAS[0]) * g)
+        squares.append(BETAS[1] * v.double() + (1 - BETAS[1]) * g.square())
+        updates.append(means[-1] * TERMS[i][0] / (squares[-1].sqrt() / TERMS[i][1] + 1e-6))
+        weights.append(w.double() * (1 - LR * DECAY))
+    return weights, means, squares, updates
+
+
+def close(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    """To rounding; to one unit in the last place for bfloat16."""
+    for mine, exact in zip(got, want, strict=True):
+        unit = {F32: 1e-6, F16: 2**-10, BF16: 2**-7}[mine.dtype]
+        torch.testing.assert_close(mine.double(), exact, rtol=unit, atol=unit / 8)
+
+
+PLACES = ((0, 2), (1, 1), (2, 0))
+AFTER = ClipPlan(torch.tensor([0.3, 1.0, 0.8], dtype=torch.float64), torch.tensor([0.4, 0.5, math.inf]))
+CASES = [
+    ((F32, F32, F32, F32), (3, 3, 3, 3)),
+    ((F32, F32, F32, F32), (0, 1, 2, 0)),
+    ((BF16, BF16, BF16, BF16), (7, 7, 7, 7)),
+    ((BF16, BF16, BF16, BF16), (4, 7, 7, 1)),
+    ((F16, F16, F16, F16), (2, 2, 2, 2)),
+    ((BF16, F32, F32, F32), (4, 0, 0, 0)),
+    ((F32, BF16, F32, BF16), (2, 6, 2, 6)),
+    ((F32, F16, F32, F32), (0, 1, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 14])
+@pytest.mark.parametrize(("dtypes", "starts"), CASES)
+class TestSteps:
+    """Tensors that can be cut on 16 bytes together and tensors that cannot, of one dtype and of several."""
+
+    __test__ = INTERPRETED
+
+    def test_step(self, dtypes, starts, chunk, monkeypatch):
+        monkeypatch.setattr(step_triton, "CHUNK", chunk)
+        buffers, memory = made(dtypes, starts)
+        guards = [int(buffer.isnan().sum()) for buffer in buffers]
+        grads = buffers[1].clone()
+        weights, means, squares, updates = adamw(memory)
+        step_triton.step_(rule(), memory, PLACES, ClipPlan(SCALE, BOUND), AFTER)
+        for i, (_, place) in enumerate(PLACES):
+            limit = float(AFTER.bound_S[place])
+            weights[i] -= LR * (updates[i] * AFTER.scale_S[place]).clamp(-limit, limit)
+        close(memory.weights, weights)
+        close(memory.first, means)
+        close(memory.second, squares)
+        assert [int(buffer.isnan().sum()) for buffer in buffers] == guards
+        assert torch.equal(buffers[1].view(torch.uint8), grads.view(torch.uint8))
+
+    def test_measure(self, dtypes, starts, chunk, monkeypatch):
+        monkeypatch.setattr(step_triton, "CHUNK", chunk)
+        buffers, memory = made(dtypes, starts)
+        before = [buffer.clone() for buffer in buffers]
+        *_, updates = adamw(memory)
+        sumsq_S, max_S = step_triton.measure(rule(), memory, PLACES, ClipPlan(SCALE, BOUND))
+        torch.testing.assert_close(sumsq_S, torch.stack([u.square().sum() for u in updates]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(max_S, torch.stack([u.abs().max() for u in updates]), rtol=1e-5, atol=0)
+        for buffer, old in zip(buffers, before, strict=True):
+            assert torch.equal(buffer.view(torch.uint8), old.view(torch.uint8))
+
+
+def plain(grads: list[Tensor], weights: list[Tensor] | None = None) -> Memory:
+    absent = [None] * len(grads)
+    return Memory(weights or [torch.zeros_like(g) for g in grads], grads, absent, absent, absent)
+
+
+class TestMeasure:
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_not_finite(self, bad):
+        grads = [torch.ones(30), torch.ones(3)]
+        grads[0][7] = bad
+        sumsq_S, max_S = step_triton.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 2, None)
+        assert sumsq_S[0].isnan() if math.isnan(bad) else sumsq_S[0].isposinf()
+        assert max_S[0].isposinf()
+        assert (sumsq_S[1], max_S[1]) == (3, 1)
+
+    def test_squares_neither_overflow_nor_vanish(self):
+        grads = [torch.full((20,), 1e30), torch.full((20,), 1e-30), torch.zeros(4), torch.zeros(0)]
+        sumsq_S, max_S = step_triton.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 4, None)
+        want = torch.stack([g.double().square().sum() for g in grads])
+        torch.testing.assert_close(sumsq_S, want, rtol=1e-6, atol=0)
+        assert max_S.tolist() == [float(grads[0][0]), float(grads[1][0]), 0, 0]
+
+
+class TestNumbers:
+    __test__ = INTERPRETED
+
+    def test_one_number_for_all_sign_and_coupled_decay(self):
+        memory = plain([torch.ones(5), torch.ones(2, dtype=F16)], [torch.full((5,), 2.0), torch.full((2,), 4.0).half()])
+        numbers = rule(terms=None, name="sgd", lr=1.0, decay=0.25, decoupled=False, maximize=True)
+        step_triton.step_(numbers, memory, ((0, 0),) * 2, ClipPlan(torch.tensor(0.5)), None)
+        assert memory.weights[0].tolist() == [2.0 + 0.5 - 0.5] * 5
+        assert memory.weights[1].tolist() == [4.0 + 0.5 - 1.0] * 2
+
+    def test_a_largest_moment_that_is_nan_stays(self):
+        ones = [torch.ones(3)]
+        largest = torch.tensor([math.nan, 5.0, 0.0])
+        memory = Memory([torch.ones(3)], ones, [torch.zeros(3)], [torch.zeros(3)], [largest])
+        step_triton.step_(rule(terms=TERMS[:1]), memory, ((0, 0),), None, None)
+        assert largest[0].isnan()
+        assert largest[1] == 5
+        assert largest[2].item() == pytest.approx(0.01)
+
+
+class TestServes:
+    __test__ = INTERPRETED
+
+    def test_what_fits(self):
+        grad = torch.ones(4, 3)
+        assert step_triton.serves(plain([grad]))
+        assert step_triton.serves(plain([grad.half()], [grad]))
+        assert step_triton.serves(plain([grad.t()], [grad.clone().t()]))
+
+    @pytest.mark.parametrize(
+        ("grad", "weight"),
+        [
+            (torch.ones(4, 3).double(), torch.ones(4, 3)),
+            (torch.ones(4, 3), torch.ones(3, 4).t()),
+            (torch.ones(4, 6)[:, ::2], torch.ones(4, 6)[:, ::2]),
+            (torch.ones(4, 3, device="meta"), torch.ones(4, 3)),
+            (torch.ones(1, 3).expand(4, 3), torch.ones(4, 3)),
+        ],
+    )
+    def test_what_does_not(self, grad, weight):
+        assert not step_triton.serves(plain([grad], [weight]))
