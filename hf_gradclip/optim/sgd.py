@@ -17,7 +17,7 @@ class SGD(ClippedOptimizer):
 
     w <- w - lr clip(u), u = b with b <- momentum b + (1 - dampening) g, or g + momentum b for Nesterov. With clipped
     gradients of norm c a step is at most lr c / (1 - momentum) long, with clipped updates lr c. After `step()` with
-    `update_clip`, `.grad` holds the clipped update.
+    `update_clip`, `.grad` holds the clipped update; after one in Triton, the gradient as it was.
 
     Args:
         params: parameters, groups of them, or named parameters.
@@ -98,7 +98,9 @@ class SGD(ClippedOptimizer):
         if group["momentum"] == 0:
             return Rule("sgd", **numbers, done=lambda: None), memory_of(params, [{}] * len(params), (None, None, None))
         fresh = [self.state[p].get("momentum_buffer") is None for p in params]
-        buffers = [self._zeros(p) if new else self.state[p]["momentum_buffer"] for p, new in zip(params, fresh, strict=True)]
+        buffers = [
+            self._zeros(p) if new else self.state[p]["momentum_buffer"] for p, new in zip(params, fresh, strict=True)
+        ]
 
         def done() -> None:
             for p, buffer in zip(params, buffers, strict=True):

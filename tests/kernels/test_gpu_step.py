@@ -1,0 +1,153 @@
+"""Clip and step in Triton on a GPU: the numbers, the same ones every time, few launches, one read by the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_gradclip import kernels, optim
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [3_000_001, 65_536, 16_385, 100, 7, 1, 0]
+CLIPS = {"clip": "param_norm:max_norm=20", "update_clip": "block_rms:max_rms=0.5"}
+NAMES = ["AdamW", "Adam", "RMSprop", "SGD"]
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch) -> Iterator[None]:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(kernels, "_given_up", [])
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+    assert kernels._given_up == []
+
+
+def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    """Two of each size: one on 16 bytes, one an element further."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    found = []
+    for size in SIZES:
+        memory = torch.randn(size + 1, generator=generator, device="cuda").to(dtype)
+        found += [nn.Parameter(memory[:size].clone()), nn.Parameter(memory[1:])]
+    return found
+
+
+def give(params: list[nn.Parameter], step: int) -> None:
+    """Gradients at new addresses, half of them an element off."""
+    generator = torch.Generator("cuda").manual_seed(step)
+    for i, p in enumerate(params):
+        p.grad = torch.randn(p.numel() + 1, generator=generator, device="cuda").to(p.dtype)[(i // 2) % 2 :][: p.numel()]
+
+
+def make(name: str, params: list[nn.Parameter], **clips: str) -> torch.optim.Optimizer:
+    more = {"momentum": 0.9} if name == "SGD" else {}
+    return getattr(optim, name)(params, lr=0.01, weight_decay=0.1, **more, **clips)
+
+
+def trained(name: str, dtype: torch.dtype, steps: int, **clips: str) -> list[Tensor]:
+    params = parameters(dtype)
+    optimizer = make(name, params, **clips)
+    for step in range(steps):
+        give(params, step)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_in_float64(name) -> None:
+    """The foreach form in float64, which Triton does not serve."""
+    ours, theirs = parameters(torch.float32), [nn.Parameter(p.detach().double()) for p in parameters(torch.float32)]
+    a, b = make(name, ours, **CLIPS), make(name, theirs, **CLIPS)
+    for step in range(20):
+        give(ours, step)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.double()
+        before = [p.grad.clone() for p in ours]
+        a.step()
+        b.step()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(ours, before, strict=True))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-5)
+    assert a.clipper.report.summary()["clipped"] == b.clipper.report.summary()["clipped"] > 0
+    assert a.update_clipper.report.summary()["clipped"] == b.update_clipper.report.summary()["clipped"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_once(dtype) -> None:
+    """One step of AdamW from nothing moves each weight by lr sign(g), in float32 and rounded to nearest."""
+    params = [p for p in parameters(dtype) if p.numel()]
+    give(params, 1)
+    want = [(p.float() * (1 - 0.01 * 0.1) - 0.01 * p.grad.float().sign()).to(dtype) for p in params]
+    optim.AdamW(params, lr=0.01, weight_decay=0.1, clip="none").step()
+    for p, expected in zip(params, want, strict=True):
+        apart = p.detach().view(torch.int16).int() - expected.view(torch.int16).int()
+        assert apart.abs().le(1).all()
+        assert (apart != 0).float().mean() < 0.01 or p.numel() < 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_in_100_runs(dtype) -> None:
+    first = trained("AdamW", dtype, 2, **CLIPS)
+    for _ in range(100):
+        assert all(map(torch.equal, trained("AdamW", dtype, 2, **CLIPS), first))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_few_launches_for_any_number_of_tensors(name) -> None:
+    """Of the kernels that move weights and moments: one that measures the update, what adds it up, and the step."""
+    params = [nn.Parameter(torch.randn(500, device="cuda")) for _ in range(200)]
+    optimizer = make(name, params, **CLIPS)
+    for step in range(3):
+        give(params, step)
+        if step < 2:
+            optimizer.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([name for name in names if name in ("_step", "_measure", "_scale_and_clamp")]) == 3
+    assert "_scale_and_clamp" not in names
+    assert "multi_tensor_apply" not in " ".join(names)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "pass"])
+def test_the_host_reads_one_flag_per_clipper_and_none_if_nothing_is_skipped(nonfinite, monkeypatch) -> None:
+    params = parameters(torch.float32)
+    spec = {"gradient": CLIPS["clip"], "nonfinite": nonfinite}
+    optimizer = optim.AdamW(params, clip=spec, update_clip=CLIPS["update_clip"])
+    for step in range(2):
+        give(params, step)
+        optimizer.step()
+    give(params, 2)
+    settle, reads = type(optimizer.clipper).settle, []
+
+    def settled(clipper, decision):
+        torch.cuda.set_sync_debug_mode("default" if nonfinite == "skip" else "error")
+        reads.append(1)
+        found = settle(clipper, decision)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    monkeypatch.setattr(type(optimizer.clipper), "settle", settled)
+    torch.cuda.set_sync_debug_mode("error")
+    optimizer.step()
+    assert len(reads) == 2
+
+
+def test_more_than_2_31_elements() -> None:
+    size = (1 << 31) + 70_001
+    free, _ = torch.cuda.mem_get_info()
+    if free < 5 * 2 * size:
+        pytest.skip(f"needs {10 * size / 2**30:.0f} GiB of free memory on the device")
+    p = nn.Parameter(torch.ones(size, dtype=torch.bfloat16, device="cuda"))
+    p.grad = torch.full_like(p, 2.0)
+    optim.SGD([p], lr=0.5, momentum=0.9, clip="value:max_value=1").step()
+    assert (p[-100_000:] == 0.5).all()
+    assert (p[:100_000] == 0.5).all()
