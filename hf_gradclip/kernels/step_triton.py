@@ -21,8 +21,8 @@ from hf_gradclip.kernels.table import Table, dense, on, table_of, upload
 from hf_gradclip.types import ClipPlan
 
 CHUNK = 1 << 14  # elements that a program takes
-STEP = 1 << 11  # elements that it moves at a time
-WARPS = 8
+STEP = 1 << 10  # elements that it moves at a time
+WARPS = 4  # eight elements in a thread, a word of the narrowest dtype
 
 Places = tuple[tuple[int, int], ...]
 """Per parameter its segment in the plan for the gradients and in that for the updates."""

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-TABLES = 16  # sets of tensors whose tables are kept
+TABLES = 64  # sets of tensors whose tables are kept; an optimizer needs one per group
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Column = Sequence[Tensor | None]

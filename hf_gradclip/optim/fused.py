@@ -41,15 +41,18 @@ class Job:
 
 
 def kernels_of(optimizer: ClippedOptimizer) -> ModuleType | None:
-    """The kernels, if they can clip as this optimizer's clippers do: with numbers per parameter."""
+    """The kernels, if they can clip as this optimizer's clippers do: with numbers per parameter, on one device."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not params or (found := kernels.step_kernels(params[0].device)) is None:
         return None
+    devices = {p.device for p in params}
     for clipper in (optimizer.clipper, optimizer.update_clipper):
-        places = _places(clipper)
-        if clipper is not None and (clipper.view.layout.unit_S is not None or not all(id(p) in places for p in params)):
-            return None
-    return found
+        if clipper is not None:
+            layout, places = clipper.view.layout, _places(clipper)
+            devices.add(layout.device)
+            if layout.unit_S is not None or not all(id(p) in places for p in params):
+                return None
+    return found if len(devices) == 1 else None
 
 
 def step_(

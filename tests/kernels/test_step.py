@@ -100,15 +100,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("chunk", [64, 1 << 14])
 @pytest.mark.parametrize(("dtypes", "starts"), CASES)
 class TestSteps:
     """Tensors that can be cut on 16 bytes together and tensors that cannot, of one dtype and of several."""
 
     __test__ = INTERPRETED
 
-    def test_step(self, dtypes, starts, chunk, monkeypatch):
-        monkeypatch.setattr(step_triton, "CHUNK", chunk)
+    def test_step(self, dtypes, starts, monkeypatch):
+        """In several chunks."""
+        monkeypatch.setattr(step_triton, "CHUNK", 128)
         buffers, memory = made(dtypes, starts)
         guards = [int(buffer.isnan().sum()) for buffer in buffers]
         grads = buffers[1].clone()
@@ -123,8 +123,7 @@ class TestSteps:
         assert [int(buffer.isnan().sum()) for buffer in buffers] == guards
         assert torch.equal(buffers[1].view(torch.uint8), grads.view(torch.uint8))
 
-    def test_measure(self, dtypes, starts, chunk, monkeypatch):
-        monkeypatch.setattr(step_triton, "CHUNK", chunk)
+    def test_measure(self, dtypes, starts):
         buffers, memory = made(dtypes, starts)
         before = [buffer.clone() for buffer in buffers]
         *_, updates = adamw(memory)
