@@ -20,7 +20,7 @@ class Layout:
     Args:
         names: parameter names without wrapper prefixes, length P.
         numel_S: elements per segment of the whole (unsharded) parameter, int64, shape (S,).
-        param_S: index into `names` per segment, int64, shape (S,).
+        param_S: index into `names` per segment, ascending, int64, shape (S,).
         unit_S: which segments are units, bool, shape (S,); None where every segment is a parameter.
     """
 
@@ -46,10 +46,15 @@ class Layout:
         """The same parameters with one segment each."""
         if self.unit_S is None:
             return self
-        numel_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)
-        return Layout(
-            self.names, numel_P.index_add(0, self.param_S, self.numel_S), torch.arange(len(numel_P), device=self.device)
-        )
+        zero_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)
+        places_P = torch.arange(len(self.names), device=self.device)
+        return Layout(self.names, zero_P.index_add(0, self.param_S, self.numel_S), places_P)
+
+    @cached_property
+    def segments_P(self) -> Tensor:
+        """How many segments each parameter has, int64, shape (P,)."""
+        zero_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)
+        return zero_P.index_add(0, self.param_S, torch.ones_like(self.param_S))
 
     @property
     def device(self) -> torch.device:
@@ -107,15 +112,16 @@ class NormStats:
         layout = self.layout
         if layout.unit_S is None:
             return self
-        zero_P = self.sumsq_S.new_zeros(len(layout.names))
 
-        def added(vector_S: Tensor | None) -> Tensor | None:
-            return None if vector_S is None else zero_P.index_add(0, layout.param_S, vector_S)
+        def folded(vector_S: Tensor | None, how: str) -> Tensor | None:
+            """Always in the same order, so that ranks with the same numbers decide the same."""
+            if vector_S is None:
+                return None
+            return torch.segment_reduce(vector_S, how, lengths=layout.segments_P, initial=0, unsafe=True)
 
-        largest = self.max_abs_S
-        max_abs_P = None if largest is None else zero_P.scatter_reduce(0, layout.param_S, largest, "amax")
-        sumsq_P = zero_P.index_add(0, layout.param_S, self.sumsq_S)
-        return NormStats(sumsq_P, layout.by_param, max_abs_P, self.loss, added(self.weight_sumsq_S))
+        sumsq_P, weight_sumsq_P = folded(self.sumsq_S, "sum"), folded(self.weight_sumsq_S, "sum")
+        assert sumsq_P is not None
+        return NormStats(sumsq_P, layout.by_param, folded(self.max_abs_S, "max"), self.loss, weight_sumsq_P)
 
     def scaled(self, scale_S: Tensor) -> NormStats:
         """The statistics after the gradients are multiplied by `scale_S`, shape (S,) or 0-d."""

@@ -1,7 +1,9 @@
-"""What reads and scales memory: plain torch on every device, or Triton on a GPU where it is asked for.
+"""What reads and scales memory: Triton on a GPU, plain torch everywhere else.
 
-`HF_GRADCLIP_KERNELS=triton` chooses the Triton kernels for gradients on a GPU, `eager` (the default) plain torch. Where
-Triton is missing, fails, or does not take a gradient's dtype, plain torch serves; the first two are said once.
+Before the kernels of a file are trusted, they are checked against plain torch on the device, once. Where Triton is
+missing, fails or disagrees, plain torch serves, and this is said once; a dtype that the kernels do not take goes to
+plain torch in silence. `HF_GRADCLIP_KERNELS=eager` asks for plain torch; `triton` also takes Triton's interpreter on
+the CPU (`TRITON_INTERPRET=1`), which is for tests.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hf_gradclip.kernels import eager
+from hf_gradclip.kernels import check, eager
+from hf_gradclip.kernels import units as by_unit
+from hf_gradclip.kernels.table import DTYPES
 
 VARIABLE = "HF_GRADCLIP_KERNELS"
+GPUS = ("cuda", "xpu")
 
 logger = logging.getLogger("hf_gradclip")
 _given_up: list[str] = []
+_checked: set[tuple[str, torch.device, frozenset[torch.dtype]]] = set()
 
 
 def statistics(
@@ -53,39 +59,100 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
         eager.clamp_(grads, bound_S)
 
 
-def step_kernels(device: torch.device) -> ModuleType | None:
+def unit_sums(
+    blocks: Sequence[Tensor | None],
+    kept: Sequence[tuple[int, ...]],
+    counts: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Sum of squares per unit of all blocks, one after another, shape (sum of counts,); see `units.sumsq`.
+
+    Args:
+        blocks: with their logical shapes; None, where missing, gives 0.
+        kept: per block the axes that count units.
+        counts: per block its units.
+        dtype: of the result.
+        device: of the result.
+    """
+    if (fused := _fused(blocks, device, "units_triton")) is not None:
+        try:
+            if all(block is None or fused.serves(block, axes) for block, axes in zip(blocks, kept, strict=True)):
+                return fused.sumsq(blocks, kept, counts, dtype, device)
+        except Exception as error:
+            give_up(error)
+    sums = [torch.zeros(0, dtype=dtype, device=device)]
+    for block, axes, count in zip(blocks, kept, counts, strict=True):
+        if block is None:
+            sums.append(torch.zeros(count, dtype=dtype, device=device))
+        else:
+            sums.append(by_unit.sumsq(block, axes).to(device, dtype, non_blocking=True))
+    return torch.cat(sums)
+
+
+def unit_apply_(
+    blocks: Sequence[Tensor | None],
+    kept: Sequence[tuple[int, ...]],
+    counts: Sequence[int],
+    scale_U: Tensor,
+    bound_U: Tensor | None,
+) -> None:
+    """g <- clamp(g * scale, -bound, +bound) by unit, in place, with numbers of shape (sum of counts,)."""
+    if (fused := _fused(blocks, scale_U.device, "units_triton")) is not None:
+        try:
+            if all(block is None or fused.serves(block, axes) for block, axes in zip(blocks, kept, strict=True)):
+                fused.apply_(blocks, kept, counts, scale_U, bound_U)
+                return
+        except Exception as error:
+            give_up(error)
+    scales = scale_U.split(list(counts))
+    bounds = [None] * len(scales) if bound_U is None else bound_U.split(list(counts))
+    for block, axes, scale, bound in zip(blocks, kept, scales, bounds, strict=True):
+        if block is not None and block.numel():
+            by_unit.scale_(block, axes, scale)
+            if bound is not None:
+                by_unit.clamp_(block, axes, bound)
+
+
+def step_kernels(params: Sequence[Tensor]) -> ModuleType | None:
     """The kernels of an optimizer's step, see `step_triton`; None where plain torch serves."""
-    return _triton("step_triton", device)
+    return _fused(params, params[0].device, "step_triton")
 
 
-def _fused(grads: Sequence[Tensor | None], device: torch.device) -> ModuleType | None:
-    """The Triton kernels, if they are asked for and take these gradients."""
-    served = (torch.float32, torch.float16, torch.bfloat16)
-    if not _wanted() or any(g is not None and (g.device != device or g.dtype not in served) for g in grads):
+def _fused(grads: Sequence[Tensor | None], device: torch.device, name: str = "fused_triton") -> ModuleType | None:
+    """The Triton kernels in a file of this folder, where they run, have been checked, and take these tensors."""
+    if not _runs(device):
         return None
-    return _triton("fused_triton", device)
-
-
-def _wanted() -> bool:
-    """Whether Triton is asked for."""
-    wanted = os.environ.get(VARIABLE, "eager")
-    if wanted not in ("eager", "triton"):
-        raise ValueError(f"{VARIABLE}={wanted}: must be eager or triton.")
-    return wanted == "triton"
-
-
-def _triton(name: str, device: torch.device) -> ModuleType | None:
-    """A file of this folder that imports Triton, if Triton is asked for and runs on this device."""
-    if not _wanted() or _given_up or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
+    dtypes = {g.dtype for g in grads if g is not None}
+    if not dtypes or not dtypes.issubset(DTYPES) or any(g is not None and g.device != device for g in grads):
         return None
     try:
-        return importlib.import_module(f"hf_gradclip.kernels.{name}")
+        found = importlib.import_module(f"hf_gradclip.kernels.{name}")
+        kind = (name, device, frozenset(dtypes))
+        if kind not in _checked:
+            check.check(name, found, device, tuple(dtypes))
+            _checked.add(kind)
+        return found
     except Exception as error:
         give_up(error)
         return None
 
 
+def _runs(device: torch.device) -> bool:
+    """Whether Triton is to be tried on this device."""
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted not in ("auto", "eager", "triton"):
+        raise ValueError(f"{VARIABLE}={wanted}: must be auto, eager or triton.")
+    if wanted == "eager" or _given_up:
+        return False
+    interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type in GPUS or (device.type == "cpu" and interpreted)
+
+
 def give_up(error: Exception) -> None:
     """Plain torch from here on."""
     _given_up.append(str(error))
-    logger.warning("%s=triton: %s. Plain torch serves instead.", VARIABLE, " ".join(str(error).split())[:300])
+    said = " ".join(str(error).split())[:300]
+    logger.warning(
+        "Triton's kernels are not used: %s. Plain torch serves instead; %s=eager asks for it.", said, VARIABLE
+    )

@@ -58,7 +58,7 @@ def statistics(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch
         sumsq_C = torch.empty(table.chunks, dtype=dtype, device=device)
         max_C = torch.empty(table.chunks, dtype=torch.float32, device=device)
         if table.chunks:
-            _measure[(table.chunks,)](*table.arguments, sumsq_C, max_C, _dtypes(table), CHUNK, BLOCK, num_warps=WARPS)
+            _measure[(table.chunks,)](*table.arguments, sumsq_C, max_C, dtypes_of(table), CHUNK, BLOCK, num_warps=WARPS)
         if grads:
             finish[(len(grads),)](table.first_S, sumsq_C, max_C, sumsq_S, max_S, 1024, num_warps=4)
     return sumsq_S, max_S
@@ -83,10 +83,11 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
         table = table_of([grads], scale_S.device, CHUNK)
         if table.chunks:
             plan = (scale_S, scale_S.stride(0), bound_S, 0 if bound_S is None else bound_S.stride(0))
-            _scale_and_clamp[(table.chunks,)](*table.arguments, *plan, _dtypes(table), CHUNK, BLOCK, num_warps=WARPS)
+            _scale_and_clamp[(table.chunks,)](*table.arguments, *plan, dtypes_of(table), CHUNK, BLOCK, num_warps=WARPS)
 
 
-def _dtypes(table: Table) -> tuple[tl.dtype, ...]:
+def dtypes_of(table: Table) -> tuple[tl.dtype, ...]:
+    """The dtypes that `kind_S` counts, where every segment has one tensor."""
     return tuple(TRITON[dtype] for (dtype,) in table.kinds if dtype is not None)
 
 

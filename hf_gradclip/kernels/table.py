@@ -52,7 +52,11 @@ _tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
 
 
 def table_of(
-    columns: Sequence[Column], device: torch.device, chunk: int, places: tuple[int, ...] = (), what: str = "gradient"
+    columns: Sequence[Column],
+    device: torch.device,
+    chunk: int | tuple[int, ...],
+    places: tuple[int, ...] = (),
+    what: str = "gradient",
 ) -> Table:
     """The table of these tensors; what has not changed since the last call is not built or uploaded again.
 
@@ -61,7 +65,7 @@ def table_of(
     Args:
         columns: R of them, of equal length; the tensors of a segment are of one size. Without its first, it is empty.
         device: where all of them are.
-        chunk: elements that a program takes.
+        chunk: elements that a program takes, or programs per segment.
         places: a number per segment that the kernel reads; () where it reads none.
         what: the tensors are called in an error.
 
@@ -71,7 +75,7 @@ def table_of(
     addresses = [0 if tensor is None else tensor.data_ptr() for column in columns for tensor in column]
     sizes = tuple([-1 if tensor is None else tensor.numel() for tensor in columns[0]])
     dtypes = tuple([tuple([None if tensor is None else tensor.dtype for tensor in column]) for column in columns])
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = 0 if device.type == "cpu" else torch.get_device_module(device).current_stream(device).stream_id
     key = (device, stream, chunk, places, sizes, dtypes)
     table = _tables.get(key)
     if table is None or table.addresses != addresses:
@@ -90,12 +94,17 @@ def table_of(
 
 
 def _build(
-    sizes: list[int], dtypes: list[Kind], addresses: list[int], address_RS: Tensor, chunk: int, places: tuple[int, ...]
+    sizes: list[int],
+    dtypes: list[Kind],
+    addresses: list[int],
+    address_RS: Tensor,
+    chunk: int | tuple[int, ...],
+    places: tuple[int, ...],
 ) -> Table:
     device = address_RS.device
     kinds = sorted({kind for kind in dtypes if kind[0] is not None}, key=str)
     codes = [0 if kind[0] is None else kinds.index(kind) for kind in dtypes]
-    chunks = [-(-size // chunk) for size in sizes]
+    chunks = [-(-size // chunk) for size in sizes] if isinstance(chunk, int) else list(chunk)
     owner_C = torch.arange(len(sizes)).repeat_interleave(torch.tensor(chunks, dtype=torch.int64))
     return Table(
         addresses=addresses,
@@ -130,9 +139,9 @@ def dense(tensor: Tensor) -> bool:
 def upload(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copy to the device without waiting; torch keeps pinned memory from reuse until its copy has ended."""
     host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return host.to(device) if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Launch on this device; Triton takes the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -43,7 +43,7 @@ class Job:
 def kernels_of(optimizer: ClippedOptimizer) -> ModuleType | None:
     """The kernels, if they can clip as this optimizer's clippers do: with numbers per parameter, on one device."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not params or (found := kernels.step_kernels(params[0].device)) is None:
+    if not params or (found := kernels.step_kernels(params)) is None:
         return None
     devices = {p.device for p in params}
     for clipper in (optimizer.clipper, optimizer.update_clipper):

@@ -123,11 +123,10 @@ class Held:
         segments = torch.cat([empty, *(cut.segments for cut in whole + cut_up)]).to(layout.device)
         self._layout = layout
         self._whole = whole
-        self._cut_up = list(
-            zip(cut_up, segments[len(whole) :].split([len(cut.segments) for cut in cut_up]), strict=True)
-        )
+        self._cut_up = cut_up
+        self._kept = [cut.kept for cut in cut_up]
+        self._counts = [len(cut.segments) for cut in cut_up]
         self._segments = segments
-        self._whole_segments = segments[: len(whole)]
 
     def measure(
         self, memory: Sequence[Tensor | None], weights: Sequence[Tensor] | None, needs: Needs, rescale: bool
@@ -149,44 +148,46 @@ class Held:
         scale = plan.scale_S.expand(len(self._layout))[self._segments].to(home)
         bound = None if plan.bound_S is None else plan.bound_S[self._segments].to(home)
         count = len(self._whole)
+        whole, blocks = self._found(memory)
         if count:
-            whole = [cut.of(memory) for cut in self._whole]
             kernels.apply_(whole, scale[:count], None if bound is None else bound[:count])
-        for cut, segments in self._cut_up:
-            here = slice(count, count := count + len(segments))
-            block = cut.of(memory)
-            if block is not None and block.numel():
-                by_unit.scale_(block, cut.kept, scale[here])
-                if bound is not None:
-                    by_unit.clamp_(block, cut.kept, bound[here])
+        if blocks:
+            units = None if bound is None else bound[count:]
+            kernels.unit_apply_(blocks, self._kept, self._counts, scale[count:], units)
+
+    def _found(self, memory: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """What is here of whole parameters, and of cut ones."""
+        return [cut.of(memory) for cut in self._whole], [cut.of(memory) for cut in self._cut_up]
 
     def _sums(self, memory: Sequence[Tensor | None], divisor_S: Tensor | None = None) -> Tensor:
         """Sums of squares, shape (S,), after a division by `divisor_S`."""
         dtype, device = self._layout.dtype, self._layout.device
-        whole = [cut.of(memory) for cut in self._whole]
+        whole, blocks = self._found(memory)
         if divisor_S is None:
-            found = [kernels.statistics(whole, dtype, device, max_abs=False)[0]]
+            found = [
+                kernels.statistics(whole, dtype, device, max_abs=False)[0],
+                kernels.unit_sums(blocks, self._kept, self._counts, dtype, device),
+            ]
         else:
-            found = [eager.sumsq(whole, divisor_S[self._whole_segments], dtype, device)]
-        for cut, segments in self._cut_up:
-            block = cut.of(memory)
-            if block is None:
-                found.append(torch.zeros(len(segments), dtype=dtype, device=device))
-            else:
-                divisor_U = None if divisor_S is None else divisor_S[segments]
-                found.append(by_unit.sumsq(block, cut.kept, divisor_U).to(device, dtype, non_blocking=True))
+            divisors = divisor_S[self._segments].split([len(whole), *self._counts])
+            found = [eager.sumsq(whole, divisors[0], dtype, device)]
+            for block, kept, divisor_U in zip(blocks, self._kept, divisors[1:], strict=True):
+                if block is None:
+                    found.append(torch.zeros_like(divisor_U))
+                else:
+                    found.append(by_unit.sumsq(block, kept, divisor_U).to(device, dtype, non_blocking=True))
         return self._zeros().index_add(0, self._segments, torch.cat(found))
 
     def _largest(self, memory: Sequence[Tensor | None]) -> Tensor:
         """Largest absolute elements, shape (S,); NaN gives inf."""
         dtype, device = self._layout.dtype, self._layout.device
-        found = [eager.max_abs([cut.of(memory) for cut in self._whole], dtype, device)]
-        for cut, segments in self._cut_up:
-            block = cut.of(memory)
+        whole, blocks = self._found(memory)
+        found = [eager.max_abs(whole, dtype, device)]
+        for block, kept, count in zip(blocks, self._kept, self._counts, strict=True):
             if block is None:
-                found.append(torch.zeros(len(segments), dtype=dtype, device=device))
+                found.append(torch.zeros(count, dtype=dtype, device=device))
             else:
-                found.append(by_unit.max_abs(block, cut.kept).to(device, dtype, non_blocking=True))
+                found.append(by_unit.max_abs(block, kept).to(device, dtype, non_blocking=True))
         largest = torch.cat(found).nan_to_num(nan=float("inf"), posinf=float("inf"))
         return self._zeros().scatter_reduce(0, self._segments, largest, "amax")
 

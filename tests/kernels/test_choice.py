@@ -1,4 +1,4 @@
-"""Which kernels serve: plain torch unless Triton is asked for, and plain torch again where Triton cannot."""
+"""Which kernels serve: Triton where it runs and agrees with plain torch, plain torch everywhere else."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_gradclip import Clipper, kernels
+from hf_gradclip.kernels import eager
 from tests.strategies.sequence import Tiny, gradients, set_gradients
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +24,8 @@ from tests.strategies.sequence import Tiny, gradients, set_gradients
 
 found = []
 specs = ["zclip:warmup_steps=3,z_threshold=0.5", "adagc:warmup_steps=3", "param_norm:max_norm=0.4"]
-specs.append("value:max_value=0.2")
+specs += ["value:max_value=0.2", "agc:clip_factor=0.1,eps=1,include_1d=true"]
+specs.append("agc:eps=5,unit_axis=1+value:max_value=0.1")
 for spec in specs:
     model, norms = Tiny(), []
     clipper = Clipper.for_model(model, spec)
@@ -31,13 +34,15 @@ for spec in specs:
         norms.append(clipper.step())
         found += [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     found.append(torch.stack(norms).float())
-torch.save((found, "hf_gradclip.kernels.fused_triton" in __import__("sys").modules), "{out}")
+used = ["hf_gradclip.kernels." + name in __import__("sys").modules for name in ("fused_triton", "units_triton")]
+torch.save((found, used), "{out}")
 """
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "_given_up", [])
+    monkeypatch.setattr(kernels, "_checked", set())
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     caplog.set_level(logging.INFO, logger="hf_gradclip")
 
@@ -58,8 +63,8 @@ def test_a_missing_triton_is_said_once_and_torch_serves(monkeypatch, caplog) -> 
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "hf_gradclip.kernels.fused_triton", raising=False)
     assert all(map(torch.equal, clipped(), expected))
-    assert caplog.text.count("HF_GRADCLIP_KERNELS=triton:") == 1
-    assert "Plain torch serves instead" in caplog.text
+    assert caplog.text.count("Triton's kernels are not used: ") == 1
+    assert "Plain torch serves instead; HF_GRADCLIP_KERNELS=eager asks for it." in caplog.text
 
 
 def test_without_a_gpu_torch_serves_in_silence(monkeypatch, caplog) -> None:
@@ -70,9 +75,66 @@ def test_without_a_gpu_torch_serves_in_silence(monkeypatch, caplog) -> None:
     assert caplog.text == ""
 
 
+def wrong(monkeypatch, **results) -> None:
+    """In the place of the Triton kernels, some that run and whose results are not right."""
+    module = types.ModuleType("fused_triton")
+    module.statistics = lambda grads, dtype, device: eager_statistics(grads, dtype, device)
+    module.apply_ = eager_apply_
+    for name, result in results.items():
+        setattr(module, name, result)
+    monkeypatch.setitem(sys.modules, "hf_gradclip.kernels.fused_triton", module)
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def eager_statistics(grads, dtype, device):
+    return eager.sumsq(grads, None, dtype, device), eager.max_abs(grads, dtype, device)
+
+
+def eager_apply_(grads, scale_S, bound_S) -> None:
+    eager.scale_(grads, scale_S)
+    if bound_S is not None:
+        eager.clamp_(grads, bound_S)
+
+
+def off_by_a_bit(grads, dtype, device):
+    sumsq_S, max_S = eager_statistics(grads, dtype, device)
+    return sumsq_S * (1 + 1e-5), max_S
+
+
+def beyond_the_end(grads, scale_S, bound_S) -> None:
+    eager_apply_(grads, scale_S, bound_S)
+    grads[0].as_strided((1,), (1,), grads[0].storage_offset() + grads[0].numel()).zero_()
+
+
+@pytest.mark.parametrize(
+    ("results", "says"),
+    [
+        ({"statistics": off_by_a_bit}, "Triton's sum of squares is"),
+        ({"apply_": lambda grads, scale_S, bound_S: None}, "Triton's result of scaling in torch.float32 differs"),
+        ({"apply_": beyond_the_end}, "Triton's result of scaling in torch.float32 differs"),
+    ],
+)
+def test_kernels_that_disagree_are_not_used(monkeypatch, caplog, results, says) -> None:
+    expected = clipped()
+    wrong(monkeypatch, **results)
+    assert all(map(torch.equal, clipped(), expected))
+    assert caplog.text.count(says) == caplog.text.count("Plain torch serves instead") == 1
+
+
+def test_kernels_that_agree_are_checked_once_and_used(monkeypatch, caplog) -> None:
+    calls = []
+    wrong(monkeypatch, apply_=lambda *plan: calls.append(1) or eager_apply_(*plan))
+    drawn = torch.get_rng_state()
+    clipped()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert len(calls) == 1 + 3
+    assert caplog.text == ""
+
+
 def test_a_word_that_is_no_choice_is_refused(monkeypatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="HF_GRADCLIP_KERNELS=cuda: must be eager or triton"):
+    with pytest.raises(ValueError, match="HF_GRADCLIP_KERNELS=cuda: must be auto, eager or triton"):
         clipped()
 
 
@@ -85,7 +147,7 @@ def test_whole_steps_under_the_interpreter_equal_torch(tmp_path) -> None:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert out.exists(), done.stderr[-3000:]
         found[choice], used = torch.load(out)
-        assert used == (choice == "triton")
+        assert used == [choice == "triton"] * 2
         assert "serves instead" not in done.stderr
     for mine, theirs in zip(found["triton"], found["eager"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9, equal_nan=True)

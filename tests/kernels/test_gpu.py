@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -104,6 +105,43 @@ def step(kernels: ModuleType, grads: list[Tensor | None]) -> None:
     sumsq_S, max_S = kernels.statistics(grads, torch.float64, device())
     kernels.apply_(grads, (1 / (sumsq_S.sum().sqrt() + 1e-6)).clamp(max=1), None)
     kernels.apply_(grads, torch.ones_like(sumsq_S), max_S)
+
+
+KINDS = [((4096, 576), (0,)), ((1000, 7), (0,)), ((768, 3072), (1,)), ((4, 512, 96), (0, 2)), ((8, 96, 512), (0, 1))]
+
+
+class TestUnits:
+    """Rows, columns, and both within experts."""
+
+    @pytest.fixture
+    def by_unit(self, kernels) -> ModuleType:
+        from hf_gradclip.kernels import units_triton
+
+        return units_triton
+
+    def make(self, dtype: torch.dtype) -> tuple[list[Tensor], list[tuple[int, ...]], list[int]]:
+        generator = torch.Generator(device()).manual_seed(0)
+        blocks = [torch.randn(shape, generator=generator, device=device()).to(dtype) for shape, _ in KINDS]
+        kept = [axes for _, axes in KINDS]
+        return blocks, kept, [math.prod(shape[axis] for axis in axes) for shape, axes in KINDS]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_numbers(self, by_unit, no_waiting, dtype):
+        blocks, kept, counts = self.make(dtype)
+        others = [[axis for axis in range(b.ndim) if axis not in axes] for b, axes in zip(blocks, kept, strict=True)]
+        want = [b.double().square().sum(axes, keepdim=True) for b, axes in zip(blocks, others, strict=True)]
+        found = [by_unit.sumsq(blocks, kept, counts, torch.float64, device()) for _ in range(100)]
+        assert all(torch.equal(found[0], sums_U) for sums_U in found)
+        torch.testing.assert_close(found[0], torch.cat([sums.view(-1) for sums in want]), rtol=1e-6, atol=0)
+
+        scale_U = torch.linspace(0.1, 1.3, len(found[0]), dtype=torch.float64, device=device()).clamp(max=1)
+        scales = [scale.float().view(sums.shape) for scale, sums in zip(scale_U.split(counts), want, strict=True)]
+        expected = [(b.float() * scale).to(dtype) for b, scale in zip(blocks, scales, strict=True)]
+        torch.cuda.set_sync_debug_mode("error")
+        by_unit.sumsq(blocks, kept, counts, torch.float64, device())
+        by_unit.apply_(blocks, kept, counts, scale_U, None)
+        torch.cuda.set_sync_debug_mode("default")
+        assert all(map(torch.equal, blocks, expected))
 
 
 def test_addresses_that_change_while_the_device_is_busy(kernels):

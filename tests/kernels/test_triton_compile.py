@@ -15,8 +15,10 @@ import pytest
 TABLE = {"numel_S": "*i64", "kind_S": "*i32", "first_S": "*i32", "segment_C": "*i32"}
 PLAN = {"scale_S": "*fp64", "scale_stride": "i32", "bound_S": "*fp64", "bound_stride": "i32"}
 POINTERS = {
-    "_measure": {"address_S": "*i64", **TABLE, "sumsq_C": "*fp64", "max_C": "*fp32"},
-    "_scale_and_clamp": {"address_S": "*i64", **TABLE, **PLAN},
+    "fused_triton._measure": {"address_S": "*i64", **TABLE, "sumsq_C": "*fp64", "max_C": "*fp32"},
+    "fused_triton._scale_and_clamp": {"address_S": "*i64", **TABLE, **PLAN},
+    "units_triton._measure": {"address_S": "*i64", **TABLE, "place_S": "*i64", "sums_U": "*fp64"},
+    "units_triton._write": {"address_S": "*i64", **TABLE, "place_S": "*i64", "scale_U": "*fp64", "bound_U": "*fp64"},
 }
 
 SCRIPT = f"""
@@ -24,13 +26,15 @@ import json, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_gradclip.kernels import fused_triton
+from hf_gradclip.kernels import fused_triton, units_triton
 
-def ptx(kernel, pointers, dtypes):
-    constants = {{"DTYPES": tuple(getattr(tl, name) for name in dtypes),
-                  "CHUNK": fused_triton.CHUNK, "BLOCK": fused_triton.BLOCK}}
-    source = ASTSource(getattr(fused_triton, kernel), pointers | dict.fromkeys(constants, "constexpr"), constants)
-    options = {{"num_warps": fused_triton.WARPS}}
+def ptx(name, pointers, dtypes):
+    module, _, kernel = name.partition(".")
+    module = globals()[module]
+    constants = {{name: getattr(module, name) for name in ("CHUNK", "BLOCK", "ROWS", "COLS") if hasattr(module, name)}}
+    constants["DTYPES"] = tuple(getattr(tl, name) for name in dtypes)
+    source = ASTSource(getattr(module, kernel), pointers | dict.fromkeys(constants, "constexpr"), constants)
+    options = {{"num_warps": module.WARPS}}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 sets = (["float32"], ["bfloat16"], ["float16"], ["float32", "bfloat16", "float16"])
@@ -72,25 +76,34 @@ def widths(text: str, move: str) -> set[int]:
 class TestWidth:
     def test_statistics(self, dtypes):
         """One loop per dtype, and one more that reads a chunk of extreme numbers again."""
-        bodies = loops(compiled()[f"_measure {dtypes}"])
+        bodies = loops(compiled()[f"fused_triton._measure {dtypes}"])
         assert len(bodies) == 2 * len(dtypes.split())
         for body in bodies:
             assert widths(body, "ld") == {16}
             assert widths(body, "st") == set()
 
     def test_apply(self, dtypes):
-        bodies = loops(compiled()[f"_scale_and_clamp {dtypes}"])
+        bodies = loops(compiled()[f"fused_triton._scale_and_clamp {dtypes}"])
         assert len(bodies) == len(dtypes.split())
         for body in bodies:
             assert widths(body, "ld") == {16}
             assert widths(body, "st") == {16}
             assert "bar.sync" not in body
 
+    def test_by_unit(self, dtypes):
+        """Per dtype one loop along lines and one across them in 16 bytes, and one each where lines begin anywhere."""
+        for kernel, moves in (("_measure", ["ld"]), ("_write", ["ld", "st"])):
+            bodies = [body for body in loops(compiled()[f"units_triton.{kernel} {dtypes}"]) if "bra" not in body]
+            for move in moves:
+                found = [widths(body, move) for body in bodies]
+                sizes = [4 if dtype == "float32" else 2 for dtype in dtypes.split()]
+                assert sorted(map(sorted, found)) == sorted([[16]] * 2 * len(sizes) + [[size] for size in sizes * 2])
+
 
 def test_numbers_are_rounded_to_nearest_and_small_ones_kept():
     for name, ptx in compiled().items():
         assert ".ftz" not in ptx, name
-    assert re.findall(r"cvt\.(\w+)\.bf16(?:x2)?\.f32", compiled()["_scale_and_clamp bfloat16"])
+    assert re.findall(r"cvt\.(\w+)\.bf16(?:x2)?\.f32", compiled()["fused_triton._scale_and_clamp bfloat16"])
     for rounding in re.findall(r"cvt\.(\w+)\.(?:bf|f)16(?:x2)?\.f32", "".join(compiled().values())):
         assert rounding == "rn"
 
