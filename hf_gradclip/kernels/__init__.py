@@ -61,57 +61,45 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
 
 def unit_sums(
     blocks: Sequence[Tensor | None],
-    kept: Sequence[tuple[int, ...]],
+    kept: Sequence[by_unit.Axes],
     counts: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Sum of squares per unit of all blocks, one after another, shape (sum of counts,); see `units.sumsq`.
-
-    Args:
-        blocks: with their logical shapes; None, where missing, gives 0.
-        kept: per block the axes that count units.
-        counts: per block its units.
-        dtype: of the result.
-        device: of the result.
-    """
-    if (fused := _fused(blocks, device, "units_triton")) is not None:
+    """Sum of squares per unit of all blocks; see `units.sums`."""
+    if (fused := _fused_units(blocks, kept, device)) is not None:
         try:
-            if all(block is None or fused.serves(block, axes) for block, axes in zip(blocks, kept, strict=True)):
-                return fused.sumsq(blocks, kept, counts, dtype, device)
+            return fused.sumsq(blocks, kept, counts, dtype, device)
         except Exception as error:
             give_up(error)
-    sums = [torch.zeros(0, dtype=dtype, device=device)]
-    for block, axes, count in zip(blocks, kept, counts, strict=True):
-        if block is None:
-            sums.append(torch.zeros(count, dtype=dtype, device=device))
-        else:
-            sums.append(by_unit.sumsq(block, axes).to(device, dtype, non_blocking=True))
-    return torch.cat(sums)
+    return by_unit.sums(blocks, kept, counts, dtype, device)
 
 
 def unit_apply_(
     blocks: Sequence[Tensor | None],
-    kept: Sequence[tuple[int, ...]],
+    kept: Sequence[by_unit.Axes],
     counts: Sequence[int],
     scale_U: Tensor,
     bound_U: Tensor | None,
 ) -> None:
-    """g <- clamp(g * scale, -bound, +bound) by unit, in place, with numbers of shape (sum of counts,)."""
-    if (fused := _fused(blocks, scale_U.device, "units_triton")) is not None:
+    """g <- clamp(g * scale, -bound, +bound) by unit, in place; see `units.apply_`."""
+    if (fused := _fused_units(blocks, kept, scale_U.device)) is not None:
         try:
-            if all(block is None or fused.serves(block, axes) for block, axes in zip(blocks, kept, strict=True)):
-                fused.apply_(blocks, kept, counts, scale_U, bound_U)
-                return
+            fused.apply_(blocks, kept, counts, scale_U, bound_U)
+            return
         except Exception as error:
             give_up(error)
-    scales = scale_U.split(list(counts))
-    bounds = [None] * len(scales) if bound_U is None else bound_U.split(list(counts))
-    for block, axes, scale, bound in zip(blocks, kept, scales, bounds, strict=True):
-        if block is not None and block.numel():
-            by_unit.scale_(block, axes, scale)
-            if bound is not None:
-                by_unit.clamp_(block, axes, bound)
+    by_unit.apply_(blocks, kept, counts, scale_U, bound_U)
+
+
+def _fused_units(
+    blocks: Sequence[Tensor | None], kept: Sequence[by_unit.Axes], device: torch.device
+) -> ModuleType | None:
+    """The Triton kernels by unit, where they run and take all of these blocks."""
+    fused = _fused(blocks, device, "units_triton")
+    if fused is None or not all(b is None or fused.serves(b, axes) for b, axes in zip(blocks, kept, strict=True)):
+        return None
+    return fused
 
 
 def step_kernels(params: Sequence[Tensor]) -> ModuleType | None:

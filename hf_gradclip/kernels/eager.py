@@ -2,18 +2,20 @@
 
 A gradient is contiguous memory of any shape, or None where it is missing. Sums of squares are taken in rows of a few
 thousand elements, each in float32, and added in float64: as fast as one long float32 sum, and a thousand times
-closer. torch rounds the norm of 16-bit memory to 16 bits; on the CPU the statistics of a batch norm, which it keeps in
-float32, give the same sum at a bandwidth that conversion to a float32 copy does not reach.
+closer. torch rounds the norm of 16-bit memory to 16 bits; on the CPU the backward pass of a group norm, which adds
+products up in float32, gives the sum at a bandwidth that conversion to a float32 copy does not reach.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 ROW = 4096
+HALF_ROW = 1024
 SMALL = 1 << 16
 CHUNK = 1 << 19
 
@@ -90,31 +92,63 @@ def _half(grads: list[Tensor]) -> Tensor:
     """Sums of 16-bit gradients on the CPU, small ones of one size together."""
     sums = torch.zeros(len(grads), dtype=torch.float64)
     alike: dict[int, Placed] = {}
+    large: Placed = []
     for i, grad in enumerate(grads):
         size = grad.numel()
-        if size <= SMALL:
+        if size > SMALL:
+            large.append((i, grad.view(-1)))
+        elif size:
             alike.setdefault(size, []).append((i, grad))
-            continue
-        flat, whole = grad.view(-1), size // ROW * ROW
-        sums[i] = moments(flat[:whole], ROW).sum()
-        if whole < size:
-            sums[i] += moments(flat[whole:], size - whole).sum()
+    found, lengths = [], []
+    for _, flat in large:
+        rest = len(flat) % HALF_ROW
+        found.append(_products(flat[: len(flat) - rest], HALF_ROW))
+        if rest:
+            found.append(_products(flat[-rest:], rest))
+        lengths.append(-(-len(flat) // HALF_ROW))
+    if large:
+        rows = torch.cat(found).double()
+        added = torch.segment_reduce(rows, "sum", lengths=torch.tensor(lengths), unsafe=True)
+        sums[torch.tensor([i for i, _ in large])] = added
+        for (i, flat), lost in zip(large, added.isnan().tolist(), strict=True):
+            if lost:
+                sums[i] = sum(part.double().square().sum() for part in flat.split(CHUNK))
     for size, group in alike.items():
-        count = max(1, CHUNK // max(size, 1))
-        for start in range(0, len(group) if size else 0, count):
+        count = CHUNK // size
+        for start in range(0, len(group), count):
             some = group[start : start + count]
-            block = torch.stack([grad.view(-1) for _, grad in some]).float()
-            sums[torch.tensor([i for i, _ in some])] = torch.linalg.vector_norm(block, dim=1).double().square()
+            block = torch.cat([grad.view(-1) for _, grad in some])
+            sums[torch.tensor([i for i, _ in some])] = row_sums(block, size)
     return sums
 
 
-def moments(block: Tensor, row: int) -> Tensor:
-    """Sums of squares of rows, float64, shape (rows,): row * (variance + mean^2), both in float32."""
-    block = block.view(1, -1, row)
-    unused = torch.zeros(block.shape[1])
-    mean, var = torch.batch_norm_update_stats(block, unused, unused, 0.0)
-    sums = mean.double().square().add_(var).mul_(row)
-    return torch.where(mean.isinf(), float("inf"), sums)
+def row_sums(memory: Tensor, row: int) -> Tensor:
+    """Sums of squares of the rows of 16-bit memory on the CPU; float64, shape (rows,)."""
+    part = _part(row)
+    if row > HALF_ROW > 16 * part:
+        return memory.view(-1, row).float().square_().sum(1).double()
+    sums = _products(memory, part).double()
+    if (lost := sums.isnan()).any():
+        sums[lost] = memory.view(-1, part)[lost].double().square().sum(1)
+    return sums if part == row else sums.view(-1, row // part).sum(1)
+
+
+def _products(memory: Tensor, row: int) -> Tensor:
+    """Each row of 16-bit memory times itself, added up in float32, shape (rows,); inf gives NaN.
+
+    A group norm y = weight * (x - 0) * 1 has as the gradient of its weights the sums of x * dy, and here dy is x. They
+    are added up in few lanes, so that rows must not be longer than HALF_ROW.
+    """
+    rows = memory.numel() // row
+    block, zero, one = memory.view(1, rows, row), torch.zeros(1, 1), torch.ones(1, 1)
+    shape, wanted = (1, rows, row, 1), [False, True, False]
+    return torch.ops.aten.native_group_norm_backward(block, block, zero, one, torch.ones(rows), *shape, wanted)[1]
+
+
+@functools.cache
+def _part(row: int) -> int:
+    """The largest divisor of a row's length that is at most HALF_ROW."""
+    return next(size for size in range(min(row, HALF_ROW), 0, -1) if row % size == 0)
 
 
 def _divided(grad: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:

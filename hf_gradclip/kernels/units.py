@@ -7,6 +7,7 @@ count units, in order; a unit is everything along the other axes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +16,65 @@ from hf_gradclip.kernels import eager
 
 AT_ONCE = 64
 
+Axes = tuple[int, ...]
 
-def sumsq(block: Tensor, kept: tuple[int, ...], divisor_U: Tensor | None = None) -> Tensor:
+
+def sums(
+    blocks: Sequence[Tensor | None],
+    kept: Sequence[Axes],
+    counts: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Sum of squares per unit of all blocks, one after another, shape (sum of counts,); a missing block gives 0.
+
+    Args:
+        blocks: with their logical shapes; None where missing.
+        kept: per block the axes that count units.
+        counts: per block its units.
+        dtype: of the result.
+        device: of the result.
+    """
+    found = [torch.zeros(0, dtype=dtype, device=device)]
+    for block, axes, count in zip(blocks, kept, counts, strict=True):
+        if block is None:
+            found.append(torch.zeros(count, dtype=dtype, device=device))
+        else:
+            found.append(sumsq(block, axes).to(device, dtype, non_blocking=True))
+    return torch.cat(found)
+
+
+def apply_(
+    blocks: Sequence[Tensor | None],
+    kept: Sequence[Axes],
+    counts: Sequence[int],
+    scale_U: Tensor,
+    bound_U: Tensor | None,
+) -> None:
+    """g <- clamp(g * scale, -bound, +bound) by unit, in place; arguments as for `sums`, numbers of its shape."""
+    _each(blocks, kept, counts, scale_U, scale_U != 1, scale_)
+    if bound_U is not None:
+        _each(blocks, kept, counts, bound_U, bound_U < float("inf"), clamp_)
+
+
+def _each(
+    blocks: Sequence[Tensor | None],
+    kept: Sequence[Axes],
+    counts: Sequence[int],
+    value_U: Tensor,
+    asked_U: Tensor,
+    write: Callable[[Tensor, Axes, Tensor], None],
+) -> None:
+    """Write every block, on the CPU only those with a unit of which something is asked."""
+    asked = [1.0] * len(blocks)
+    if asked_U.device.type == "cpu":  # the early exit on CPU
+        asked = torch.segment_reduce(asked_U.float(), "max", lengths=torch.tensor(counts), unsafe=True).tolist()
+    for block, axes, some, values in zip(blocks, kept, asked, value_U.split(list(counts)), strict=True):
+        if block is not None and block.numel() and some > 0:
+            write(block, axes, values)
+
+
+def sumsq(block: Tensor, kept: Axes, divisor_U: Tensor | None = None) -> Tensor:
     """Sum of squares per unit, shape (units,), float64 where the device has it; `divisor_U` divides the units first."""
     if block.numel() == 0:
         return block.new_zeros(_count(block, kept), dtype=_wide(block))
@@ -25,7 +83,7 @@ def sumsq(block: Tensor, kept: tuple[int, ...], divisor_U: Tensor | None = None)
     if kept == tuple(range(len(kept))) and block.is_contiguous():
         rows = block.view(_count(block, kept), -1)
         if block.device.type == "cpu" and block.dtype.itemsize < 4:
-            return eager.moments(rows, rows.shape[1])
+            return eager.row_sums(rows, rows.shape[1])
         dtype = torch.float32 if block.dtype.itemsize < 4 else None
         return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).to(_wide(block)).square()
     if kept[0] == 0:
@@ -35,7 +93,7 @@ def sumsq(block: Tensor, kept: tuple[int, ...], divisor_U: Tensor | None = None)
     return _strided(block, kept)
 
 
-def _strided(block: Tensor, kept: tuple[int, ...]) -> Tensor:
+def _strided(block: Tensor, kept: Axes) -> Tensor:
     """Units that are not one run of memory each: added up a few rows at a time, so that temporaries stay small."""
     others = tuple(axis for axis in range(block.ndim) if axis not in kept)
     along = others[0]
@@ -47,7 +105,7 @@ def _strided(block: Tensor, kept: tuple[int, ...]) -> Tensor:
     return total
 
 
-def max_abs(block: Tensor, kept: tuple[int, ...]) -> Tensor:
+def max_abs(block: Tensor, kept: Axes) -> Tensor:
     """Largest absolute element per unit, shape (units,), of the block's dtype; NaN stays NaN, an empty unit gives 0."""
     if block.numel() == 0:
         return block.new_zeros(_count(block, kept))
@@ -57,10 +115,8 @@ def max_abs(block: Tensor, kept: tuple[int, ...]) -> Tensor:
     return torch.maximum(block.amax(dim=others), -block.amin(dim=others)).reshape(-1)
 
 
-def scale_(block: Tensor, kept: tuple[int, ...], scale_U: Tensor) -> None:
-    """Multiply each unit by its factor, shape (units,). On the CPU nothing is written where all are 1."""
-    if scale_U.device.type == "cpu" and not bool((scale_U != 1).any()):  # the early exit on CPU
-        return
+def scale_(block: Tensor, kept: Axes, scale_U: Tensor) -> None:
+    """Multiply each unit by its factor, shape (units,)."""
     factor = _spread(scale_U, block, kept)
     if block.element_size() >= 4:
         block.mul_(factor)
@@ -71,19 +127,17 @@ def scale_(block: Tensor, kept: tuple[int, ...], scale_U: Tensor) -> None:
         part.copy_(part.float().mul_(some))  # in 16 bits the factor would be rounded with the gradient
 
 
-def clamp_(block: Tensor, kept: tuple[int, ...], bound_U: Tensor) -> None:
-    """Clamp each unit to [-bound, bound], shape (units,). On the CPU nothing is written where all are infinite."""
-    if bound_U.device.type == "cpu" and bool(bound_U.isinf().all()):  # the early exit on CPU
-        return
+def clamp_(block: Tensor, kept: Axes, bound_U: Tensor) -> None:
+    """Clamp each unit to [-bound, bound], shape (units,)."""
     limit = _spread(bound_U, block, kept).to(block.dtype)
     torch.clamp(block, -limit, limit, out=block)
 
 
-def _count(block: Tensor, kept: tuple[int, ...]) -> int:
+def _count(block: Tensor, kept: Axes) -> int:
     return math.prod(block.shape[axis] for axis in kept)
 
 
-def _spread(value_U: Tensor, block: Tensor, kept: tuple[int, ...]) -> Tensor:
+def _spread(value_U: Tensor, block: Tensor, kept: Axes) -> Tensor:
     """One number per unit in a shape that broadcasts over the block; float32, or the block's dtype if that is wider."""
     shape = [size if axis in kept else 1 for axis, size in enumerate(block.shape)]
     return value_U.to(block.device, torch.promote_types(block.dtype, torch.float32), non_blocking=True).view(shape)
