@@ -103,8 +103,12 @@ def _fused_units(
 
 
 def step_kernels(params: Sequence[Tensor]) -> ModuleType | None:
-    """The kernels of an optimizer's step, see `step_triton`; None where plain torch serves."""
-    return _fused(params, params[0].device, "step_triton")
+    """The kernels of an optimizer's step, see `step_triton`; None where plain torch serves.
+
+    Args:
+        params: one at least. Of those with a dtype that the kernels do not take, the caller keeps the step.
+    """
+    return _fused([p for p in params if p.dtype in DTYPES], params[0].device, "step_triton")
 
 
 def _fused(grads: Sequence[Tensor | None], device: torch.device, name: str = "fused_triton") -> ModuleType | None:

@@ -66,6 +66,8 @@ def launches(monkeypatch) -> list[str]:
     """The rule of every step that Triton made."""
     seen: list[str] = []
     if INTERPRETED:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert kernels.step_kernels([torch.zeros(1, dtype=dtype)]) is step_triton  # the check at first use
         step = step_triton.step_
         monkeypatch.setattr(step_triton, "step_", lambda rule, *rest: (step(rule, *rest), seen.append(rule.name)))
     return seen
