@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.fold import Fold
+from hf_gradclip.kernels.graphed import Graphed
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
-from hf_gradclip.strategy import SpecError, State, describe, flatten, name_of, parts_of, unflatten, where
+from hf_gradclip.strategy import SpecError, State, Strategy, describe, flatten, name_of, parts_of, unflatten, where
 from hf_gradclip.types import ClipPlan, NormStats
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import GradientView, UnsupportedBackendError
@@ -86,6 +88,7 @@ class Clipper:
         self.recorder: Recorder | None = None
         self._prefix = prefix
         self._fold: Fold | None = None
+        self._judge = Graphed(functools.partial(judge, config.gradient))
         self.reset()
 
     @classmethod
@@ -221,17 +224,7 @@ class Clipper:
                     "Trainer and attach() do so by themselves."
                 )
             stats = replace(stats, loss=loss.detach().to(device=layout.device, dtype=layout.dtype))
-        plan, new = self.config.gradient.update(stats, self.state)
-        finite = stats.total.isfinite()
-        self.state = where(finite, new, self.state)
-
-        scale_S = torch.where(finite, plan.scale_S, 1.0)
-        bound_S = None if plan.bound_S is None else torch.where(finite, plan.bound_S, float("inf"))
-        plan = replace(plan, scale_S=scale_S, bound_S=bound_S)
-        action = plan.clipped_S.any().to(torch.uint8) * CLIP
-        if plan.skip is not None:
-            action = torch.where(plan.skip, SKIP, action)
-        action = torch.where(finite, action, NONFINITE)
+        plan, finite, action, self.state = self._judge(stats, self.state)
         return Decision(stats, plan, finite, action, local)
 
     def settle(self, decision: Decision) -> tuple[Decision, int]:
@@ -366,6 +359,19 @@ class Clipper:
         if any(saved["state"][key].shape != value.shape for key, value in mine.items()):
             return f"The checkpoint's clip state is of {saved['spec']}, of another size, so {word} starts anew."
         return ""
+
+
+def judge(strategy: Strategy, stats: NormStats, state: State) -> tuple[ClipPlan, Tensor, Tensor, State]:
+    """A step's plan, whether its norm is finite, its action, and the state to keep; see Decision. Pure."""
+    plan, new = strategy.update(stats, state)
+    finite = stats.total.isfinite()
+    scale_S = torch.where(finite, plan.scale_S, 1.0)
+    bound_S = None if plan.bound_S is None else torch.where(finite, plan.bound_S, float("inf"))
+    plan = replace(plan, scale_S=scale_S, bound_S=bound_S)
+    action = plan.clipped_S.any().to(torch.uint8) * CLIP
+    if plan.skip is not None:
+        action = torch.where(plan.skip, SKIP, action)
+    return plan, finite, torch.where(finite, action, NONFINITE), where(finite, new, state)
 
 
 def _culprits(stats: NormStats) -> str:

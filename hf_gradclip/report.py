@@ -9,9 +9,12 @@ import sys
 import torch
 from torch import Tensor
 
+from hf_gradclip.kernels.graphed import Graphed
 from hf_gradclip.types import ClipPlan, NormStats
 
 logger = logging.getLogger("hf_gradclip")
+
+Meters = dict[str, Tensor]
 
 ZERO_STEPS = 10
 _FOLD = 512
@@ -50,56 +53,34 @@ class ClipReport:
         self.device = device
         self._prefix = prefix
         self._zero = torch.zeros((), dtype=dtype, device=device)
+        self._at: Meters = {}
         self._norms: list[Tensor] = []
         self._all_norms: list[float] = []
         self._run = dict.fromkeys(("steps", "clipped", "skipped", "nonfinite"), 0)
         self._last: dict[str, float] = {}
         self._warned_zero = False
+        self._added = Graphed(added)
         self.last: NormStats | None = None
         self._clear()
 
     def _clear(self) -> None:
         self._sums = dict.fromkeys(("steps", "clipped", "tensors", "tensor_steps", "skipped", "nonfinite"), self._zero)
-        self._at: dict[str, Tensor] = {}
+        self._at = {key: torch.full_like(self._zero, float("nan")) for key in self._at}
         self._norms = []
 
     def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor) -> None:
         """Count one step. All arguments are on the device; `finite` and `skipped` are 0-d bools."""
         self.last = stats
-        applied = finite & ~skipped
-        layout = stats.layout
-        clipped_P = clipped_S = (plan.clipped_S & applied).expand(len(layout))
-        if layout.unit_S is not None:
-            clipped_P = (
-                self._zero.new_zeros(len(layout.names)).index_add(0, layout.param_S, clipped_S.to(self._zero)) > 0
-            )
-        self._count("steps", torch.ones_like(self._zero))
-        self._count("clipped", clipped_P.any())
-        self._count("tensors", clipped_P.sum())
-        self._count("tensor_steps", torch.full_like(self._zero, len(layout.names)))
-        self._count("skipped", skipped)
-        self._count("nonfinite", ~finite)
-        self._norms.append(torch.where(finite, stats.total, float("nan")))
+        self._sums, self._at, norm = self._added(self._sums, self._at, stats, plan, finite, skipped)
+        self._norms.append(norm)
         if len(self._norms) >= _FOLD:
             self._norms = [torch.cat([norm.view(-1) for norm in self._norms])]
-        self._keep("norm_in", stats.total, applied)
-        unknown = plan.bound_S is not None and (plan.bound_S < float("inf")).any()
-        post = stats.scaled(plan.scale_S).total
-        self._keep("norm_post", torch.where(unknown, float("nan"), post) if torch.is_tensor(unknown) else post, applied)
-        if plan.threshold is not None:
-            self._keep("threshold", plan.threshold, finite)
 
     def add_overflow(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""
         for key in ("steps", "skipped", "nonfinite"):
-            self._count(key, torch.ones_like(self._zero))
+            self._sums[key] = self._sums[key] + 1
         self._norms.append(torch.full_like(self._zero, float("nan")))
-
-    def _count(self, key: str, value: Tensor) -> None:
-        self._sums[key] = self._sums[key] + value
-
-    def _keep(self, key: str, value: Tensor, when: Tensor) -> None:
-        self._at[key] = torch.where(when, value, self._at.get(key, torch.full_like(self._zero, float("nan"))))
 
     def scalars(self) -> dict[str, float]:
         """The keys above, since the last call; empty if no step was counted. One host read."""
@@ -151,7 +132,7 @@ class ClipReport:
         finite = [norm for norm in values[len(keys) :] if norm == norm]
         for key in self._run:
             self._run[key] += int(read[key])
-        self._last |= {key: read[key] for key in self._at}
+        self._last |= {key: read[key] for key in self._at if read[key] == read[key]}
         self._check_zero(finite)
         self._all_norms += finite
         read["norm_mean"] = sum(finite) / len(finite) if finite else float("nan")
@@ -173,3 +154,31 @@ class ClipReport:
                     ZERO_STEPS,
                 )
                 return
+
+
+def added(
+    sums: Meters, at: Meters, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor
+) -> tuple[Meters, Meters, Tensor]:
+    """The counts with one more step, what is kept of the last steps, and the step's norm, NaN if not finite. Pure."""
+    applied = finite & ~skipped
+    layout, zero = stats.layout, torch.zeros_like(stats.total)
+    clipped_P = clipped_S = (plan.clipped_S & applied).expand(len(layout))
+    if layout.unit_S is not None:
+        clipped_P = zero.new_zeros(len(layout.names)).index_add(0, layout.param_S, clipped_S.to(zero)) > 0
+    sums = {
+        "steps": sums["steps"] + 1,
+        "clipped": sums["clipped"] + clipped_P.any(),
+        "tensors": sums["tensors"] + clipped_P.sum(),
+        "tensor_steps": sums["tensor_steps"] + len(layout.names),
+        "skipped": sums["skipped"] + skipped,
+        "nonfinite": sums["nonfinite"] + ~finite,
+    }
+    post = stats.scaled(plan.scale_S).total
+    if plan.bound_S is not None:
+        post = torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)
+    now = {"norm_in": (stats.total, applied), "norm_post": (post, applied)}
+    if plan.threshold is not None:
+        now["threshold"] = (plan.threshold, finite)
+    unknown = torch.full_like(zero, float("nan"))
+    kept = {key: torch.where(when, value, at.get(key, unknown)) for key, (value, when) in now.items()}
+    return sums, at | kept, torch.where(finite, stats.total, float("nan"))

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_gradclip import Clipper
+from hf_gradclip.kernels import graphed
+
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -142,6 +145,32 @@ class TestUnits:
         by_unit.apply_(blocks, kept, counts, scale_U, None)
         torch.cuda.set_sync_debug_mode("default")
         assert all(map(torch.equal, blocks, expected))
+
+
+@pytest.mark.parametrize("spec", ["zclip:warmup_steps=3,z_threshold=0.5", "adagc:warmup_steps=3", "agc:eps=5"])
+def test_a_decision_as_a_graph(kernels, no_waiting, monkeypatch, spec):
+    """The bits of the same operations launched one by one; only the skip flag would be read, and `pass` needs none."""
+    found = []
+    for asked in ("0", "1"):
+        monkeypatch.setenv(graphed.VARIABLE, asked)
+        generator = torch.Generator(device()).manual_seed(0)
+        model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)]).to(device())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(generator=generator)
+        clipper = Clipper.for_model(model, spec, nonfinite="pass")
+        seen = []
+        for step in range(30):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, device=device()) * (5 if step % 7 == 6 else 1)
+            torch.cuda.set_sync_debug_mode("error" if step > 10 else "default")
+            seen.append(clipper.step())
+            seen += [p.grad for p in model.parameters()]
+        torch.cuda.set_sync_debug_mode("default")
+        assert (clipper._judge._replay is not None) == (asked == "1")
+        found.append((seen, clipper.report.summary()))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert found[0][1] == found[1][1]
 
 
 def test_addresses_that_change_while_the_device_is_busy(kernels):
