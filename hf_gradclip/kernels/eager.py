@@ -89,36 +89,30 @@ def _row_norms(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _half(grads: list[Tensor]) -> Tensor:
-    """Sums of 16-bit gradients on the CPU, small ones of one size together."""
+    """Sums of 16-bit gradients on the CPU; small ones are converted."""
     sums = torch.zeros(len(grads), dtype=torch.float64)
-    alike: dict[int, Placed] = {}
-    large: Placed = []
+    small, norms, large, found, lengths = [], [], [], [], []
     for i, grad in enumerate(grads):
-        size = grad.numel()
-        if size > SMALL:
-            large.append((i, grad.view(-1)))
-        elif size:
-            alike.setdefault(size, []).append((i, grad))
-    found, lengths = [], []
-    for _, flat in large:
+        if grad.numel() <= SMALL:
+            small.append(i)
+            norms.append(torch.linalg.vector_norm(grad.float()))
+            continue
+        flat = grad.view(-1)
         rest = len(flat) % HALF_ROW
         found.append(_products(flat[: len(flat) - rest], HALF_ROW))
         if rest:
             found.append(_products(flat[-rest:], rest))
+        large.append(i)
         lengths.append(-(-len(flat) // HALF_ROW))
+    if small:
+        sums[torch.tensor(small)] = torch.stack(norms).double().square()
     if large:
         rows = torch.cat(found).double()
         added = torch.segment_reduce(rows, "sum", lengths=torch.tensor(lengths), unsafe=True)
-        sums[torch.tensor([i for i, _ in large])] = added
-        for (i, flat), lost in zip(large, added.isnan().tolist(), strict=True):
+        sums[torch.tensor(large)] = added
+        for i, lost in zip(large, added.isnan().tolist(), strict=True):
             if lost:
-                sums[i] = sum(part.double().square().sum() for part in flat.split(CHUNK))
-    for size, group in alike.items():
-        count = CHUNK // size
-        for start in range(0, len(group), count):
-            some = group[start : start + count]
-            block = torch.cat([grad.view(-1) for _, grad in some])
-            sums[torch.tensor([i for i, _ in some])] = row_sums(block, size)
+                sums[i] = sum(part.double().square().sum() for part in grads[i].view(-1).split(CHUNK))
     return sums
 
 

@@ -83,8 +83,10 @@ def sumsq(block: Tensor, kept: Axes, divisor_U: Tensor | None = None) -> Tensor:
     if kept == tuple(range(len(kept))) and block.is_contiguous():
         rows = block.view(_count(block, kept), -1)
         if block.device.type == "cpu" and block.dtype.itemsize < 4:
-            return eager.row_sums(rows, rows.shape[1])
-        dtype = torch.float32 if block.dtype.itemsize < 4 else None
+            if block.numel() > eager.SMALL:
+                return eager.row_sums(rows, rows.shape[1])
+            rows = rows.float()
+        dtype = torch.float32 if rows.dtype.itemsize < 4 else None
         return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).to(_wide(block)).square()
     if kept[0] == 0:
         inner = tuple(axis - 1 for axis in kept[1:])

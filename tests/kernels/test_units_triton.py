@@ -114,7 +114,7 @@ class TestBlocks:
         assert nothing.tolist() == [0.0] * 3
         units_triton.apply_([None], [(0,)], [3], torch.zeros(3), None)
 
-    @settings(deadline=None, max_examples=15, database=None, derandomize=True)
+    @settings(deadline=None, max_examples=6, database=None, derandomize=True)
     @given(st.data())
     def test_any_set(self, data):
         kinds = data.draw(
@@ -126,7 +126,7 @@ class TestBlocks:
                     st.booleans(),
                 ),
                 min_size=1,
-                max_size=5,
+                max_size=4,
             )
         )
         blocks = [guarded(shape, dtype, start, seed) for seed, (dtype, start, shape, _) in enumerate(kinds)]
