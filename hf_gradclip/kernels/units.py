@@ -35,13 +35,22 @@ def sums(
         dtype: of the result.
         device: of the result.
     """
-    found = [torch.zeros(0, dtype=dtype, device=device)]
-    for block, axes, count in zip(blocks, kept, counts, strict=True):
+    found: dict[int, Tensor] = {}
+    alike: dict[tuple[torch.dtype, int], list[tuple[int, Tensor]]] = {}
+    for i, (block, axes, count) in enumerate(zip(blocks, kept, counts, strict=True)):
         if block is None:
-            found.append(torch.zeros(count, dtype=dtype, device=device))
+            found[i] = torch.zeros(count, dtype=dtype, device=device)
+        elif block.device.type == "cpu" and 0 < block.numel() <= eager.SMALL and _are_lines(block, axes):
+            alike.setdefault((block.dtype, block.numel() // count), []).append((i, block.view(-1)))
         else:
-            found.append(sumsq(block, axes).to(device, dtype, non_blocking=True))
-    return torch.cat(found)
+            found[i] = sumsq(block, axes).to(device, dtype, non_blocking=True)
+    for (_, length), group in alike.items():  # copied together: less than a call for each
+        parts = [sumsq(copy.view(-1, length), (0,)) for copy in eager.together([flat for _, flat in group])]
+        sums_U = torch.cat(parts).to(device, dtype, non_blocking=True)
+        places = [i for i, _ in group]
+        found |= zip(places, sums_U.split([counts[i] for i in places]), strict=True)
+    empty = torch.zeros(0, dtype=dtype, device=device)
+    return torch.cat([empty, *(found[i] for i in range(len(blocks)))])
 
 
 def apply_(
@@ -80,19 +89,22 @@ def sumsq(block: Tensor, kept: Axes, divisor_U: Tensor | None = None) -> Tensor:
         return block.new_zeros(_count(block, kept), dtype=_wide(block))
     if divisor_U is not None:
         block = block.to(torch.promote_types(block.dtype, torch.float32)) / _spread(divisor_U, block, kept)
-    if kept == tuple(range(len(kept))) and block.is_contiguous():
+    if _are_lines(block, kept):
         rows = block.view(_count(block, kept), -1)
         if block.device.type == "cpu" and block.dtype.itemsize < 4:
-            if block.numel() > eager.SMALL:
-                return eager.row_sums(rows, rows.shape[1])
-            rows = rows.float()
-        dtype = torch.float32 if rows.dtype.itemsize < 4 else None
+            return eager.row_sums(rows, rows.shape[1])
+        dtype = torch.float32 if block.dtype.itemsize < 4 else None
         return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).to(_wide(block)).square()
     if kept[0] == 0:
         inner = tuple(axis - 1 for axis in kept[1:])
         if inner:
             return torch.cat([sumsq(part, inner) for part in block])
     return _strided(block, kept)
+
+
+def _are_lines(block: Tensor, kept: Axes) -> bool:
+    """Whether each unit is one run of memory, one after another."""
+    return kept == tuple(range(len(kept))) and block.is_contiguous()
 
 
 def _strided(block: Tensor, kept: Axes) -> Tensor:
@@ -123,10 +135,11 @@ def scale_(block: Tensor, kept: Axes, scale_U: Tensor) -> None:
     if block.element_size() >= 4:
         block.mul_(factor)
         return
-    rows = max(1, eager.CHUNK // max(1, math.prod(block.shape[1:])))
+    rows = min(block.shape[0], max(1, eager.CHUNK // math.prod(block.shape[1:])))
     factors = factor.split(rows) if 0 in kept else [factor] * -(-block.shape[0] // rows)
-    for part, some in zip(block.split(rows), factors, strict=True):
-        part.copy_(part.float().mul_(some))  # in 16 bits the factor would be rounded with the gradient
+    buffer = torch.empty(rows, *block.shape[1:], dtype=torch.float32, device=block.device)
+    for part, some in zip(block.split(rows), factors, strict=True):  # in 16 bits a factor would be rounded
+        part.copy_(buffer[: len(part)].copy_(part).mul_(some))
 
 
 def clamp_(block: Tensor, kept: Axes, bound_U: Tensor) -> None:
