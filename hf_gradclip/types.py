@@ -114,10 +114,13 @@ class NormStats:
             return self
 
         def folded(vector_S: Tensor | None, how: str) -> Tensor | None:
-            """Always in the same order, so that ranks with the same numbers decide the same."""
+            """In the same order every time on a GPU too, so that ranks with the same numbers decide the same."""
             if vector_S is None:
                 return None
-            return torch.segment_reduce(vector_S, how, lengths=layout.segments_P, initial=0, unsafe=True)
+            if vector_S.device.type in ("cpu", "cuda"):
+                return torch.segment_reduce(vector_S, how, lengths=layout.segments_P, initial=0, unsafe=True)
+            zero_P = vector_S.new_zeros(len(layout.names))
+            return zero_P.scatter_reduce(0, layout.param_S, vector_S, {"sum": "sum", "max": "amax"}[how])
 
         sumsq_P, weight_sumsq_P = folded(self.sumsq_S, "sum"), folded(self.weight_sumsq_S, "sum")
         assert sumsq_P is not None

@@ -108,7 +108,7 @@ def _half(grads: list[Tensor]) -> Tensor:
         order += [i for i, _ in group]
         lengths += [flat.numel() // max(row, 1) for _, flat in group]
         found += [_products(copy, row) for copy in together([flat for _, flat in group])]
-    rows = torch.cat(found).double()
+    rows = torch.cat([torch.zeros(0), *found]).double()
     sums = torch.empty(len(grads), dtype=torch.float64)
     sums[torch.tensor(order)] = torch.segment_reduce(rows, "sum", lengths=torch.tensor(lengths), unsafe=True)
     for i in sums.isnan().nonzero().view(-1).tolist():
