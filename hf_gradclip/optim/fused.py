@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,15 @@ from hf_gradclip.kernels.rule import Memory, Rule
 from hf_gradclip.kernels.table import upload
 from hf_gradclip.types import ClipPlan, NormStats
 
-if TYPE_CHECKING:
-    from hf_gradclip.optim.clipped import ClippedOptimizer
+
+class Steps(Protocol):
+    """What is used of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    clipper: Clipper | None
+    update_clipper: Clipper | None
+
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory] | None: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Job:
     places: tuple[tuple[int, int], ...]
 
 
-def kernels_of(optimizer: ClippedOptimizer) -> ModuleType | None:
+def kernels_of(optimizer: Steps) -> ModuleType | None:
     """The kernels, if they can clip as this optimizer's clippers do: with numbers per parameter, on one device."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not params or (found := kernels.step_kernels(params)) is None:
@@ -55,9 +62,7 @@ def kernels_of(optimizer: ClippedOptimizer) -> ModuleType | None:
     return found if len(devices) == 1 else None
 
 
-def step_(
-    optimizer: ClippedOptimizer, found: ModuleType, plan: ClipPlan | None
-) -> tuple[list[dict[str, Any]], ClipPlan | None]:
+def step_(optimizer: Steps, found: ModuleType, plan: ClipPlan | None) -> tuple[list[dict[str, Any]], ClipPlan | None]:
     """Step every group that the kernels serve, unless the updates' clipper skips the step.
 
     Args:
@@ -92,7 +97,7 @@ def step_(
     return left, after
 
 
-def _jobs(optimizer: ClippedOptimizer, found: ModuleType) -> tuple[list[Job], list[dict[str, Any]]]:
+def _jobs(optimizer: Steps, found: ModuleType) -> tuple[list[Job], list[dict[str, Any]]]:
     """What the kernels serve, and the groups that they do not."""
     first, second = _places(optimizer.clipper), _places(optimizer.update_clipper)
     jobs, left = [], []
