@@ -95,18 +95,20 @@ def _half(grads: list[Tensor]) -> Tensor:
     lengths: list[int] = []
     alike: dict[int, Placed] = {}
     for i, grad in enumerate(grads):
-        flat, rest = grad.view(-1), grad.numel() % HALF_ROW
-        if len(flat) <= HALF_ROW or (rest == 0 and len(flat) <= SMALL):
-            alike.setdefault(min(len(flat), HALF_ROW), []).append((i, flat))
+        size = grad.numel()
+        flat, rest = grad.view(-1), size % HALF_ROW
+        if size <= HALF_ROW or (rest == 0 and size <= SMALL):
+            row = min(max(size, 1), HALF_ROW)
+            alike.setdefault(row, []).append((i, flat))
             continue
-        found.append(_products(flat[: len(flat) - rest], HALF_ROW))
+        found.append(_products(flat[: size - rest], HALF_ROW))
         if rest:
             found.append(_products(flat[-rest:], rest))
         order.append(i)
-        lengths.append(-(-len(flat) // HALF_ROW))
+        lengths.append(-(-size // HALF_ROW))
     for row, group in alike.items():
         order += [i for i, _ in group]
-        lengths += [flat.numel() // max(row, 1) for _, flat in group]
+        lengths += [flat.numel() // row for _, flat in group]
         found += [_products(copy, row) for copy in together([flat for _, flat in group])]
     rows = torch.cat([torch.zeros(0), *found]).double()
     sums = torch.empty(len(grads), dtype=torch.float64)
@@ -116,19 +118,18 @@ def _half(grads: list[Tensor]) -> Tensor:
     return sums
 
 
-def together(flats: Sequence[Tensor]) -> Iterator[Tensor]:
+def together(flats: list[Tensor]) -> Iterator[Tensor]:
     """Small flat tensors one after another in a buffer, a buffer full at a time; each is overwritten by the next."""
-    buffer = flats[0].new_empty(min(CHUNK, sum(map(len, flats))))
-    batch: list[Tensor] = []
-    size = 0
-    for flat in flats:
-        if size + len(flat) > len(buffer):
-            yield torch.cat(batch, out=buffer[:size])
-            batch, size = [], 0
-        batch.append(flat)
-        size += len(flat)
-    if size:
-        yield torch.cat(batch, out=buffer[:size])
+    sizes = [flat.numel() for flat in flats]
+    buffer = flats[0].new_empty(min(CHUNK, sum(sizes)))
+    room, first, filled = buffer.numel(), 0, 0
+    for i, size in enumerate(sizes):
+        if filled + size > room:
+            yield torch.cat(flats[first:i], out=buffer[:filled])
+            first, filled = i, 0
+        filled += size
+    if filled:
+        yield torch.cat(flats[first:], out=buffer[:filled])
 
 
 def row_sums(memory: Tensor, row: int) -> Tensor:
