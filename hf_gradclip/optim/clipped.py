@@ -138,6 +138,7 @@ class ClippedOptimizer(Optimizer, ABC):
         if self._specs and not self._watches_all():
             logger.warning("%s: the set of parameters changed, so the clip state starts anew.", type(self).__name__)
             self._make_clippers()
+        self._settle()
         found = fused.kernels_of(self)
         plan = after = None
         if self.clipper is not None:
@@ -180,6 +181,15 @@ class ClippedOptimizer(Optimizer, ABC):
             for group, params, grads in written:
                 _go(group, params, Direction(grads, None, [1.0] * len(grads)))
         return loss
+
+    def _settle(self) -> None:
+        """Add up over ranks the gradients that are parts of a sum: sequence parallelism leaves some so."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if hasattr(p.grad, "placements"):
+                    from hf_gradclip.views.dtensor import settle_placements
+
+                    settle_placements(p)
 
     def _watches_all(self) -> bool:
         """False after a group was added, or a wrapper (FSDP2 by Accelerate) put other parameters into the groups."""

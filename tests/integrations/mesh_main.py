@@ -1,4 +1,4 @@
-"""Run on four ranks: HSDP, tensor parallel, and FSDP x TP through Clipper, what rank 0 found to a file."""
+"""Run on four ranks: HSDP, tensor parallel, FSDP x TP through Clipper, sequence parallel through AdamW; to a file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-from hf_gradclip import Clipper
+from hf_gradclip import Clipper, optim
 from hf_gradclip.views.view import UnsupportedBackendError
 
 STRATEGIES = {
@@ -24,6 +24,7 @@ STRATEGIES = {
     "agc": "agc:clip_factor=3",
 }
 LAYOUTS = ("hsdp", "tp", "fsdp_tp")
+UNSETTLED = {"nothing clipped": {}, "update clipped": {"update_clip": "block_rms:max_rms=0.7"}}
 FLAT = ("fsdp1", "fsdp1_original_parameters")
 WHOLE = ("global_norm", "value", "zclip")
 STEPS = 8
@@ -95,6 +96,24 @@ def laid_out(layout: str) -> tuple[torch.nn.Module, int, int]:
     return model, mesh["dp"].get_local_rank(), 2
 
 
+def unsettled(options: dict[str, Any], mesh: DeviceMesh | None = None) -> torch.Tensor:
+    """The weights of a layer whose gradients are parts of a sum, each rank's over its part of the sequence."""
+    torch.manual_seed(0)
+    model = torch.nn.LayerNorm(6)
+    if mesh is not None:
+        parallelize_module(model, mesh, SequenceParallel(sequence_dim=0))
+    optimizer = optim.AdamW(model.parameters(), lr=0.05, eps=1e-3, **options)
+    for step in range(STEPS):
+        x, size = torch.randn(8, 6) + 1, 1.0 + (step % 3)
+        loss = (size * model(x if mesh is None else distribute_tensor(x, mesh, [Shard(0)]))).exp().mean()
+        (loss if mesh is None else loss.full_tensor()).backward()
+        assert mesh is None or model.weight.grad.placements == (Partial(),)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([w.detach() for w in weights])
+
+
 def spreads() -> dict[str, list[float | None]]:
     """What a replica check sees after two steps: as they are, and after one rank of four has changed a gradient."""
     found: dict[str, list[float | None]] = {}
@@ -135,6 +154,8 @@ if __name__ == "__main__":
             except UnsupportedBackendError as error:
                 found[f"{layout} {word}"] = str(error)
     found["spreads"] = spreads()
+    line = init_device_mesh("cpu", (4,))
+    found["unsettled"] = {word: unsettled(options, line) for word, options in UNSETTLED.items()}
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
     dist.barrier()

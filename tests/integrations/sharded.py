@@ -70,12 +70,12 @@ UPDATES = {
 }
 
 
-def launch(ranks: int, module: str, out: Path, *words: str) -> dict[str, Any]:
-    """Start a module on several ranks; what its rank 0 wrote."""
+def launch(ranks: int, module: str, out: Path, *words: str, **variables: str) -> dict[str, Any]:
+    """Start a module on several ranks, with these variables in the environment; what its rank 0 wrote."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
         [*command, "-m", f"tests.integrations.{module}", str(out), *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=580,
+        cwd=ROOT, capture_output=True, text=True, timeout=580, env={**os.environ, **variables},
     )  # fmt: skip
     assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
     return torch.load(out, weights_only=False)

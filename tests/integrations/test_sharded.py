@@ -325,7 +325,10 @@ def test_fp16_under_deepspeed(tmp_path, reference) -> None:
 
 @pytest.mark.dist
 def test_meshes(tmp_path) -> None:
-    """HSDP, tensor parallel with plain parameters beside it, FSDP x TP, and FSDP1, on four ranks through Clipper."""
+    """HSDP, tensor parallel with plain parameters beside it, FSDP x TP, and FSDP1, on four ranks through Clipper.
+
+    And sequence parallel under AdamW, which clips no gradient and must add them up itself.
+    """
     found = launch(4, "mesh_main", tmp_path / "out")
     for word, spec in mesh_main.STRATEGIES.items():
         expected = mesh_main.fit(mesh_main.Block(), spec)
@@ -347,3 +350,7 @@ def test_meshes(tmp_path) -> None:
     assert same == 0.0
     assert changed == pytest.approx(0.01 / 1.01, rel=1e-3), "a replica whose gradient is 1 % larger"
     assert found["spreads"]["tp"] == [None, None], "nothing that is reduced is held twice"
+    free, limited = (mesh_main.unsettled(options) for options in mesh_main.UNSETTLED.values())
+    assert (free - limited).abs().max() > 1e-3
+    for word, expected in zip(mesh_main.UNSETTLED, (free, limited), strict=True):
+        assert (found["unsettled"][word] - expected).abs().max() < 1e-6, f"sequence parallelism, {word}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_gradclip.kernels.rule import Memory, Rule
 from hf_gradclip.types import ClipPlan
+from tests.kernels.guards import Guards, Torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -157,6 +158,56 @@ class TestMeasure:
         want = torch.stack([g.double().square().sum() for g in grads])
         torch.testing.assert_close(sumsq_S, want, rtol=1e-6, atol=0)
         assert max_S.tolist() == [float(grads[0][0]), float(grads[1][0]), 0, 0]
+
+
+KINDS = [(F32,) * 5, (BF16,) * 5, (BF16, BF16, F32, F32, F32)]
+"""Of weight, gradient and moments."""
+
+
+@pytest.mark.parametrize(("chunk", "offset"), [*((1 << 12, offset) for offset in range(10)), (1 << 14, 5)])
+class TestGuards:
+    """Around every tensor, of sizes about a word, a step and a chunk; the last chunk is the one in use.
+
+    From size to size dtypes change, and whether the tensors begin at one place in a word or each at another, where they
+    do not move in words.
+    """
+
+    __test__ = INTERPRETED
+
+    def made(self, guards: Guards, chunk: int, offset: int) -> Memory:
+        rows = []
+        for i, size in enumerate(sorted({1, 7, 8, 9, 4095, 4097, chunk - 1, chunk + 3})):
+            dtypes, apart = KINDS[(i + offset) % len(KINDS)], (i + offset) % 2
+            noise = torch.rand((len(dtypes), size), generator=torch.Generator().manual_seed(i)) + 0.1
+            rows.append([guards.place(noise[j].to(dtype), offset + j * apart) for j, dtype in enumerate(dtypes)])
+        return Memory(*map(list, zip(*rows, strict=True)))
+
+    def arguments(self, memory: Memory) -> tuple[Rule, Memory, tuple[tuple[int, int], ...], ClipPlan]:
+        """Of a step that would change 7 wherever it stood."""
+        count = len(memory.weights)
+        return rule(terms=[TERMS[1]] * count), memory, ((0, 0),) * count, ClipPlan(torch.tensor(0.5))
+
+    def test_nothing_else_is_written(self, chunk, offset, monkeypatch):
+        monkeypatch.setattr(step_triton, "CHUNK", chunk)
+        guards = Guards(7.0)
+        memory = self.made(guards, chunk, offset)
+        before = [tensor.clone() for tensor in memory.weights]
+        step_triton.step_(*self.arguments(memory), None)
+        guards.assert_kept()
+        for weight, old in zip(memory.weights, before, strict=True):
+            assert (weight < old).all()
+
+    def test_nothing_else_is_counted(self, chunk, offset, monkeypatch):
+        """The results too, and what they are added up from, lie between guards."""
+        monkeypatch.setattr(step_triton, "CHUNK", chunk)
+        guards = Guards(math.nan)
+        memory = self.made(guards, chunk, offset)
+        tensors = guards.placed
+        monkeypatch.setattr(step_triton, "torch", Torch(guards))
+        found = step_triton.measure(*self.arguments(memory))
+        assert all(vector_S.isfinite().all() and (vector_S > 0).all() for vector_S in found)
+        assert guards.placed == tensors + 4
+        guards.assert_kept()
 
 
 class TestNumbers:

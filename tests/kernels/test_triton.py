@@ -22,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.guards import Guards, Torch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from hf_gradclip.kernels import fused_triton, table
@@ -248,6 +250,42 @@ class TestApply:
         fused_triton.apply_(grads, torch.ones((), dtype=torch.float64), torch.full((2,), math.inf))
         assert_same(grads[0], want[0])
         assert_same(grads[1], want[1])
+
+
+@pytest.mark.parametrize(("chunk", "offset"), [*((1 << 12, offset) for offset in range(10)), (1 << 16, 5)])
+class TestGuards:
+    """Around every tensor, of sizes about a word, a block and a chunk; the last chunk is the one in use.
+
+    The dtype changes from size to size.
+    """
+
+    __test__ = INTERPRETED
+
+    def made(self, guards: Guards, chunk: int, offset: int) -> list[Tensor]:
+        sizes = enumerate(sorted({1, 7, 8, 9, 4095, 4097, chunk - 1, chunk + 3}))
+        return [guards.place(randn(size, DTYPES[(i + offset) % 3], seed=i), offset) for i, size in sizes]
+
+    def test_nothing_else_is_written(self, chunk, offset, monkeypatch):
+        set_chunk(monkeypatch, chunk)
+        guards = Guards(7.0)
+        grads = self.made(guards, chunk, offset)
+        scale_S = torch.linspace(0.1, 0.8, len(grads))
+        bound_S = torch.tensor([0.5, math.inf] * 4)[: len(grads)]
+        want = [wanted(g, scale, float(bound)) for g, scale, bound in zip(grads, scale_S, bound_S, strict=True)]
+        fused_triton.apply_(grads, scale_S, bound_S)
+        guards.assert_kept()
+        for got, expected in zip(grads, want, strict=True):
+            assert_same(got, expected)
+
+    def test_nothing_else_is_counted(self, chunk, offset, monkeypatch):
+        """The results too, and what they are added up from, lie between guards."""
+        set_chunk(monkeypatch, chunk)
+        guards = Guards(math.nan)
+        grads = self.made(guards, chunk, offset)
+        monkeypatch.setattr(fused_triton, "torch", Torch(guards))
+        assert_statistics(grads)
+        assert guards.placed == len(grads) + 4
+        guards.assert_kept()
 
 
 class TestTable:
