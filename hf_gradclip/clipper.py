@@ -339,7 +339,7 @@ class Clipper:
         flat = {key: value.clone() for key, value in saved["state"].items()}
         if saved["names"] != list(self._layout.names):
             place = {name: i for i, name in enumerate(saved["names"])}
-            order = torch.tensor([place[name] for name in self._layout.names])
+            order = torch.tensor([place[name] for name in self._layout.names], device="cpu")
             flat = {key: value[order] if key.endswith("_S") else value for key, value in flat.items()}
         mine = flatten(self.state)
         flat = {key: value.to(device=mine[key].device, dtype=mine[key].dtype) for key, value in flat.items()}

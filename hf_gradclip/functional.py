@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_gradclip.kernels import eager
 from hf_gradclip.strategy import Needs, limit_scale
 from hf_gradclip.types import Layout
-from hf_gradclip.views.parameters import measure, writable
+from hf_gradclip.views.parameters import gradients_of, measure
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def clip_grad_norm_(
     if not present:
         return torch.tensor(0.0)
 
-    grads = [writable(p) for p in present]
+    grads = gradients_of(present)
     device = next(p.grad.device for p in present if p.grad is not None)
     layout = Layout.of_parameters(tuple(map(str, range(len(grads)))), [p.numel() for p in present], device)
     if order == 2.0:

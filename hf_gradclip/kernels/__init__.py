@@ -115,8 +115,10 @@ def _fused(grads: Sequence[Tensor | None], device: torch.device, name: str = "fu
     """The Triton kernels in a file of this folder, where they run, have been checked, and take these tensors."""
     if not _runs(device):
         return None
-    dtypes = {g.dtype for g in grads if g is not None}
-    if not dtypes or not dtypes.issubset(DTYPES) or any(g is not None and g.device != device for g in grads):
+    present = [g for g in grads if g is not None]
+    dtypes = {g.dtype for g in present}
+    elsewhere = set(map(Tensor.get_device, present)) - {-1 if device.type == "cpu" else device.index}
+    if not dtypes or not dtypes.issubset(DTYPES) or elsewhere:
         return None
     try:
         found = importlib.import_module(f"hf_gradclip.kernels.{name}")

@@ -9,7 +9,9 @@ products up in float32, gives the sum at a bandwidth that conversion to a float3
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def sumsq(grads: Sequence[Tensor | None], divisors: Tensor | None, dtype: torch.
         device: of the result.
     """
     present = [grad for grad in grads if grad is not None]
-    if divisors is None and len(present) == len(grads) and len({(grad.device, grad.dtype) for grad in present}) == 1:
+    if divisors is None and len(present) == len(grads) and _alike(present):
         return _sums(present).to(device=device, dtype=dtype)
     groups: dict[tuple[torch.device, torch.dtype], Placed] = {}
     sums = torch.zeros(len(grads), dtype=dtype, device=device)
@@ -63,6 +65,11 @@ Placed = list[tuple[int, Tensor]]
 """Gradients with their places among others."""
 
 
+def _alike(grads: list[Tensor]) -> bool:
+    """Whether all of them, one at least, are of one dtype and on one device."""
+    return len(set(map(Tensor.get_device, grads))) == 1 and len({grad.dtype for grad in grads}) == 1
+
+
 def _sums(grads: list[Tensor]) -> Tensor:
     """Sums of gradients of one dtype on one device, in float64 where there is one; shape (len(grads),)."""
     device, dtype = grads[0].device, grads[0].dtype
@@ -70,7 +77,7 @@ def _sums(grads: list[Tensor]) -> Tensor:
         return _half(grads)
     double = torch.float32 if device.type == "mps" else torch.float64
     norm_dtype = torch.float32 if dtype.itemsize < 4 else None
-    if all(grad.numel() <= SMALL for grad in grads):
+    if max(map(Tensor.numel, grads)) <= SMALL:
         return torch.stack(torch._foreach_norm(grads, 2, dtype=norm_dtype)).to(double).square()
     rows = [_row_norms(grad, norm_dtype) for grad in grads]
     return torch.stack(torch._foreach_norm(rows, 2, dtype=double)).square()
@@ -90,46 +97,61 @@ def _row_norms(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _half(grads: list[Tensor]) -> Tensor:
     """Sums of 16-bit gradients on the CPU; small ones are copied together, which costs less than a call for each."""
-    order: list[int] = []
-    found: list[Tensor] = []
-    lengths: list[int] = []
-    alike: dict[int, Placed] = {}
-    for i, grad in enumerate(grads):
-        size = grad.numel()
-        flat, rest = grad.view(-1), size % HALF_ROW
-        if size <= HALF_ROW or (rest == 0 and size <= SMALL):
-            row = min(max(size, 1), HALF_ROW)
-            alike.setdefault(row, []).append((i, flat))
-            continue
-        found.append(_products(flat[: size - rest], HALF_ROW))
+    sizes = tuple(map(Tensor.numel, grads))
+    cut = _cut(sizes)
+    found: list[Tensor] = [torch.zeros(0, device="cpu")]
+    for i in cut.alone:
+        flat, rest = grads[i].view(-1), sizes[i] % HALF_ROW
+        found.append(_products(flat[: sizes[i] - rest], HALF_ROW))
         if rest:
             found.append(_products(flat[-rest:], rest))
-        order.append(i)
-        lengths.append(-(-size // HALF_ROW))
-    for row, group in alike.items():
-        order += [i for i, _ in group]
-        lengths += [flat.numel() // row for _, flat in group]
-        found += [_products(copy, row) for copy in together([flat for _, flat in group])]
-    rows = torch.cat([torch.zeros(0), *found]).double()
-    sums = torch.empty(len(grads), dtype=torch.float64)
-    sums[torch.tensor(order)] = torch.segment_reduce(rows, "sum", lengths=torch.tensor(lengths), unsafe=True)
+    for row, places in cut.together.items():
+        found += [_products(copy, row) for copy in together([grads[i] for i in places], [sizes[i] for i in places])]
+    rows = torch.cat(found).double()
+    sums = torch.empty(len(grads), dtype=torch.float64, device="cpu")
+    sums[cut.order] = torch.segment_reduce(rows, "sum", lengths=cut.rows, unsafe=True)
     for i in sums.isnan().nonzero().view(-1).tolist():
         sums[i] = sum(part.double().square().sum() for part in grads[i].view(-1).split(CHUNK))
     return sums
 
 
-def together(flats: list[Tensor]) -> Iterator[Tensor]:
-    """Small flat tensors one after another in a buffer, a buffer full at a time; each is overwritten by the next."""
-    sizes = [flat.numel() for flat in flats]
-    buffer = flats[0].new_empty(min(CHUNK, sum(sizes)))
-    room, first, filled = buffer.numel(), 0, 0
+class Cut(NamedTuple):
+    """How gradients are cut into rows: those read alone, and by length of row those copied together."""
+
+    alone: list[int]
+    together: dict[int, list[int]]
+    order: Tensor  # in which their rows follow each other
+    rows: Tensor  # of each, in that order
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(sizes: tuple[int, ...]) -> Cut:
+    """The cut of 16-bit gradients of these sizes; worked out once, for hundreds of small ones feel it."""
+    alone, alike = [], defaultdict(list)
     for i, size in enumerate(sizes):
-        if filled + size > room:
-            yield torch.cat(flats[first:i], out=buffer[:filled])
+        if size <= HALF_ROW:
+            alike[max(size, 1)].append(i)
+        elif size <= SMALL and size % HALF_ROW == 0:
+            alike[HALF_ROW].append(i)
+        else:
+            alone.append(i)
+    rows = [-(-sizes[i] // HALF_ROW) for i in alone]
+    rows += [sizes[i] // row for row, places in alike.items() for i in places]
+    order = alone + [i for places in alike.values() for i in places]
+    return Cut(alone, dict(alike), torch.tensor(order, device="cpu"), torch.tensor(rows, device="cpu"))
+
+
+def together(tensors: list[Tensor], sizes: list[int]) -> Iterator[Tensor]:
+    """Small contiguous tensors one after another in a buffer, a buffer full at a time; the next overwrites it."""
+    buffer = tensors[0].new_empty(min(CHUNK, sum(sizes)))
+    first = filled = 0
+    for i, size in enumerate(sizes):
+        if filled + size > CHUNK:
+            yield torch.cat([tensor.view(-1) for tensor in tensors[first:i]], out=buffer[:filled])
             first, filled = i, 0
         filled += size
     if filled:
-        yield torch.cat(flats[first:], out=buffer[:filled])
+        yield torch.cat([tensor.view(-1) for tensor in tensors[first:]], out=buffer[:filled])
 
 
 def row_sums(memory: Tensor, row: int) -> Tensor:
@@ -150,9 +172,9 @@ def _products(memory: Tensor, row: int) -> Tensor:
     are added up in few lanes, so that rows must not be longer than HALF_ROW.
     """
     rows = memory.numel() // row
-    block, zero, one = memory.view(1, rows, row), torch.zeros(1, 1), torch.ones(1, 1)
-    shape, wanted = (1, rows, row, 1), [False, True, False]
-    return torch.ops.aten.native_group_norm_backward(block, block, zero, one, torch.ones(rows), *shape, wanted)[1]
+    block, zero = memory.view(1, rows, row), torch.zeros(1, 1, device=memory.device)
+    weight, shape, wanted = zero.new_ones(rows), (1, rows, row, 1), [False, True, False]
+    return torch.ops.aten.native_group_norm_backward(block, block, zero, zero + 1, weight, *shape, wanted)[1]
 
 
 @functools.cache

@@ -105,7 +105,8 @@ def _build(
     kinds = sorted({kind for kind in dtypes if kind[0] is not None}, key=str)
     codes = [0 if kind[0] is None else kinds.index(kind) for kind in dtypes]
     chunks = [-(-size // chunk) for size in sizes] if isinstance(chunk, int) else list(chunk)
-    owner_C = torch.arange(len(sizes)).repeat_interleave(torch.tensor(chunks, dtype=torch.int64))
+    chunks_S = torch.tensor(chunks, dtype=torch.int64, device="cpu")
+    owner_C = torch.arange(len(sizes), device="cpu").repeat_interleave(chunks_S)
     return Table(
         addresses=addresses,
         address_RS=address_RS,
@@ -138,7 +139,7 @@ def dense(tensor: Tensor) -> bool:
 
 def upload(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copy to the device without waiting; torch keeps pinned memory from reuse until its copy has ended."""
-    host = torch.as_tensor(values, dtype=dtype)
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
     return host.to(device) if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 

@@ -41,13 +41,14 @@ def sums(
         if block is None:
             found[i] = torch.zeros(count, dtype=dtype, device=device)
         elif block.device.type == "cpu" and 0 < block.numel() <= eager.SMALL and _are_lines(block, axes):
-            alike.setdefault((block.dtype, block.numel() // count), []).append((i, block.view(-1)))
+            alike.setdefault((block.dtype, block.numel() // count), []).append((i, block))
         else:
             found[i] = sumsq(block, axes).to(device, dtype, non_blocking=True)
     for (_, length), group in alike.items():  # copied together: less than a call for each
-        parts = [sumsq(copy.view(-1, length), (0,)) for copy in eager.together([flat for _, flat in group])]
-        sums_U = torch.cat(parts).to(device, dtype, non_blocking=True)
-        places = [i for i, _ in group]
+        places, small = [i for i, _ in group], [block for _, block in group]
+        copies = eager.together(small, [block.numel() for block in small])
+        sums_U = torch.cat([sumsq(copy.view(-1, length), (0,)) for copy in copies])
+        sums_U = sums_U.to(device, dtype, non_blocking=True)
         found |= zip(places, sums_U.split([counts[i] for i in places]), strict=True)
     empty = torch.zeros(0, dtype=dtype, device=device)
     return torch.cat([empty, *(found[i] for i in range(len(blocks)))])
@@ -77,7 +78,8 @@ def _each(
     """Write every block, on the CPU only those with a unit of which something is asked."""
     asked = [1.0] * len(blocks)
     if asked_U.device.type == "cpu":  # the early exit on CPU
-        asked = torch.segment_reduce(asked_U.float(), "max", lengths=torch.tensor(counts), unsafe=True).tolist()
+        lengths = torch.tensor(counts, device="cpu")
+        asked = torch.segment_reduce(asked_U.float(), "max", lengths=lengths, unsafe=True).tolist()
     for block, axes, some, values in zip(blocks, kept, asked, value_U.split(list(counts)), strict=True):
         if block is not None and block.numel() and some > 0:
             write(block, axes, values)

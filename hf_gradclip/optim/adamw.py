@@ -59,7 +59,7 @@ class _Moments(ClippedOptimizer):
     def _moments_of(self, p: Tensor, amsgrad: bool) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = self._zeros(p)
             state["exp_avg_sq"] = self._zeros(p)
         if amsgrad and "max_exp_avg_sq" not in state:

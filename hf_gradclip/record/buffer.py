@@ -108,7 +108,7 @@ class Recorder:
         count, width = sumsq_TP.shape
         losses = self.losses() if losses is None else losses
         if losses is None:
-            losses = torch.full((count,), float("nan"))
+            losses = small.new_full((count,), float("nan"))
         block = torch.cat([sumsq_TP.sqrt(), scale_TP, small, losses.to(small)[:, None]], dim=1)
         values = block.cpu().double().numpy()
         notes = self._notes

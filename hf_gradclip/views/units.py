@@ -79,10 +79,10 @@ class Division:
         counts = [_units(shape, kept) for shape, kept in zip(shapes, self._kept, strict=True)]
         sizes = [math.prod(shape) // max(1, count) for shape, count in zip(shapes, counts, strict=True)]
         self._first = list(itertools.accumulate(counts, initial=0))
-        repeats = torch.tensor(counts, dtype=torch.int64)
+        repeats = torch.tensor(counts, dtype=torch.int64, device="cpu")
 
         def over_segments(per_param: Sequence[int]) -> Tensor:
-            values = torch.tensor(per_param, dtype=torch.int64)
+            values = torch.tensor(per_param, dtype=torch.int64, device="cpu")
             return values.repeat_interleave(repeats, output_size=self._first[-1]).to(device)
 
         unit_S = None if axes is None else over_segments([kept is not None for kept in axes]).bool()
@@ -91,16 +91,16 @@ class Division:
     def box(self, parameter: int, memory: int, offsets: Shape, sizes: Shape, start: int | None = None) -> Cut:
         """The cut of a box of a parameter's elements; from `start` of flat memory, or a tensor of that shape."""
         kept, first = self._kept[parameter], self._first[parameter]
-        unit = torch.zeros(1, dtype=torch.int64)
+        unit = torch.zeros(1, dtype=torch.int64, device="cpu")
         for axis in kept:
-            here = offsets[axis] + torch.arange(sizes[axis])
+            here = offsets[axis] + torch.arange(sizes[axis], device="cpu")
             unit = (unit[:, None] * self._shapes[parameter][axis] + here).view(-1)
         return Cut(memory, kept, first + unit, start or 0, None if start is None else tuple(sizes))
 
     def run(self, parameter: int, memory: int, offset: int, length: int) -> list[Cut]:
         """The cuts of a flat tensor that holds `length` elements of a parameter from `offset` on."""
         if not self._kept[parameter]:
-            return [Cut(memory, (), torch.tensor([self._first[parameter]]), 0, (length,))]
+            return [Cut(memory, (), torch.tensor([self._first[parameter]], device="cpu"), 0, (length,))]
         cuts, start = [], 0
         for offsets, sizes in boxes(self._shapes[parameter], offset, offset + length):
             cuts.append(self.box(parameter, memory, offsets, sizes, start))
@@ -119,7 +119,7 @@ class Held:
     def __init__(self, layout: Layout, cuts: Sequence[Cut]) -> None:
         whole = [cut for cut in cuts if not cut.kept]
         cut_up = [cut for cut in cuts if cut.kept]
-        empty = torch.zeros(0, dtype=torch.int64)
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
         segments = torch.cat([empty, *(cut.segments for cut in whole + cut_up)]).to(layout.device)
         self._layout = layout
         self._whole = whole
