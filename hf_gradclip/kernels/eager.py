@@ -88,10 +88,10 @@ def _row_norms(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
     size = grad.numel()
     if size <= ROW:
         return torch.linalg.vector_norm(grad, dtype=dtype).view(1)
+    if size % ROW == 0:
+        return torch.linalg.vector_norm(grad.view(-1, ROW), dim=1, dtype=dtype)
     flat, whole = grad.view(-1), size // ROW * ROW
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=dtype)
-    if whole == size:
-        return norms
     return torch.cat([norms, torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1)])
 
 
@@ -172,9 +172,14 @@ def _products(memory: Tensor, row: int) -> Tensor:
     are added up in few lanes, so that rows must not be longer than HALF_ROW.
     """
     rows = memory.numel() // row
-    block, zero = memory.view(1, rows, row), torch.zeros(1, 1, device=memory.device)
-    weight, shape, wanted = zero.new_ones(rows), (1, rows, row, 1), [False, True, False]
-    return torch.ops.aten.native_group_norm_backward(block, block, zero, zero + 1, weight, *shape, wanted)[1]
+    block, shape, wanted = memory.view(1, rows, row), (1, rows, row, 1), [False, True, False]
+    return torch.ops.aten.native_group_norm_backward(block, block, *_constants(rows), *shape, wanted)[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, inverse deviation and weights of a group norm; kept, for making them costs as much as a small call."""
+    return torch.zeros(1, 1, device="cpu"), torch.ones(1, 1, device="cpu"), torch.ones(rows, device="cpu")
 
 
 @functools.cache

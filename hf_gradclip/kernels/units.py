@@ -7,7 +7,8 @@ count units, in order; a unit is everything along the other axes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,20 +37,30 @@ def sums(
         device: of the result.
     """
     found: dict[int, Tensor] = {}
-    alike: dict[tuple[torch.dtype, int], list[tuple[int, Tensor]]] = {}
+    small: dict[tuple[torch.dtype, int], dict[int, Tensor]] = defaultdict(dict)
+    norms: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)
     for i, (block, axes, count) in enumerate(zip(blocks, kept, counts, strict=True)):
         if block is None:
             found[i] = torch.zeros(count, dtype=dtype, device=device)
-        elif block.device.type == "cpu" and 0 < block.numel() <= eager.SMALL and _are_lines(block, axes):
-            alike.setdefault((block.dtype, block.numel() // count), []).append((i, block))
+            continue
+        lines = block.numel() > 0 and _are_lines(block, axes)
+        if lines and block.device.type == "cpu" and block.numel() <= eager.SMALL:
+            small[block.dtype, block.numel() // count][i] = block
+        elif lines and block.dtype.itemsize >= 4:
+            norms[block.device][i] = torch.linalg.vector_norm(block.view(count, -1), dim=1)
         else:
             found[i] = sumsq(block, axes).to(device, dtype, non_blocking=True)
-    for (_, length), group in alike.items():  # copied together: less than a call for each
-        places, small = [i for i, _ in group], [block for _, block in group]
-        copies = eager.together(small, [block.numel() for block in small])
-        sums_U = torch.cat([sumsq(copy.view(-1, length), (0,)) for copy in copies])
-        sums_U = sums_U.to(device, dtype, non_blocking=True)
-        found |= zip(places, sums_U.split([counts[i] for i in places]), strict=True)
+
+    def place(places: Iterable[int], sums_U: Tensor) -> None:
+        values = sums_U.to(device, dtype, non_blocking=True).split([counts[i] for i in places])
+        found.update(zip(places, values, strict=True))
+
+    for (_, length), group in small.items():  # copied together: less than a call for each
+        copies = eager.together(list(group.values()), [block.numel() for block in group.values()])
+        place(group, torch.cat([sumsq(copy.view(-1, length), (0,)) for copy in copies]))
+    for group in norms.values():
+        norm_U = torch.cat(list(group.values()))
+        place(group, norm_U.to(_wide(norm_U)).square_())
     empty = torch.zeros(0, dtype=dtype, device=device)
     return torch.cat([empty, *(found[i] for i in range(len(blocks)))])
 
