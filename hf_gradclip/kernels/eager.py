@@ -204,17 +204,17 @@ def max_abs(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.de
 
 def largest_of(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same, where NaN stays NaN."""
-    zero = torch.zeros((), dtype=dtype, device=device)
-    largest = []
-    for grad in grads:
-        if grad is None or grad.numel() == 0:
-            largest.append(zero)
-            continue
-        low, high = torch.aminmax(grad)
-        largest.append(torch.maximum(-low, high).to(device=device, dtype=dtype, non_blocking=True))
-    if not largest:
-        return zero.view(1)[:0]
-    return torch.stack(largest)
+    ends: dict[torch.device, dict[int, tuple[Tensor, Tensor]]] = defaultdict(dict)
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.numel() > 0:
+            ends[grad.device][i] = torch.aminmax(grad)
+    largest = torch.zeros(len(grads), dtype=dtype, device=device)
+    for found in ends.values():
+        lows, highs = zip(*found.values(), strict=True)
+        places = torch.tensor(list(found), device="cpu").to(device, non_blocking=True)
+        values = torch.maximum(-torch.stack(lows), torch.stack(highs))
+        largest.index_copy_(0, places, values.to(device=device, dtype=dtype, non_blocking=True))
+    return largest
 
 
 def divisors(largest: Tensor) -> Tensor:
@@ -227,13 +227,14 @@ def scale_(grads: Sequence[Tensor | None], scale_S: Tensor) -> None:
     if scale_S.device.type == "cpu":
         if scale_S.ndim == 0:
             factor = float(scale_S)  # the early exit on CPU: a read that costs nothing there
-            if factor != 1.0:
-                wide = [grad for grad in grads if grad is not None and grad.element_size() >= 4]
-                if wide:
-                    torch._foreach_mul_(wide, factor)
-                for grad in grads:
-                    if grad is not None and grad.element_size() < 4:
-                        grad.mul_(factor)  # _foreach_mul_ would round the factor to 16 bits with the gradient
+            if factor == 1.0:
+                return
+            present = [grad for grad in grads if grad is not None]
+            if here := [grad for grad in present if grad.is_cpu]:
+                torch._foreach_mul_(here, scale_S)  # a number it would round to the 16 bits of a gradient
+            for other in present:
+                if not other.is_cpu:
+                    other.mul_(factor)
             return
         for grad, factor in zip(grads, scale_S.tolist(), strict=True):
             if grad is not None and factor != 1.0:
