@@ -164,7 +164,7 @@ def added(
     layout, zero = stats.layout, torch.zeros_like(stats.total)
     clipped_P = clipped_S = (plan.clipped_S & applied).expand(len(layout))
     if layout.unit_S is not None:
-        clipped_P = zero.new_zeros(len(layout.names)).index_add(0, layout.param_S, clipped_S.to(zero)) > 0
+        clipped_P = layout.over_params(clipped_S.to(zero), "max") > 0
     sums = {
         "steps": sums["steps"] + 1,
         "clipped": sums["clipped"] + clipped_P.any(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +56,16 @@ class Layout:
         """How many segments each parameter has, int64, shape (P,)."""
         zero_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)
         return zero_P.index_add(0, self.param_S, torch.ones_like(self.param_S))
+
+    def over_params(self, vector_S: Tensor, how: Literal["sum", "max"]) -> Tensor:
+        """Numbers >= 0 per segment as one per parameter, shape (P,).
+
+        They are added in the same order every time, so that ranks with the same numbers decide the same.
+        """
+        if vector_S.device.type in ("cpu", "cuda"):
+            return torch.segment_reduce(vector_S, how, lengths=self.segments_P, initial=0, unsafe=True)
+        zero_P = vector_S.new_zeros(len(self.names))
+        return zero_P.scatter_reduce(0, self.param_S, vector_S, {"sum": "sum", "max": "amax"}[how])
 
     @property
     def device(self) -> torch.device:
@@ -113,18 +124,14 @@ class NormStats:
         if layout.unit_S is None:
             return self
 
-        def folded(vector_S: Tensor | None, how: str) -> Tensor | None:
-            """In the same order every time on a GPU too, so that ranks with the same numbers decide the same."""
-            if vector_S is None:
-                return None
-            if vector_S.device.type in ("cpu", "cuda"):
-                return torch.segment_reduce(vector_S, how, lengths=layout.segments_P, initial=0, unsafe=True)
-            zero_P = vector_S.new_zeros(len(layout.names))
-            return zero_P.scatter_reduce(0, layout.param_S, vector_S, {"sum": "sum", "max": "amax"}[how])
-
-        sumsq_P, weight_sumsq_P = folded(self.sumsq_S, "sum"), folded(self.weight_sumsq_S, "sum")
-        assert sumsq_P is not None
-        return NormStats(sumsq_P, layout.by_param, folded(self.max_abs_S, "max"), self.loss, weight_sumsq_P)
+        weights, largest = self.weight_sumsq_S, self.max_abs_S
+        return NormStats(
+            layout.over_params(self.sumsq_S, "sum"),
+            layout.by_param,
+            None if largest is None else layout.over_params(largest, "max"),
+            self.loss,
+            None if weights is None else layout.over_params(weights, "sum"),
+        )
 
     def scaled(self, scale_S: Tensor) -> NormStats:
         """The statistics after the gradients are multiplied by `scale_S`, shape (S,) or 0-d."""

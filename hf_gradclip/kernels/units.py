@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_gradclip.kernels import eager
 
 AT_ONCE = 64
+SHORT = 64
 
 Axes = tuple[int, ...]
 
@@ -46,7 +47,7 @@ def sums(
         lines = block.numel() > 0 and _are_lines(block, axes)
         if lines and block.device.type == "cpu" and block.numel() <= eager.SMALL:
             small[block.dtype, block.numel() // count][i] = block
-        elif lines and block.dtype.itemsize >= 4:
+        elif lines and block.dtype.itemsize >= 4 and not _are_short(block, count):
             norms[block.device][i] = torch.linalg.vector_norm(block.view(count, -1), dim=1)
         else:
             found[i] = sumsq(block, axes).to(device, dtype, non_blocking=True)
@@ -73,6 +74,8 @@ def apply_(
     bound_U: Tensor | None,
 ) -> None:
     """g <- clamp(g * scale, -bound, +bound) by unit, in place; arguments as for `sums`, numbers of its shape."""
+    if all(block is None or block.dtype.itemsize <= 4 for block in blocks):
+        scale_U = scale_U.float()
     _each(blocks, kept, counts, scale_U, scale_U != 1, scale_)
     if bound_U is not None:
         _each(blocks, kept, counts, bound_U, bound_U < float("inf"), clamp_)
@@ -104,6 +107,8 @@ def sumsq(block: Tensor, kept: Axes, divisor_U: Tensor | None = None) -> Tensor:
         block = block.to(torch.promote_types(block.dtype, torch.float32)) / _spread(divisor_U, block, kept)
     if _are_lines(block, kept):
         rows = block.view(_count(block, kept), -1)
+        if _are_short(block, len(rows)):
+            return _short(rows)
         if block.device.type == "cpu" and block.dtype.itemsize < 4:
             return eager.row_sums(rows, rows.shape[1])
         dtype = torch.float32 if block.dtype.itemsize < 4 else None
@@ -118,6 +123,21 @@ def sumsq(block: Tensor, kept: Axes, divisor_U: Tensor | None = None) -> Tensor:
 def _are_lines(block: Tensor, kept: Axes) -> bool:
     """Whether each unit is one run of memory, one after another."""
     return kept == tuple(range(len(kept))) and block.is_contiguous()
+
+
+def _are_short(block: Tensor, lines: int) -> bool:
+    """Whether lines are so short that torch's norm of each on the CPU would take longer than its memory."""
+    return block.device.type == "cpu" and 1 < block.numel() // lines <= SHORT
+
+
+def _short(rows: Tensor) -> Tensor:
+    """Sums of squares of short lines, (lines, length): squared all together, then added by a product with ones."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    at_once = eager.CHUNK // rows.shape[1]
+    buffer = torch.empty(min(at_once, len(rows)), rows.shape[1], dtype=dtype, device="cpu")
+    ones = buffer.new_ones(rows.shape[1])
+    sums = [buffer[: len(part)].copy_(part).square_().mv(ones) for part in rows.split(at_once)]
+    return torch.cat(sums).double()
 
 
 def _strided(block: Tensor, kept: Axes) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from hf_gradclip.strategy import Needs, State, Stateless, Strategy, Units, check_types, require
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
@@ -65,6 +63,6 @@ class AGC(Strategy):
         unit_S = stats.layout.unit_S
         assert unit_S is not None
         assert stats.weight_sumsq_S is not None
-        limit_S = self.clip_factor * stats.weight_sumsq_S.sqrt().clamp(min=self.eps)
-        scale_S = torch.where(stats.norm_S > limit_S, limit_S / stats.norm_S, 1.0)
-        return ClipPlan(torch.where(unit_S, scale_S, 1.0)), state
+        limit_S = stats.weight_sumsq_S.sqrt().clamp_(min=self.eps).mul_(self.clip_factor)  # in place: units are many
+        scale_S = limit_S.div_(stats.norm_S).clamp_(max=1.0)
+        return ClipPlan(scale_S.masked_fill_(~unit_S, 1.0)), state

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,14 +36,14 @@ class Cut:
     Args:
         memory: which of the process's tensors it is.
         kept: the axes that count units; () where all of it is one segment.
-        segments: one per unit, in the order of the kept axes, int64, shape (units,).
+        segments: one per unit, in the order of the kept axes, int64, shape (units,), on the host.
         start: of flat memory, the first element.
         shape: of flat memory, how to see the elements from `start`; None for a tensor that has its logical shape.
     """
 
     memory: int
     kept: tuple[int, ...]
-    segments: Tensor
+    segments: np.ndarray
     start: int = 0
     shape: tuple[int, ...] | None = None
 
@@ -91,16 +92,16 @@ class Division:
     def box(self, parameter: int, memory: int, offsets: Shape, sizes: Shape, start: int | None = None) -> Cut:
         """The cut of a box of a parameter's elements; from `start` of flat memory, or a tensor of that shape."""
         kept, first = self._kept[parameter], self._first[parameter]
-        unit = torch.zeros(1, dtype=torch.int64, device="cpu")
+        unit = np.zeros(1, dtype=np.int64)
         for axis in kept:
-            here = offsets[axis] + torch.arange(sizes[axis], device="cpu")
-            unit = (unit[:, None] * self._shapes[parameter][axis] + here).view(-1)
+            here = offsets[axis] + np.arange(sizes[axis])
+            unit = (unit[:, None] * self._shapes[parameter][axis] + here).reshape(-1)
         return Cut(memory, kept, first + unit, start or 0, None if start is None else tuple(sizes))
 
     def run(self, parameter: int, memory: int, offset: int, length: int) -> list[Cut]:
         """The cuts of a flat tensor that holds `length` elements of a parameter from `offset` on."""
         if not self._kept[parameter]:
-            return [Cut(memory, (), torch.tensor([self._first[parameter]], device="cpu"), 0, (length,))]
+            return [Cut(memory, (), np.array([self._first[parameter]]), 0, (length,))]
         cuts, start = [], 0
         for offsets, sizes in boxes(self._shapes[parameter], offset, offset + length):
             cuts.append(self.box(parameter, memory, offsets, sizes, start))
@@ -119,14 +120,16 @@ class Held:
     def __init__(self, layout: Layout, cuts: Sequence[Cut]) -> None:
         whole = [cut for cut in cuts if not cut.kept]
         cut_up = [cut for cut in cuts if cut.kept]
-        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
-        segments = torch.cat([empty, *(cut.segments for cut in whole + cut_up)]).to(layout.device)
+        segments = np.concatenate([np.zeros(0, np.int64), *(cut.segments for cut in whole + cut_up)])
+        order = segments.argsort()
+        each_once = np.array_equal(segments[order], np.arange(len(layout)))  # where this process holds everything
+        self._order = torch.from_numpy(order).to(layout.device) if each_once else None
         self._layout = layout
         self._whole = whole
         self._cut_up = cut_up
         self._kept = [cut.kept for cut in cut_up]
         self._counts = [len(cut.segments) for cut in cut_up]
-        self._segments = segments
+        self._segments = torch.from_numpy(segments).to(layout.device)
 
     def measure(
         self, memory: Sequence[Tensor | None], weights: Sequence[Tensor] | None, needs: Needs, rescale: bool
@@ -145,8 +148,8 @@ class Held:
     def apply_(self, memory: Sequence[Tensor | None], plan: ClipPlan) -> None:
         """Scale, then bound, what is here."""
         home = next((tensor.device for tensor in memory if tensor is not None), self._layout.device)
-        scale = plan.scale_S.expand(len(self._layout))[self._segments].to(home)
-        bound = None if plan.bound_S is None else plan.bound_S[self._segments].to(home)
+        scale = plan.scale_S.expand(len(self._layout)).index_select(0, self._segments).to(home)
+        bound = None if plan.bound_S is None else plan.bound_S.index_select(0, self._segments).to(home)
         count = len(self._whole)
         whole, blocks = self._found(memory)
         if count:
@@ -176,7 +179,10 @@ class Held:
                     found.append(torch.zeros_like(divisor_U))
                 else:
                     found.append(by_unit.sumsq(block, kept, divisor_U).to(device, dtype, non_blocking=True))
-        return self._zeros().index_add(0, self._segments, torch.cat(found))
+        sums = torch.cat(found)
+        if self._order is not None:
+            return sums.index_select(0, self._order)
+        return self._zeros().index_add_(0, self._segments, sums)
 
     def _largest(self, memory: Sequence[Tensor | None]) -> Tensor:
         """Largest absolute elements, shape (S,); NaN gives inf."""
