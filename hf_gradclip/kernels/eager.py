@@ -231,7 +231,8 @@ def scale_(grads: Sequence[Tensor | None], scale_S: Tensor) -> None:
                 return
             present = [grad for grad in grads if grad is not None]
             if here := [grad for grad in present if grad.is_cpu]:
-                torch._foreach_mul_(here, scale_S)  # a number it would round to the 16 bits of a gradient
+                wide = torch.float64 if torch.float64 in {grad.dtype for grad in here} else torch.float32
+                torch._foreach_mul_(here, scale_S.to(wide))  # a number it would round to the 16 bits of a gradient
             for other in present:
                 if not other.is_cpu:
                     other.mul_(factor)
