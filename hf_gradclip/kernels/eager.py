@@ -80,16 +80,20 @@ def _sums(grads: list[Tensor]) -> Tensor:
     if max(map(Tensor.numel, grads)) <= SMALL:
         return torch.stack(torch._foreach_norm(grads, 2, dtype=norm_dtype)).to(double).square()
     rows = [_row_norms(grad, norm_dtype) for grad in grads]
+    if device.type == "cpu":
+        lengths = torch.tensor(list(map(len, rows)), device="cpu")
+        return torch.segment_reduce(torch.cat(rows).double().square_(), "sum", lengths=lengths, unsafe=True)
     return torch.stack(torch._foreach_norm(rows, 2, dtype=double)).square()
 
 
 def _row_norms(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The norms of rows of ROW elements, and of what is left over."""
+    """The norms of rows of at most ROW elements, and of what is left over."""
     size = grad.numel()
     if size <= ROW:
         return torch.linalg.vector_norm(grad, dtype=dtype).view(1)
-    if size % ROW == 0:
-        return torch.linalg.vector_norm(grad.view(-1, ROW), dim=1, dtype=dtype)
+    row = _part(size, ROW)
+    if 4 * row >= ROW:
+        return torch.linalg.vector_norm(grad.view(-1, row), dim=1, dtype=dtype)
     flat, whole = grad.view(-1), size // ROW * ROW
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=dtype)
     return torch.cat([norms, torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1)])
@@ -156,7 +160,7 @@ def together(tensors: list[Tensor], sizes: list[int]) -> Iterator[Tensor]:
 
 def row_sums(memory: Tensor, row: int) -> Tensor:
     """Sums of squares of the rows of 16-bit memory on the CPU; float64, shape (rows,)."""
-    part = _part(row)
+    part = _part(row, HALF_ROW)
     if row > HALF_ROW > 16 * part:
         return memory.view(-1, row).float().square_().sum(1).double()
     sums = _products(memory, part).double()
@@ -183,9 +187,9 @@ def _constants(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def _part(row: int) -> int:
-    """The largest divisor of a row's length that is at most HALF_ROW."""
-    return next(size for size in range(min(row, HALF_ROW), 0, -1) if row % size == 0)
+def _part(size: int, most: int) -> int:
+    """The largest divisor of a size that is at most so much."""
+    return next(part for part in range(min(size, most), 0, -1) if size % part == 0)
 
 
 def _divided(grad: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,6 +57,16 @@ class TestAccuracy:
         total, worst = relative_errors([torch.full((size,), value, dtype=dtype) for size in (5_000_000, 300, 3)])
         assert max(total, worst) < 1e-5
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_sizes_with_and_without_divisors(self, dtype):
+        """100,000 is rows of 4000; 65,537 is prime, and 2 * 65,537 has rows of two: both leave something over."""
+        sizes = [100_000, 65_537, 131_074, 258_741, 65_536, 1, 4096, 4097, 700_001]
+        generator = torch.Generator().manual_seed(0)
+        grads = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+        got = eager.sumsq([*grads, torch.zeros(0, dtype=dtype)], None, torch.float64, CPU)
+        want = torch.tensor([*map(sumsq64, grads), 0.0], dtype=torch.float64)
+        torch.testing.assert_close(got, want, rtol=1e-6 if dtype is torch.float32 else 1e-13, atol=0)
+
     def test_small_bf16(self):
         """A norm rounded to bf16 would be wrong by up to 4e-3."""
         generator = torch.Generator().manual_seed(0)
