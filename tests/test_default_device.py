@@ -18,19 +18,21 @@ from hf_gradclip.optim import SGD, AdamW, RMSprop
 
 SPECS = [
     "zclip:warmup_steps=2",
-    "adagc:warmup_steps=2",
+    "adagc:warmup_steps=2,lambda_rel=1.5,max_norm=inf",
     "autoclip",
-    "global_norm:max_norm=0.01",
-    "global_norm:max_norm=0.001,norm_type=inf",
-    "param_norm:max_norm=0.01",
-    "value:max_value=0.001",
-    "agc:clip_factor=0.0001,include_1d=true",
-    "block_rms:max_rms=0.001",
-    "soft:max_norm=0.01",
-    "skip_step",
-    "zclip:warmup_steps=2 + agc",
+    "global_norm:max_norm=6",
+    "global_norm:max_norm=0.1,norm_type=inf",
+    "param_norm:max_norm=6",
+    "value:max_value=0.1",
+    "agc:clip_factor=0.5,eps=0.1",
+    "block_rms:max_rms=0.03",
+    "soft:max_norm=6",
+    "skip_step:window=5,min_values=2,sigmas=3",
+    "zclip:warmup_steps=2 + agc:clip_factor=0.3,eps=0.1",
 ]
-STEPS = 5
+STEPS = 12
+LARGE = (4, 7, 10)
+ALWAYS = "soft"  # scales every step
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -41,48 +43,68 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return net.to(dtype)
 
 
-def clipped(spec: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
-    """The gradients of all steps after clipping, and the report."""
+def set_gradients(net: nn.Module, step: int) -> list[Tensor]:
+    """Noise, six times as large in some steps; the gradients as they are before clipping."""
+    generator = torch.Generator("cpu").manual_seed(step)
+    size = 0.06 if step in LARGE else 0.01
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, device="cpu").to(p.dtype) * size
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+def clipped(spec: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], int]:
+    """The gradients of all steps after clipping, the report, and how many steps were changed or dropped."""
     found: list[Tensor] = []
-    net, generator = model(dtype), torch.Generator("cpu").manual_seed(1)
+    changed = 0
+    net = model(dtype)
     clipper = Clipper.for_model(net, spec)
-    for _ in range(STEPS):
-        for p in net.parameters():
-            p.grad = torch.randn(p.shape, generator=generator, device="cpu").to(dtype) / 100
+    for step in range(STEPS):
+        before = set_gradients(net, step)
         clipper.step()
         clipper.load_state_dict(clipper.state_dict())
-        found += [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        after = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        changed += not (len(after) == len(before) and all(map(torch.equal, after, before)))
+        found += after
+    before = set_gradients(net, STEPS)
     hf_gradclip.clip_grad_norm_(net.parameters(), 1e-3)
     found += [p.grad for p in net.parameters() if p.grad is not None]
-    return found, clipper.report.scalars()
+    assert not any(map(torch.equal, found[-len(before) :], before))
+    return found, clipper.report.scalars(), changed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_clipping(spec: str, dtype: torch.dtype) -> None:
-    grads, report = clipped(spec, dtype)
+    grads, report, changed = clipped(spec, dtype)
+    assert changed == STEPS if spec.startswith(ALWAYS) else 0 < changed < STEPS
     with torch.device("meta"):
-        others, other = clipped(spec, dtype)
+        others, other, _ = clipped(spec, dtype)
     assert all(map(torch.equal, grads, others))
     assert len(grads) == len(others)
     assert report == pytest.approx(other, nan_ok=True)
 
 
-@pytest.mark.parametrize("options", [{"clip": "adaptive"}, {"update_clip": "block_rms:max_rms=0.001"}], ids=str)
+def fitted(kind: type[torch.optim.Optimizer], device: str, options: dict[str, Any]) -> list[Tensor]:
+    """The weights after all steps."""
+    net = model()
+    with torch.device(device):
+        optimizer = kind(net.parameters(), lr=1e-2, **options)
+        for step in range(STEPS):
+            set_gradients(net, step)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+    return list(net.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{"clip": "zclip:warmup_steps=2"}, {"update_clip": "block_rms:max_rms=0.03"}], ids=str
+)
 @pytest.mark.parametrize("kind", [AdamW, RMSprop, SGD])
 def test_optimizers(kind: type[torch.optim.Optimizer], options: Any) -> None:
-    weights = []
-    for device in ("cpu", "meta"):
-        net, generator = model(), torch.Generator("cpu").manual_seed(1)
-        with torch.device(device):
-            optimizer = kind(net.parameters(), lr=1e-2, **options)
-            for _ in range(STEPS):
-                for p in net.parameters():
-                    p.grad = torch.randn(p.shape, generator=generator, device="cpu")
-                optimizer.step()
-                optimizer.load_state_dict(optimizer.state_dict())
-        weights.append(list(net.parameters()))
-    assert all(map(torch.equal, *weights))
+    weights = fitted(kind, "cpu", options)
+    assert all(map(torch.equal, weights, fitted(kind, "meta", options)))
+    apart = [(a - b).abs().max().item() for a, b in zip(weights, fitted(kind, "cpu", {}), strict=True)]
+    assert min(apart) > 1e-4, "the clip acts"
 
 
 def test_tables_are_uploaded_from_the_host() -> None:
