@@ -215,9 +215,12 @@ def largest_of(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch
     largest = torch.zeros(len(grads), dtype=dtype, device=device)
     for found in ends.values():
         lows, highs = zip(*found.values(), strict=True)
-        places = torch.tensor(list(found), device="cpu").to(device, non_blocking=True)
         values = torch.maximum(-torch.stack(lows), torch.stack(highs))
-        largest.index_copy_(0, places, values.to(device=device, dtype=dtype, non_blocking=True))
+        values = values.to(device=device, dtype=dtype, non_blocking=True)
+        if len(found) == len(grads):  # the usual case needs no places, and so no copy from the host
+            return values
+        places = torch.tensor(list(found), device="cpu").to(device, non_blocking=True)
+        largest.index_copy_(0, places, values)
     return largest
 
 
