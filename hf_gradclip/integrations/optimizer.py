@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_gradclip.clipper import CLIP, NONFINITE, Clipper, NonFiniteError
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.optim.clipped import PLACES, ClippedOptimizer, local
-from hf_gradclip.report import announce
+from hf_gradclip.report import announce, logger
 from hf_gradclip.types import ClipPlan
 from hf_gradclip.views import view_of
 from hf_gradclip.views.parameters import named_parameters
@@ -39,6 +39,7 @@ class Updates:
         self._config = config
         self._say = say
         self._known: weakref.WeakKeyDictionary[Any, Clipper] = weakref.WeakKeyDictionary()
+        self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._hooks: weakref.WeakKeyDictionary[Any, WeightDifference] = weakref.WeakKeyDictionary()
 
     @property
@@ -54,28 +55,42 @@ class Updates:
         """
         models = list(models)
         for optimizer in map(innermost, optimizers):
-            if optimizer in self._known:
+            size = sum(len(group["params"]) for group in optimizer.param_groups)
+            if optimizer in self._known and self._sizes.get(optimizer, size) == size:
                 continue
             refuse_own_clip(optimizer)
             if self._config.update is None:
                 continue
-            mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
             named = [(name, p) for model in models for name, p in named_parameters(model) if id(p) in mine]
-            if not named:
+            if not any(p.requires_grad for _, p in named):
                 continue  # its model is not prepared yet
             if any(type(module).__name__ == "FullyShardedDataParallel" for m in models for module in m.modules()):
                 raise UnsupportedBackendError(
                     "clipping updates under FSDP1: its flat shards do not follow the parameters. Use FSDP2 "
                     "(fsdp_version: 2)."
                 )
-            prefix = PLACES["update"] + (f"_{len(self._known)}" if self._known else "")
+            place = self._let_go(optimizer)
+            prefix = PLACES["update"] + (f"_{place}" if place else "")
             clipper = Clipper(self._config.of_update(), view_of(named), prefix)
             if isinstance(optimizer, ClippedOptimizer):
                 optimizer.update_clipper = clipper
             else:
                 self._hooks[optimizer] = WeightDifference(optimizer, clipper)
-                self.say_cost(type(optimizer).__name__, sum(4 * local(p).numel() for _, p in named))
+                self.say_cost(type(optimizer).__name__, sum(4 * local(p).numel() for p in clipper.view.watched()))
             self._known[optimizer] = clipper
+            self._sizes[optimizer] = size
+
+    def _let_go(self, optimizer: Any) -> int:
+        """Stop watching an optimizer that got more parameters; its place among the optimizers."""
+        if optimizer not in self._known:
+            return len(self._known)
+        logger.warning(
+            "%s: has other parameters now, so the statistics of its updates start anew.", type(optimizer).__name__
+        )
+        if optimizer in self._hooks:
+            self._hooks.pop(optimizer).remove()
+        return list(self._known).index(optimizer)
 
     def add(self, owner: Any, clipper: Clipper) -> None:
         """Take in the clipper of an optimizer whose seam is elsewhere."""
@@ -298,6 +313,11 @@ def refuse_recovery(optimizer: Any, dtypes: Sequence[torch.dtype]) -> None:
         UnsupportedBackendError: by the optimizer's name, with what to use instead.
     """
     name = type(optimizer).__name__
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise UnsupportedBackendError(
+            f"clipping updates of {name}: its weights of training and of evaluation move apart, and only those of "
+            "training would be limited. Clip the gradient alone, or use AdamW."
+        )
     low = sorted({str(dtype) for dtype in dtypes if dtype not in (torch.float32, torch.float64)})
     if low:
         raise UnsupportedBackendError(
@@ -309,6 +329,11 @@ def refuse_recovery(optimizer: Any, dtypes: Sequence[torch.dtype]) -> None:
             raise UnsupportedBackendError(
                 f"clipping updates of {name}(lr=None): it makes its own learning rate, so the update is not known. Set "
                 "lr (Adafactor: relative_step=False)."
+            )
+        if group.get("weight_decay") and group.get("scale_parameter"):
+            raise UnsupportedBackendError(
+                f"clipping updates of {name}(scale_parameter=True, weight_decay={group['weight_decay']}): the decay "
+                "is scaled too, so the update is not known. Set scale_parameter=False or weight_decay=0."
             )
         if group.get("weight_decay") and _is_decoupled(optimizer, group) is None:
             raise UnsupportedBackendError(

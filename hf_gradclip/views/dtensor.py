@@ -66,7 +66,7 @@ class DTensorView(GradientView):
 
     def watched(self) -> Sequence[Tensor]:
         """The trainable parameters."""
-        return self.parameters.trainable
+        return self.parameters.watched()
 
     def reductions(self, needs: Needs) -> int:
         """One, and one more with `max_abs`."""

@@ -38,7 +38,7 @@ class LocalView(GradientView):
 
     @property
     def layout(self) -> Layout:
-        """The segments of the trainable parameters; rebuilt when a frozen one was unfrozen."""
+        """The segments of the trainable parameters; rebuilt when one was unfrozen or added."""
         return self.parameters.layout
 
     @property
@@ -57,7 +57,7 @@ class LocalView(GradientView):
 
     def watched(self) -> Sequence[Tensor]:
         """The trainable parameters."""
-        return self.parameters.trainable
+        return self.parameters.watched()
 
     def reductions(self, needs: Needs) -> int:
         """None: every rank holds everything."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from hf_gradclip import kernels
 from hf_gradclip.kernels import eager
@@ -23,7 +25,7 @@ _INNER = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class Parameters:
-    """The trainable parameters of a model: a tied one once, a frozen one not at all until it is unfrozen.
+    """The trainable parameters of a model: a tied one once, a frozen or missing one as soon as it is trained.
 
     Args:
         model: wrapped by DDP or torch.compile, or not; or named parameters, those of an optimizer, say.
@@ -41,6 +43,7 @@ class Parameters:
         self._read()
 
     def _read(self) -> None:
+        self._counted = _registrations()[0]
         named = list(named_parameters(self._source) if isinstance(self._source, nn.Module) else self._source)
         self.trainable = [p for _, p in named if p.requires_grad]
         self._frozen = [p for _, p in named if not p.requires_grad]
@@ -69,10 +72,24 @@ class Parameters:
 
     @property
     def layout(self) -> Layout:
-        """The segments of the trainable parameters; a new one when a frozen parameter was unfrozen."""
+        """The segments of the trainable parameters; a new one when a parameter was unfrozen or added."""
+        self._look_again()
+        return self._layout
+
+    def watched(self) -> list[Tensor]:
+        """The trainable parameters, with those that were unfrozen or added."""
+        self._look_again()
+        return self.trainable
+
+    def _look_again(self) -> None:
+        """New parameters count as frozen ones, so that a trainable one among them is read as unfrozen."""
+        if self._counted != _registrations()[0]:
+            self._counted = _registrations()[0]
+            if isinstance(self._source, nn.Module):
+                known = {id(p) for p in (*self.trainable, *self._frozen)}
+                self._frozen += [p for p in self._source.parameters() if id(p) not in known]
         if any(p.requires_grad for p in self._frozen):
             self._read()
-        return self._layout
 
     def gradients(self) -> list[Tensor | None]:
         """The gradients as contiguous memory that may be scaled in place, this process's part of sharded ones."""
@@ -107,6 +124,19 @@ class Parameters:
         """Set every gradient to None."""
         for parameter in self.trainable:
             parameter.grad = None
+
+
+@functools.cache
+def _registrations() -> list[int]:
+    """How many parameters and modules were put into any module since the first call: one look instead of a walk."""
+    count = [0]
+
+    def add(*_: object) -> None:
+        count[0] += 1
+
+    torch_module.register_module_parameter_registration_hook(add)
+    torch_module.register_module_module_registration_hook(add)
+    return count
 
 
 def measure(grads: list[Tensor | None], layout: Layout, needs: Needs, rescale: bool) -> NormStats:

@@ -54,6 +54,14 @@ class Unheard(Lion):
     """One whose name says nothing about its decay."""
 
 
+class Averaging(Lion):
+    """One with other weights in evaluation than in training, as schedule-free optimizers have."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
 SHAPES = ((6, 5), (4, 3))
 MAKE = {
     "AdamW fused": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1, fused=True),
@@ -213,6 +221,33 @@ def test_parameters_of_no_prepared_model_are_named(caplog) -> None:
     assert "optimizer.step() of SGD: its parameters belong to no prepared model" in caplog.text
 
 
+@pytest.mark.parametrize("late", ["unfrozen", "added"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_updates_of_what_trains_later_are_clipped_too(late, ours, caplog) -> None:
+    limit, make = 1e-6, optim.AdamW if ours else torch.optim.AdamW
+    torch.manual_seed(0)
+    accelerator, model = Accelerator(cpu=True), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    hf_gradclip.attach(accelerator, {"gradient": "none", "update": f"block_rms:max_rms={limit}"}, auto=True)
+    params = list((model if late == "unfrozen" else model[1]).parameters())
+    model[0].requires_grad_(False)
+    model, optimizer = accelerator.prepare(model, make(params, lr=0.1, weight_decay=0.0))
+    for step in range(4):
+        if step == 2:
+            model[0].requires_grad_(True)
+            if late == "added":
+                optimizer.optimizer.add_param_group({"params": list(model[0].parameters())})
+        before = [p.detach().double() for p in model.parameters()]
+        accelerator.backward(model(torch.randn(8, 4)).square().sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = [
+            float((p.detach().double() - b).square().mean().sqrt())
+            for p, b in zip(model.parameters(), before, strict=True)
+        ]
+        assert max(moved) <= 0.1 * limit * 1.5, "to the rounding of float32 weights"
+        assert [rms > 0 for rms in moved] == [step >= 2, step >= 2, True, True]
+
+
 def test_a_skipped_step_has_no_update() -> None:
     params = parameters()
     optimizer, clipper = MAKE["AdamW fused"](params), clipper_of(params, "zclip")
@@ -248,6 +283,13 @@ def test_a_nan_update_stops_the_run() -> None:
             Unheard([nn.Parameter(torch.ones(2))], lr=1, weight_decay=0.1),
             r"Unheard\(weight_decay=0.1\).*decoupled_weight",
         ),
+        (
+            transformers.Adafactor(
+                [nn.Parameter(torch.ones(2))], lr=1, relative_step=False, scale_parameter=True, weight_decay=0.1
+            ),
+            r"Adafactor\(scale_parameter=True, weight_decay=0.1\).*scale_parameter=False",
+        ),
+        (Averaging([nn.Parameter(torch.ones(2))], lr=1), "Averaging.*of evaluation.*Clip the gradient alone"),
     ],
 )
 def test_refused_by_name(optimizer, words) -> None:

@@ -208,6 +208,85 @@ class TestNotWritten:
         assert model.a.grad._version == 0
 
 
+class TestNewParameters:
+    """What is put into the model after the start is measured and clipped from the next step on."""
+
+    def added_module(self, model: nn.Sequential) -> None:
+        model.append(nn.Linear(2, 2))
+
+    def added_deep_inside(self, model: nn.Sequential) -> None:
+        model[0].adapter = nn.Sequential(nn.Linear(2, 3))
+
+    def added_parameter(self, model: nn.Sequential) -> None:
+        model[0].register_parameter("gain", nn.Parameter(torch.ones(3)))
+
+    def replaced(self, model: nn.Sequential) -> None:
+        model[1] = nn.Linear(3, 2)
+
+    def replaced_parameter(self, model: nn.Sequential) -> None:
+        model[0].weight = nn.Parameter(torch.ones(5, 2))
+
+    def added_frozen_and_unfrozen(self, model: nn.Sequential) -> None:
+        model.append(nn.Linear(2, 2).requires_grad_(False))
+        Clipper.for_model(model, "none").step()  # somebody else looks in between
+        model[-1].requires_grad_(True)
+
+    @pytest.mark.parametrize(
+        "change",
+        ["added_module", "added_deep_inside", "added_parameter", "replaced", "replaced_parameter",
+         "added_frozen_and_unfrozen"],
+    )  # fmt: skip
+    @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "wrapped"])
+    def test_they_are_clipped(self, change, wrap, caplog):
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+        clipper = Clipper.for_model(wrap(model), f"global_norm:max_norm={MAX_NORM}")
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = random(*p.shape)
+            clipper.step()
+        assert not caplog.messages
+        getattr(self, change)(model)
+        for p in model.parameters():
+            p.grad = random(*p.shape)
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+        assert float(clipper.step()) == pytest.approx(norm, rel=1e-6)
+        after = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+        assert after == pytest.approx(MAX_NORM, rel=1e-5)
+        assert "The set of trainable parameters changed" in caplog.text
+
+    def test_the_statistics_stay_where_another_model_or_a_frozen_part_changes(self, caplog):
+        model, other = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3))
+        clipper = Clipper.for_model(model, "zclip")
+        for step in range(4):
+            for p in model.parameters():
+                p.grad = random(*p.shape)
+            clipper.step()
+            other.append(nn.Linear(3, 3))
+            if step == 1:
+                model.append(nn.Linear(3, 3).requires_grad_(False))
+        assert int(clipper.state.seen) == 4
+        assert not caplog.messages
+
+    def test_an_adapter_of_peft(self):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(4, 4))
+        config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(inner, config)
+        clipper = Clipper.for_model(model, f"global_norm:max_norm={MAX_NORM}")
+        model(random(3, 4)).square().sum().backward()
+        clipper.step()
+        model.zero_grad()
+        model.add_adapter("other", config)
+        model.set_adapter("other")
+        (100 * model(random(3, 4))).square().sum().backward()
+        trained = [p for name, p in model.named_parameters() if "other" in name]
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in trained))
+        assert norm > MAX_NORM
+        assert float(clipper.step()) == pytest.approx(norm, rel=1e-6)
+
+
 class TestNames:
     NAMES = ("0.weight", "0.bias", "1.weight", "1.bias")
 
