@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import numbers
 import pkgutil
 import re
 from collections.abc import Mapping
@@ -180,6 +181,8 @@ class ClipConfig:
         except SpecError as error:
             if isinstance(given, (str, int, float)):
                 raise SpecError(f"clip={given!r}: {error}") from None
+            if isinstance(given, Mapping) and not str(error).startswith("clip="):
+                raise SpecError(f"clip={_show(given)}: {error}") from None
             raise
         except ValueError as error:  # a whole number of thousands of digits cannot even be shown
             raise SpecError(f"clip: a value is out of range ({error}).") from None
@@ -250,7 +253,7 @@ def _strategy(spec: Any) -> Strategy:
         return spec
     if isinstance(spec, bool):
         raise SpecError(f"{spec}: is no strategy. Write a name, a number or a dict; 'none' measures and logs only.")
-    if isinstance(spec, (int, float)):
+    if isinstance(spec, numbers.Real):  # of NumPy too
         if spec == 0:
             raise SpecError("0: is no limit. To switch clipping off use clip='none'.")
         return _build("global_norm", {"max_norm": spec})

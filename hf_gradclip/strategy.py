@@ -6,6 +6,7 @@ function of (statistics, state). `Chain` composes strategies; `needs` says what 
 
 from __future__ import annotations
 
+import numbers
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -245,7 +246,7 @@ def require(strategy: Strategy, field: str, rule: Callable[[Any], bool], text: s
 
 
 def check_types(strategy: Strategy) -> None:
-    """Refuse a field of the wrong type; whole numbers are welcome where a float is asked for, and become one.
+    """Refuse a field of the wrong type; any real number is welcome where a float is asked for, and becomes one.
 
     Raises:
         SpecError: `ZClip(alpha='high'): must be a number.`
@@ -254,11 +255,16 @@ def check_types(strategy: Strategy) -> None:
     for field in fields(strategy):  # type: ignore[arg-type]
         value, hint = getattr(strategy, field.name), hints[field.name]
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        if float in allowed and isinstance(value, numbers.Real) and not isinstance(value, bool):
             try:
                 object.__setattr__(strategy, field.name, float(value))
             except OverflowError:
                 raise SpecError(f"{type(strategy).__name__}({field.name}=...): too large for a float.") from None
+            continue
+        if int in allowed and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            if abs(int(value)) >= 2**63:
+                raise SpecError(f"{type(strategy).__name__}({field.name}={value}): too large, must be below 2^63.")
+            object.__setattr__(strategy, field.name, int(value))
             continue
         if type(value) not in allowed:
             names = " or ".join(_KINDS.get(kind, kind.__name__) for kind in allowed)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -340,6 +342,11 @@ class TestWrong:
             ("value:max_value=1+zclip", ["nothing may follow value", "Put value last."]),
             ("value:max_value=1+value:max_value=2", ["nothing may follow value", "Put value last."]),
             ("none+value:max_value=1+none", ["none+value:max_value=1+none", "nothing may follow value"]),
+            (
+                {"strategy": "zclip", "z": 5},
+                ["clip={'strategy': 'zclip', 'z': 5}: zclip has no field 'z'. It has z_threshold,"],
+            ),
+            ("zclip:warmup_steps=99999999999999999999", ["ZClip(warmup_steps=99999999999999999999)", "below 2^63"]),
             ({}, ["clip={}: says nothing about the gradient. Add 'gradient': 'adaptive', say, or 'none'."]),
             ({"nonfinite": "skip"}, ["says nothing about the gradient"]),
             (
@@ -530,3 +537,14 @@ class TestUpdate:
     def test_what_cannot_be(self, update, words):
         with pytest.raises(SpecError, match=words):
             ClipConfig.parse({"gradient": "zclip", "update": update})
+
+
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), Fraction(1, 2)], ids=repr)
+def test_numbers_of_other_kinds_are_numbers(number) -> None:
+    wanted = ClipConfig.parse(0.5)
+    for spec in (number, {"strategy": "global_norm", "max_norm": number}):
+        config = ClipConfig.parse(spec)
+        assert config == wanted
+        assert str(config) == str(wanted)
+    steps = ClipConfig.parse({"strategy": "zclip", "warmup_steps": np.int64(7)}).gradient.warmup_steps
+    assert (steps, type(steps)) == (7, int)
