@@ -75,7 +75,7 @@ def _replay(args: argparse.Namespace) -> None:
     found = [replay(record, strategy_for_replay(spec)) for spec in specs]
     show_table(COLUMNS, outcome_rows(map(functools.partial(outcome_of, record), found, specs)))
     for run in found:
-        if run.spec == record.meta["spec"]:
+        if run.spec == record.meta["spec"] and not record.earlier:
             print(f"What was recorded is {run.spec}: its scales differ by {difference(record, run):.1e} at most.")
     print(LIMIT_OF_REPLAY)
     path = args.out or folder_of(args.run) / "replay.png"

@@ -227,9 +227,8 @@ def _norm_lines(axes: Any, record: Record, color: str, label: str, threshold: bo
         axes.plot(*found, color=COLORS[1], linewidth=1.3, label="threshold")
     broken = ~record.finite_T
     if broken.any():
-        axes.plot(
-            record.step_T[broken], np.full(broken.sum(), np.nanmax(norms)), "x", color="black", label="NaN or inf"
-        )
+        high = 1.0 if np.isnan(norms).all() else np.nanmax(norms)
+        axes.plot(record.step_T[broken], np.full(broken.sum(), high), "x", color="black", label="NaN or inf")
     if threshold and (clipped := clipped_steps(record)).any():
         low = np.nanmin(norms) * 0.85
         axes.plot(

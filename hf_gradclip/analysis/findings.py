@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_gradclip.analysis.run import Run, by_parameter, clipped_steps, total_scale
+from hf_gradclip.analysis.run import Run, by_config, by_parameter, clipped_steps, total_scale
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import Record
 from hf_gradclip.strategy import SpecError, warmup_of
@@ -70,7 +70,7 @@ def findings(run: Run) -> list[str]:
     """What a person should know of a run, the most important first."""
     record = run.gradient
     said = [
-        _rate(record, "gradient"),
+        *_rates(record, "gradient"),
         _level(record),
         *_spikes(run),
         *_lost(record),
@@ -78,8 +78,18 @@ def findings(run: Run) -> list[str]:
         *_dominant(record),
     ]
     if run.update is not None:
-        said.append(_rate(run.update, "update"))
+        said += _rates(run.update, "update")
     return [sentence for sentence in said if sentence]
+
+
+def _rates(record: Record, what: str) -> list[str]:
+    """One sentence, or one for each configuration that the run went on under."""
+    if not record.earlier:
+        return [_rate(record, what)]
+    return [
+        f"Steps {part.step_T[0]:,} to {part.step_T[-1]:,}, under {part.meta['config']}: {_rate(part, what)}"
+        for part in by_config(record)
+    ]
 
 
 def _rate(record: Record, what: str) -> str:

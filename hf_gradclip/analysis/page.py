@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from hf_gradclip.analysis.figures import Picture
 from hf_gradclip.analysis.findings import findings
-from hf_gradclip.analysis.run import Run
+from hf_gradclip.analysis.run import Run, configs_of
 from hf_gradclip.analysis.tables import (
     SPIKE_COLUMNS,
     SUMMARY_COLUMNS,
@@ -48,7 +48,10 @@ def page_of(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
     for run in runs:
         meta, steps = run.gradient.meta, run.gradient.step_T
         many = f"<h2>{_text(run.name)}</h2>" if len(runs) > 1 else ""
-        facts = [meta["config"], f"{meta['backend']}, {meta['world']} process{'es' if meta['world'] != 1 else ''}"]
+        facts = [
+            configs_of(run.gradient),
+            f"{meta['backend']}, {meta['world']} process{'es' if meta['world'] != 1 else ''}",
+        ]
         facts.append(f"steps {steps[0]:,} to {steps[-1]:,}, {len(run.gradient.names)} tensors")
         parts += [many, *(f'<p class="facts">{_text(fact)}</p>' for fact in facts)]
         parts.append('<ul class="findings">' + "".join(f"<li>{_text(said)}</li>" for said in findings(run)) + "</ul>")

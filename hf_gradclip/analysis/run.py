@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 from hf_gradclip.record.files import FOLDER, Record, folder_of, parts_of, read_record
 
 UPDATE = "update"
+
+_FIELDS = {"norms": "norm_TP", "scales": "scale_TP"}
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,22 @@ def by_parameter(record: Record) -> bool:
     """Whether the parameters of a step were scaled apart."""
     scales = np.where(record.norm_TP > 0, record.scale_TP, np.nan)[record.finite_T & (record.norm_T > 0)]
     return bool(len(scales) and (np.nanmax(scales, axis=1) - np.nanmin(scales, axis=1) > 1e-6).any())
+
+
+def configs_of(record: Record) -> str:
+    """What the run was clipped by, in its order."""
+    before = [f"{meta['config']} (to step {meta['last']:,})" for meta in record.earlier]
+    return " then ".join([*before, record.meta["config"]])
+
+
+def by_config(record: Record) -> list[Record]:
+    """The record cut where the run went on under another configuration; each part has the meta of its own."""
+    metas = [*record.earlier, record.meta]
+    ends = [*(meta["last"] for meta in record.earlier), record.step_T[-1]]
+    first, found = -1, []
+    for meta, last in zip(metas, ends, strict=True):
+        rows = (record.step_T > first) & (record.step_T <= last)
+        columns: dict[str, Any] = {_FIELDS.get(name, f"{name}_T"): column for name, column in record.of(rows).items()}
+        found.append(replace(record, **columns, meta=meta, earlier=()))
+        first = last
+    return found

@@ -26,6 +26,7 @@ from hf_gradclip.record.files import FOLDER, drop_after, join_small, parts_of, r
 from hf_gradclip.record.spikes import WINDOW, describe_spike, drop_spikes_after, find_spikes, write_spike
 from hf_gradclip.report import announce, logger
 from hf_gradclip.strategy import describe
+from hf_gradclip.types import Layout
 
 GRADIENT, UPDATE = "gradient", "update"
 AT_ONCE = 10
@@ -60,13 +61,24 @@ class Recording:
         self._broken = False
 
     def watch(self, clipper: Clipper, updates: Sequence[Clipper]) -> None:
-        """Record a clipper of gradients and, if there is one, the first of updates."""
+        """Record a clipper of gradients and, if there is one, the first of updates.
+
+        Before a step with other trainable parameters, what is buffered of the earlier ones is written.
+        """
+        buffered = self._recorder.layout
+        if buffered is not None and buffered.names != clipper.view.layout.names:
+            self.flush(force=True)
         self._clippers = {GRADIENT: clipper}
         clipper.recorder = self._recorder
         if updates:
             self._clippers[UPDATE] = updates[0]
             if updates[0].recorder is None:
                 updates[0].recorder = Recorder(clock=self._recorder)
+
+    def let_go(self) -> None:
+        """Hold no clipper any longer; what they did is written."""
+        self.flush(force=True)
+        self._clippers.clear()
 
     def begin(self, *_: Any, **__: Any) -> None:
         """Start before the first step, unless `start_after` was called."""
@@ -163,13 +175,14 @@ class Recording:
             recorder = clipper.recorder
             if recorder is None or not len(recorder):
                 continue
-            losses = recorder.losses()
+            layout, losses = recorder.layout, recorder.losses()
+            assert layout is not None
             if losses is not None and together and world_size() > 1:
                 dist.all_reduce(losses)
                 losses = losses / world_size()
             rows = recorder.drain(losses)
             if place == GRADIENT:
-                self._writing(functools.partial(self._look_for_spikes, rows, clipper.view.layout.names))
+                self._writing(functools.partial(self._look_for_spikes, rows, layout.names))
                 facts = zip(rows["learning_rate"].tolist(), rows["loss"].tolist(), strict=True)
                 self._facts |= dict(zip(rows["step"].tolist(), facts, strict=True))
             else:  # an update is decided on after the loop has said what it knows of the step
@@ -177,7 +190,7 @@ class Recording:
                 known = [self._facts.get(step, nothing) for step in rows["step"].tolist()]
                 rows["learning_rate"], rows["loss"] = (np.array(column) for column in zip(*known, strict=True))
             if self._rank == 0:
-                self._writing(functools.partial(self._write, place, rows, self._meta(place, clipper)))
+                self._writing(functools.partial(self._write, place, rows, self._meta(place, clipper, layout)))
         self._facts = dict(list(self._facts.items())[-1:])  # the update of the last step may come later
 
     def _write(self, place: str, rows: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
@@ -226,8 +239,7 @@ class Recording:
             return {"examples": examples}
         return {"examples": examples, "text": [self._text_of(i) for i in examples]}
 
-    def _meta(self, place: str, clipper: Clipper) -> dict[str, Any]:
-        layout = clipper.view.layout.by_param
+    def _meta(self, place: str, clipper: Clipper, layout: Layout) -> dict[str, Any]:
         return {
             "place": place,
             "names": list(layout.names),

@@ -21,6 +21,7 @@ class Recorder:
 
     Attributes:
         step: the last optimizer step that was recorded; 1 is the first.
+        layout: of what is buffered, one segment per parameter; None if that is nothing.
     """
 
     def __init__(self, clock: Recorder | None = None) -> None:
@@ -29,7 +30,7 @@ class Recorder:
         self._clear()
 
     def _clear(self) -> None:
-        self._layout: Layout | None = None
+        self.layout: Layout | None = None
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self._folded: list[tuple[Tensor, Tensor, Tensor]] = []
         self._notes: list[dict[str, Any]] = []
@@ -66,9 +67,9 @@ class Recorder:
         self._append(layout.by_param, (unknown, torch.ones_like(unknown), small))
 
     def _append(self, layout: Layout, row: tuple[Tensor, Tensor, Tensor]) -> None:
-        if self._layout is not None and self._layout.names != layout.names:
+        if self.layout is not None and self.layout.names != layout.names:
             self._clear()  # the set of trainable parameters changed; what was not written is of the old one
-        self._layout = layout
+        self.layout = layout
         if self._clock is None:
             self._step += 1
         self._rows.append(row)
@@ -84,6 +85,8 @@ class Recorder:
 
     def note(self, learning_rate: Any, loss: Tensor | None) -> None:
         """What the loop knows of the step that was added last: a number or tensor, and a 0-d tensor."""
+        if isinstance(learning_rate, Tensor):
+            learning_rate = learning_rate.detach().clone()  # a scheduler writes into it
         if self._notes:
             self._notes[-1] |= {"learning_rate": learning_rate, "loss": loss}
 

@@ -49,7 +49,9 @@ class Record:
         finite_T: bool, and so are skipped_T and bounded_T.
         norm_TP: float32.
         scale_TP: float32.
-        meta: `spec`, `config`, `place`, `backend`, `world`, `version`.
+        meta: `spec`, `config`, `place`, `backend`, `world`, `version`; of the last steps where the run went on under
+            another configuration.
+        earlier: the meta of what it ran under before, each with `last`, the last step of it.
     """
 
     names: tuple[str, ...]
@@ -65,6 +67,7 @@ class Record:
     norm_TP: np.ndarray
     scale_TP: np.ndarray
     meta: dict[str, Any]
+    earlier: tuple[dict[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.step_T)
@@ -138,13 +141,21 @@ def parts_of(folder: Path, place: str) -> list[Part]:
 
 
 def join_small(folder: Path, place: str, at: int = JOIN_AT) -> None:
-    """Join the last parts into one when `at` of them have fewer than LARGE steps each, and remove what it covers."""
+    """Join the last parts into one when `at` of them have fewer than LARGE steps each, and remove what it covers.
+
+    Parts that were recorded under another configuration stay apart.
+    """
     small: list[Part] = []
     for part in reversed(parts_of(folder, place)):
         if part.last - part.first + 1 >= LARGE:
             break
         small.insert(0, part)
     if len(small) < max(at, 2):
+        return
+    configs = [_meta_of(part).get("config") for part in small]
+    while configs[0] != configs[-1]:
+        small, configs = small[1:], configs[1:]
+    if len(small) < 2:
         return
     record = _read(small)
     write_part(folder, place, record.of(slice(None)), record.meta)
@@ -216,12 +227,14 @@ def _read(parts: Iterable[Part]) -> Record:
     numel: dict[str, int] = {}
     owners: list[list[str]] = []
     meta: dict[str, Any] = {}
+    earlier: list[dict[str, Any]] = []
     until = -1
     for part in parts:
         table = parquet.read_table(part.path)
-        meta = json.loads(table.schema.metadata[b"hf_gradclip"])
-        if meta["version"] > VERSION:
-            raise ValueError(f"{part.path.name}: was written by a later version of hf_gradclip. Install that one.")
+        new_meta = _meta_of(part)
+        if meta and meta.get("config") != new_meta.get("config"):
+            earlier.append({**meta, "last": until})
+        meta = new_meta
         numel |= dict(zip(meta["names"], meta["numel"], strict=True))
         owners.append(meta["names"])
         new = table["step"].to_numpy() > until
@@ -246,9 +259,18 @@ def _read(parts: Iterable[Part]) -> Record:
         norm_TP=columns["norms"],
         scale_TP=columns["scales"],
         meta=meta,
+        earlier=tuple(earlier),
         **numbers,
         **flags,
     )
+
+
+def _meta_of(part: Part) -> dict[str, Any]:
+    _, parquet = _arrow()
+    meta: dict[str, Any] = json.loads(parquet.read_schema(part.path).metadata[b"hf_gradclip"])
+    if meta["version"] > VERSION:
+        raise ValueError(f"{part.path.name}: was written by a later version of hf_gradclip. Install that one.")
+    return meta
 
 
 def _spread(values: np.ndarray, own: list[str], names: list[str]) -> np.ndarray:

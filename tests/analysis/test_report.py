@@ -183,6 +183,13 @@ def test_the_files_of_a_page(tmp_path) -> None:
     assert findings(load_run(tmp_path / "one"))[0] in text
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_of_skipped_steps_only(tmp_path) -> None:
+    save(record_by_hand(np.full((30, 4), np.nan)), tmp_path)
+    assert "No gradient of the 30 recorded steps was finite and applied." in findings(load_run(tmp_path))
+    assert write_report([tmp_path], tmp_path / "out")
+
+
 def test_runs_side_by_side(tmp_path, monkeypatch, capsys) -> None:
     for name, factor in (("a", 1.0), ("b", 3.0)):
         save(record_by_hand(norms_of() * factor), tmp_path / name)

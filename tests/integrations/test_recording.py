@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset
 
 import hf_gradclip
 from hf_gradclip import GradClipTrainer
+from hf_gradclip.cli import main
 from hf_gradclip.config import SpecError
 from hf_gradclip.integrations import recording
 from hf_gradclip.record.files import read_record
@@ -124,6 +125,28 @@ def test_five_and_five_are_ten(tmp_path, caplog) -> None:
     train(GradClipTrainer, output_dir=twice, resume=resume, model=tiny_llama(seed=9), **settings)
     assert "record: 5 steps past the resumed step 5 are dropped" in caplog.text
     assert_same(record_of(tmp_path / "ten"), record_of(tmp_path / "twice"))
+
+
+def test_a_run_that_goes_on_under_another_strategy(tmp_path, capsys) -> None:
+    """Every step keeps the words of what clipped it, through joining, reading, the report and the replay."""
+    first, second = ({"gradient": f"global_norm:max_norm={limit}", "record": True} for limit in (0.1, 100))
+    settings = {"max_steps": 14, "logging_steps": 2, "output_dir": str(tmp_path)}
+    train(GradClipTrainer, clip=first, callbacks=[StopAt(8)], **settings)
+    train(GradClipTrainer, clip=second, resume=str(tmp_path / "checkpoint-8"), **settings)
+    record = read_record(tmp_path)
+    assert record.step_T.tolist() == list(range(1, 15))
+    assert record.meta["spec"].startswith("global_norm:max_norm=100")
+    assert [(meta["spec"][:24], meta["last"]) for meta in record.earlier] == [("global_norm:max_norm=0.1", 8)]
+    assert len(list((tmp_path / "gradclip").glob("gradient-*.parquet"))) == 2
+
+    assert main(["report", "--text", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Steps 1 to 8, under global_norm:max_norm=0.1" in said
+    assert "The gradient was clipped in 8 of 8 steps (100%)" in said
+    assert "Steps 9 to 14, under global_norm:max_norm=100" in said
+    assert "The gradient was clipped in 0 of 6 steps (0%)" in said
+    assert main(["replay", str(tmp_path)]) == 0
+    assert "What was recorded is" not in capsys.readouterr().out
 
 
 def test_a_new_run_in_an_old_folder_keeps_the_old_record(tmp_path, caplog) -> None:
@@ -273,6 +296,40 @@ def test_a_plain_loop_is_recorded_and_resumed(tmp_path, caplog) -> None:
     loop(tmp_path / "twice", range(2))
     assert record_of(tmp_path / "twice")["step"].tolist() == [1, 2]
     assert "it is kept as gradclip.old1" in caplog.text
+
+
+def test_an_unfrozen_layer_loses_no_recorded_step(tmp_path) -> None:
+    class Unfreeze(GradClipTrainer):
+        def training_step(self, model, *args, **kwargs):
+            if self.state.global_step == 15:
+                model.model.layers[0].requires_grad_(True)
+            return super().training_step(model, *args, **kwargs)
+
+    model = tiny_llama()
+    model.model.layers[0].requires_grad_(False)
+    clip = {"gradient": "adagc:warmup_steps=5", "record": True}
+    train(Unfreeze, clip=clip, model=model, max_steps=30, logging_steps=100, optim="sgd", output_dir=str(tmp_path))
+    record = read_record(tmp_path)
+    assert record.step_T.tolist() == list(range(1, 31))
+    late = [i for i, name in enumerate(record.names) if "layers.0" in name]
+    assert np.isnan(record.norm_TP[:15, late]).all()
+    assert (record.norm_TP[15:, late] > 0).all()
+    assert np.isfinite(record.loss_T).all()
+
+
+def test_a_learning_rate_that_is_a_tensor_is_recorded_as_it_was(tmp_path) -> None:
+    accelerator = Accelerator(cpu=True)
+    attachment = hf_gradclip.attach(accelerator, CLIP, auto=True, record=tmp_path)
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3), foreach=False)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for i, (batch, _) in enumerate(batches(5)):
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"].fill_(1e-3 / 2 ** (i + 1))
+    attachment.finish()
+    np.testing.assert_allclose(read_record(tmp_path).learning_rate_T, [1e-3 / 2**i for i in range(5)], rtol=1e-6)
 
 
 def test_a_record_without_a_folder_is_refused() -> None:
