@@ -142,6 +142,12 @@ class Clipper:
         self._unread_skips = self._most_skips = torch.zeros((), dtype=torch.int64, device=self._layout.device)
         self.step_was_skipped = False
 
+    def adopt(self, config: ClipConfig) -> None:
+        """Go on with another configuration. The strategy starts anew, the report goes on."""
+        self.config = config
+        self.state = config.gradient.init(self._layout)
+        self._judge = Graphed(functools.partial(judge, config.gradient))
+
     def __repr__(self) -> str:
         return f"Clipper({self.config}, {self.view.backend}, {len(self._layout)} segments)"
 
@@ -329,7 +335,7 @@ class Clipper:
             "" if the state was taken as it is, else one sentence that says what happened instead.
         """
         spec, word = describe(self.config.gradient), name_of(self.config.gradient)
-        if "spec" not in saved or "state" not in saved:
+        if not {"spec", "strategy", "names", "state"} <= set(saved):
             self.reset()
             return f"The saved clip state cannot be read, so {word} starts anew."
         restart = self._restart(saved)
@@ -356,6 +362,8 @@ class Clipper:
             return f"The checkpoint's clip state is of {saved['spec']}, so {word} starts anew."
         if set(saved["names"]) != set(self._layout.names):
             return f"The checkpoint's clip state is of other trainable parameters, so {word} starts anew."
+        if self._layout.unit_S is not None and saved["names"] != list(self._layout.names):
+            return f"The checkpoint's clip state is of the same parameters in another order, so {word} starts anew."
         if any(saved["state"][key].shape != value.shape for key, value in mine.items()):
             return f"The checkpoint's clip state is of {saved['spec']}, of another size, so {word} starts anew."
         return ""

@@ -71,7 +71,12 @@ def attach(
     if config.record and record is None:
         raise SpecError("attach(accelerator, {'record': ...}): there is no output_dir here. Give record='a/folder'.")
     recording = None if record is None else Recording(record, accelerator.process_index, together=False)
-    attachment = Attachment(accelerator, config, auto=auto, recording=recording)
+    missing = (
+        f"attach(accelerator, {name_of(config.gradient)!r}): optimizer.step() was called without "
+        "accelerator.clip_grad_norm_(model.parameters(), max_norm) before it, for every model that it steps, so "
+        "something would not be clipped. Add that call between backward and step, or use attach(..., auto=True)."
+    )
+    attachment = Attachment(accelerator, config, auto=auto, recording=recording, missing=missing)
     attachment.take_over_clip_call()
     attachment.hook_checkpoints()
     attachment.follow_loop()
@@ -86,21 +91,29 @@ class Attachment:
         config: what to do.
         auto: clip before every optimizer step that no clip call preceded.
         recording: where every step is kept.
+        missing: the error for a step that no clip call preceded; None lets it pass, since somebody else clips it.
 
     Raises:
         UnsupportedBackendError: see `refuse_unsupported`.
     """
 
     def __init__(
-        self, accelerator: Accelerator, config: ClipConfig, auto: bool = False, recording: Recording | None = None
+        self,
+        accelerator: Accelerator,
+        config: ClipConfig,
+        auto: bool = False,
+        recording: Recording | None = None,
+        missing: str | None = None,
     ) -> None:
         refuse_unsupported(accelerator)
         self.accelerator = accelerator
         self.config = config
         self.auto = auto
         self._clippers: list[tuple[weakref.ref[nn.Module], Clipper]] = []
-        self._clipped: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        self._of_optimizer: weakref.WeakKeyDictionary[Any, list[Clipper]] = weakref.WeakKeyDictionary()
+        self._missing = missing
+        self._clipped: weakref.WeakKeyDictionary[Any, dict[Clipper, bool]] = weakref.WeakKeyDictionary()
+        self._stepped: set[Clipper] = set()
+        self._of_optimizer: weakref.WeakKeyDictionary[Any, tuple[int, list[Clipper]]] = weakref.WeakKeyDictionary()
         self._seams: Any = None
         self.updates = Updates(config, say=accelerator.is_main_process)
         self.recording = recording
@@ -111,6 +124,7 @@ class Attachment:
         self._watch_accelerator()
         self._steps = 0
         self._paused = False
+        self._finished = False
         self._said_max_norm = False
         self._said_stranger = False
 
@@ -217,6 +231,7 @@ class Attachment:
 
     def finish(self) -> None:
         """At the end of a run, on every rank: write the rest of the record; rank 0 says what clipping did."""
+        self._finished = True
         if self.recording is not None:
             self.recording.finish()
         if self.accelerator.is_main_process:
@@ -228,8 +243,17 @@ class Attachment:
         self._clippers.clear()
         self._of_optimizer.clear()
         self._clipped.clear()
+        self._stepped.clear()
         self.updates.forget()
+        self._loss.forget()
         self._seams = None
+        self._finished = False
+
+    def adopt(self, config: ClipConfig) -> None:
+        """Go on with another configuration, see `Clipper.adopt`; not under DeepSpeed."""
+        self.config = config
+        for _, clipper in self._clippers:
+            clipper.adopt(config)
 
     def clip(self, model: nn.Module) -> Tensor | None:
         """Clip the gradients of one model; the norm before clipping, 0-d, on the device.
@@ -239,24 +263,32 @@ class Attachment:
         return self._clip(self.clipper_of(model))
 
     def _clip(self, clipper: Clipper) -> Tensor | None:
-        self._steps += 1
         if self._seams is not None:
-            self._note()
+            self._note_engine()
             return self._seams.norm  # decided and applied inside backward
+        self._steps += 1
         self.watch_optimizers()
         self._record(clipper)
-        norm = clipper.step(self._judged_loss())
+        norm = clipper.step(self._judged_loss(clipper))
         self._note()
         self._replicas.check(clipper.view, self._steps)
+        self._stepped.discard(clipper)
         for optimizer in self.accelerator._optimizers:
             if clipper in self._clippers_of(optimizer):
-                self._clipped[optimizer] = clipper.step_was_skipped
+                self._clipped.setdefault(optimizer, {})[clipper] = clipper.step_was_skipped
         return norm
 
-    def _judged_loss(self) -> Tensor | None:
+    def _note_engine(self) -> None:
+        """Note the step that DeepSpeed took inside backward, once."""
+        if self._seams is not None and self._seams.stepped:
+            self._seams.stepped = False
+            self._steps += 1
+            self._note()
+
+    def _judged_loss(self, clipper: Clipper | None = None) -> Tensor | None:
         """The loss of the step, reduced over ranks, where the strategy judges it; else it is for the record only."""
         judged = self.config.gradient.needs.loss
-        self._loss_of_step = self._loss.reduced() if judged else self._loss.local()
+        self._loss_of_step = self._loss.reduced(clipper) if judged else self._loss.local(clipper)
         return self._loss_of_step if judged else None
 
     def _note(self) -> None:
@@ -266,14 +298,17 @@ class Attachment:
 
     def _clippers_of(self, optimizer: Any) -> list[Clipper]:
         """The clippers of the models whose parameters an optimizer steps."""
-        if optimizer not in self._of_optimizer:
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        known, clippers = self._of_optimizer.get(optimizer, (-1, []))
+        if known != size:
             mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            self._of_optimizer[optimizer] = [
+            clippers = [
                 clipper
                 for model, clipper in self._clippers
                 if any(id(p) in mine for p in getattr(model(), "parameters", list)())
             ]
-        return self._of_optimizer[optimizer]
+            self._of_optimizer[optimizer] = (size, clippers)
+        return clippers
 
     def watch_optimizers(self) -> None:
         """Wrap the step of every prepared optimizer once: a step must be clipped, and a skip must be seen."""
@@ -301,6 +336,7 @@ class Attachment:
         accelerator = self.accelerator
         refuse = functools.partial(refuse_swap, accelerator)
         accelerator.prepare = after(refuse, accelerator.prepare)
+        accelerator.backward = after(self._before_backward, accelerator.backward)
         if self.config.gradient.needs.loss or self.recording is not None:
             accelerator.backward = after(self._loss.add, accelerator.backward)
         if self.recording is not None:
@@ -315,11 +351,14 @@ class Attachment:
         finally:
             self._paused = False
 
-    def before_step(self, optimizer: Any) -> None:
-        """Clip if `auto`, else insist that somebody did."""
-        if optimizer in self._clipped or self._paused:
-            return
-        clippers = self._clippers_of(optimizer)
+    def before_step(self, optimizer: Any) -> bool:
+        """Clip what was not yet clipped if `auto`, else insist that somebody did; whether the step is to be skipped.
+
+        A step with a loss scaler is left to the scaler.
+        """
+        if self._paused:
+            return False
+        clippers, clipped = self._clippers_of(optimizer), self._clipped.get(optimizer, {})
         if not clippers and not self._said_stranger:
             self._said_stranger = True
             logger.warning(
@@ -328,19 +367,31 @@ class Attachment:
                 type(innermost(optimizer)).__name__,
             )
         for clipper in clippers:
-            if not self.auto:
-                raise RuntimeError(
-                    f"attach(accelerator, {name_of(self.config.gradient)!r}): optimizer.step() was called without "
-                    "accelerator.clip_grad_norm_(model.parameters(), max_norm) before it, so nothing would be clipped. "
-                    "Add that call between backward and step, or use attach(..., auto=True)."
-                )
-            self._clip(clipper)
+            if clipper in clipped:
+                continue
+            if self.auto:
+                self._clip(clipper)
+            elif self._missing is not None:
+                raise RuntimeError(self._missing)
+        return optimizer.scaler is None and any(self._clipped.get(optimizer, {}).values())
 
     def after_step(self, optimizer: Any) -> None:
         """Tell Accelerate, and so its schedulers, whether this step was skipped."""
-        skipped = self._clipped.pop(optimizer, False)
+        clipped = self._clipped.pop(optimizer, {})
+        self._stepped.update(clipped)
+        skipped = any(clipped.values())
         if skipped or optimizer.scaler is None:
             optimizer._is_overflow = skipped
+
+    def _before_backward(self, *_: Any, **__: Any) -> None:
+        """New gradients: what was clipped for a model that has been stepped since counts no longer.
+
+        A model that waits for its step while another goes backward stays clipped.
+        """
+        for clipped in self._clipped.values():
+            for clipper in self._stepped:
+                clipped.pop(clipper, None)
+        self._stepped.clear()
 
     def take_over_clip_call(self) -> None:
         """Replace `accelerator.clip_grad_norm_` on this instance."""
@@ -361,7 +412,7 @@ class Attachment:
                 if not self._said_max_norm and self.accelerator.is_main_process:
                     self._said_max_norm = True
                     announce(f"clip_grad_norm_(max_norm={max_norm}): the strategy decides, this number is not used.")
-                if not self.accelerator.sync_gradients:
+                if self._seams is None and not self.accelerator.sync_gradients:
                     return self.clipper_of(model).view.measure(self.config.gradient.needs).total
                 return self.clip(model)
             sizes.append(len(trainable))
@@ -374,14 +425,24 @@ class Attachment:
         """Make the clippers for what is prepared now, and for what `prepare` brings later."""
         for name in ("prepare", "backward"):
             setattr(self.accelerator, name, then(getattr(self.accelerator, name), self.start))
+        self.accelerator.free_memory = after(self._let_go, self.accelerator.free_memory)
         self.start()
 
+    def _let_go(self, *_: Any) -> None:
+        """Before Accelerate drops its models: write and say what there is of them, and hold them no longer."""
+        if self._clippers and not self._finished:
+            self.finish()
+        if self.recording is not None:
+            self.recording.let_go()
+        self.forget()
+
     def start(self) -> None:
-        """Make the missing clippers and watch the new optimizers."""
+        """Make the missing clippers and watch the new optimizers; note what DeepSpeed did in backward."""
         for model in self.accelerator._models:
             if any(p.requires_grad for p in model.parameters()):
                 self.clipper_of(model)
         self.watch_optimizers()
+        self._note_engine()
 
     def hook_checkpoints(self) -> None:
         """State goes with `save_state` and `load_state`, through their pre-hooks: other checkpoints still load."""
@@ -420,8 +481,8 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         attachment: Attachment = optimizer._gradclip_attachment
         if not optimizer.gradient_state.sync_gradients:
             return original(closure)
-        attachment.before_step(optimizer)
-        result = original(closure)
+        skip = attachment.before_step(optimizer)  # its gradients are gone, yet some optimizers count steps without any
+        result = None if skip else original(closure)
         attachment.after_step(optimizer)
         return result
 

@@ -59,6 +59,10 @@ class ZeroSeams:
         updates: of the run, where the update clipper is added.
         loss: gives the reduced loss of the step, for a strategy that judges it.
 
+    Attributes:
+        norm: of the last step, before clipping.
+        stepped: set by every step, for somebody to take back.
+
     Raises:
         UnsupportedBackendError: by the setting's name, with what to use instead.
     """
@@ -74,6 +78,7 @@ class ZeroSeams:
         self._zero = engine.optimizer
         self._decision: Decision | None = None
         self.norm: Tensor | None = None
+        self.stepped = False
         name = type(self._zero).__name__
         install = {
             "DeepSpeedZeroOptimizer": self._install_stage12,
@@ -106,6 +111,7 @@ class ZeroSeams:
 
     def _keep(self, norm: Tensor) -> None:
         self.norm = norm
+        self.stepped = True
         self._engine._global_grad_norm = norm
 
     def _install_stage12(self) -> None:
@@ -163,6 +169,7 @@ class ZeroSeams:
         decision, action = self.clipper.settle(self.clipper.decide(loss=self._loss()))
         self._decision = decision if action == CLIP else None
         self.norm = decision.stats.total
+        self.stepped = True
         if self.clipper.step_was_skipped:
             self.view.drop_()
         return (self.norm * self.view.loss_scale).float()
@@ -190,6 +197,8 @@ class ZeroSeams:
             step(closure)
             if self.norm is None:  # a loss scaler dropped the step before its norm was asked for
                 self.norm = torch.tensor(float("inf"), device=self.clipper.report.device)
+                self.stepped = True
+                self._loss()
                 self.clipper.count_overflow()
             if self.view.skipping:
                 zero.overflow = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -19,26 +20,47 @@ class StepLoss:
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None
+        self._last: Tensor | None
+        self._told: set[object]
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._sum, self._last, self._told = None, None, set()
 
     def add(self, loss: Tensor, **_: Any) -> None:
         """One micro-batch."""
         part = loss.detach().float() / self._accelerator.gradient_accumulation_steps
         self._sum = part if self._sum is None else self._sum + part
 
-    def local(self) -> Tensor | None:
-        """The mean over this process's micro-batches, 0-d, and start anew; None if nothing was added."""
-        loss, self._sum = self._sum, None
-        return loss
+    def local(self, who: object = None) -> Tensor | None:
+        """The mean over this process's micro-batches, 0-d; the next `add` starts anew.
 
-    def reduced(self) -> Tensor | None:
-        """The mean over micro-batches and ranks, 0-d, and start anew; None if nothing was added.
+        Args:
+            who: asks. Two models of one backward are told the same loss, and each of them once.
 
-        One all-reduce of one number where there are several ranks.
+        Returns:
+            None if nothing was added since the same one asked.
         """
-        loss = self.local()
-        if loss is not None and world_size() > 1:
-            loss = loss.clone()
-            dist.all_reduce(loss)
-            loss = loss / world_size()
+        return self._tell(who, lambda loss: loss)
+
+    def reduced(self, who: object = None) -> Tensor | None:
+        """The same over ranks too. One all-reduce of one number per step where there are several ranks."""
+        return self._tell(who, _mean_over_ranks)
+
+    def _tell(self, who: object, mean: Callable[[Tensor], Tensor]) -> Tensor | None:
+        if self._sum is not None:
+            self._last, self._sum, self._told = mean(self._sum), None, set()
+        if who in self._told:
+            return None
+        self._told.add(who)
+        return self._last
+
+
+def _mean_over_ranks(loss: Tensor) -> Tensor:
+    if world_size() == 1:
         return loss
+    loss = loss.clone()
+    dist.all_reduce(loss)
+    return loss / world_size()

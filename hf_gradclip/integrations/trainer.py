@@ -71,6 +71,7 @@ class GradClipMixin:
         self._clip_spec = clip
         self._clip_attachment: Attachment | None = None
         self._clip_started: tuple[Any, ...] | None = None
+        self._clip_limit: Any = None
         super().__init__(*args, **kwargs)
         self.add_callback(_Record(self))  # type: ignore[attr-defined]
 
@@ -89,12 +90,7 @@ class GradClipMixin:
 
     def create_accelerator_and_postprocess(self) -> None:
         """Check the spec and the backend as soon as there is an accelerator."""
-        limit = self.args.max_grad_norm
-        if limit is None or limit < 0:
-            raise ValueError(
-                f"TrainingArguments(max_grad_norm={limit}): must be a number >= 0. 0 switches clipping off."
-            )
-        config = ClipConfig.parse(self._clip_spec, max_grad_norm=limit)
+        config = self._clip_config()
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         self._clip_attachment = None
         try:
@@ -106,7 +102,34 @@ class GradClipMixin:
             return
         if self._clip_spec is None and self.is_deepspeed_enabled:
             config = replace(config, nonfinite="skip")  # what ZeRO does itself, and so the stock Trainer under it
-        self._clip_attachment = Attachment(self.accelerator, config, recording=self._make_recording(config))
+        self._clip_attachment = Attachment(
+            self.accelerator, config, recording=self._make_recording(config), missing=self._clip_missing()
+        )
+
+    def _clip_config(self) -> ClipConfig:
+        self._clip_limit = limit = self.args.max_grad_norm
+        if limit is None or limit < 0:
+            raise ValueError(
+                f"TrainingArguments(max_grad_norm={limit}): must be a number >= 0. 0 switches clipping off."
+            )
+        return ClipConfig.parse(self._clip_spec, max_grad_norm=limit)
+
+    def _clip_missing(self) -> str | None:
+        if self._clip_spec is None:
+            return None  # a Trainer whose own _clip_grad_norm clips, as beside the stock one
+        return (
+            f"{type(self).__name__}(clip={self._clip_spec!r}): optimizer.step() came without _clip_grad_norm or "
+            "_get_grad_norm of GradClipMixin before it, so nothing would be clipped. Put the mixin first among the "
+            "bases, and call super() where a subclass overrides them; or leave clip out."
+        )
+
+    def _clip_now(self, model: nn.Module) -> Tensor | None:
+        """Clip; without `clip` by the number that TrainingArguments hold now, which a callback may have changed."""
+        attachment = self._clip_attachment
+        assert attachment is not None
+        if self._clip_spec is None and self.args.max_grad_norm != self._clip_limit and not self.is_deepspeed_enabled:
+            attachment.adopt(self._clip_config())
+        return attachment.clip(model)
 
     def _make_recording(self, config: ClipConfig) -> Recording | None:
         if not config.record:
@@ -212,12 +235,12 @@ class GradClipMixin:
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         if self._clip_attachment is None:
             return super()._clip_grad_norm(model)  # type: ignore[misc]
-        return self._clip_attachment.clip(model)
+        return self._clip_now(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if self._clip_attachment is None:
             return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
-        return self._clip_attachment.clip(model) if grad_norm is None else grad_norm
+        return self._clip_now(model) if grad_norm is None else grad_norm
 
     def _clip_paused(self) -> AbstractContextManager[None]:
         return nullcontext() if self._clip_attachment is None else self._clip_attachment.paused()

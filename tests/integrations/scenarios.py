@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +14,23 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hf_gradclip
 from hf_gradclip import optim
 from hf_gradclip.integrations.optimizer import innermost
+from hf_gradclip.record.files import read_record
 from hf_gradclip.strategy import flatten
 from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.sharded import (
     BACKENDS,
     OPTIMIZERS,
+    RATE,
     STEPS,
     STRATEGIES,
     UPDATES,
+    Model,
     Parameters,
     Run,
+    accelerator_for,
     batch,
     deepspeed_config,
     warmed_up,
@@ -109,12 +116,9 @@ def states(run: Run) -> dict[str, torch.Tensor]:
 
 def resume(name: str) -> dict[str, Any]:
     """10 steps against 5, a checkpoint, and 5 more in a new model."""
-    folder = tempfile.mkdtemp() if dist.get_rank() == 0 else ""
-    shared = [folder]
-    dist.broadcast_object_list(shared)
-    found = {}
+    folder, found = shared_folder(), {}
     for word, spec in RESUMED.items():
-        path = f"{shared[0]}/{word}"
+        path = f"{folder}/{word}"
         whole = Run(BACKENDS[name], spec)
         first = whole.fit(range(2, 7))
         whole.accelerator.save_state(path)
@@ -317,11 +321,82 @@ def scaled(name: str) -> dict[str, Any]:
     return found
 
 
+def accumulated(name: str) -> dict[str, Any]:
+    """A clip call after every one of two micro-batches, of a strategy and of the backend itself."""
+    config = {**BACKENDS[name]["deepspeed"], "gradient_accumulation_steps": 2, "gradient_clipping": 0.278}
+    found = {}
+    for word, spec in {"ours": "global_norm:max_norm=0.278", "stock": None}.items():
+        run = Run({"deepspeed": config}, spec)
+        run.accelerator.gradient_accumulation_steps = 2
+        norms = []
+        for i in range(12):
+            with run.accelerator.accumulate(run.model):
+                run.accelerator.backward(
+                    run.model(**batch(i, dist.get_rank(), dist.get_world_size()), use_extra=0).loss
+                )
+                norm = run.accelerator.clip_grad_norm_(run.model.parameters(), 1.0)
+                norms.append(None if norm is None else float(norm))
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+        found[word] = {"norms": norms, "weights": whole_weights(run.model)}
+    return {name: found}
+
+
+def noted(name: str) -> dict[str, Any]:
+    """What is recorded where nobody calls for a clip: `auto=True`, under an engine that steps in backward."""
+    folder = shared_folder()
+    accelerator = accelerator_for(BACKENDS[name])
+    attachment = hf_gradclip.attach(accelerator, STRATEGIES["zclip"], auto=True, record=folder)
+    model = Model()
+    model, optimizer = accelerator.prepare(model, model.optimizer(RATE))
+    losses = []
+    for i in range(STEPS):
+        loss = model(**batch(i, dist.get_rank(), dist.get_world_size()), use_extra=0).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        attachment.scalars()
+    attachment.finish()  # not end_training, which would end the process group
+    dist.barrier()
+    record = read_record(folder)
+    return {name: {"losses": losses, "record": record.loss_T, "rates": record.learning_rate_T, "steps": record.step_T}}
+
+
+def lacking(name: str) -> dict[str, Any]:
+    """A checkpoint without a clip state on rank 1 alone: does the run go on as where both have it?"""
+    folder, found = shared_folder(), {}
+    run = Run(BACKENDS[name], STRATEGIES["adagc"])
+    run.fit(range(6))
+    run.accelerator.save_state(folder)
+    dist.barrier()
+    partial = folder
+    if dist.get_rank() == 1:
+        partial = tempfile.mkdtemp()
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        Path(partial, "gradclip.pt").unlink()
+    for word, path in {"whole": folder, "lacking": partial}.items():
+        run = Run(BACKENDS[name], STRATEGIES["adagc"])
+        run.accelerator.load_state(path)
+        rest = run.fit(range(6, 10))
+        both = [torch.empty_like(rest["weights"]) for _ in range(2)]
+        dist.all_gather(both, rest["weights"])
+        found[word] = {**rest, "agree": torch.equal(*both)}
+    return {name: found}
+
+
+def shared_folder() -> str:
+    """A new folder that every rank knows."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
 KINDS = ("lora", "tied", "unused", "groups")
 SCENARIOS = {
     f.__name__: f
     for f in (
         table, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned, updates, folded,
-        flat, scaled, swap,
+        flat, scaled, swap, accumulated, noted, lacking,
     )
 }  # fmt: skip

@@ -95,6 +95,20 @@ def test_words_for_other_parameters(tmp_path, caplog) -> None:
     assert int(resumed.clipper.state.seen) == 10
 
 
+@pytest.mark.parametrize("content", [b"", b"some text", torch.ones(2), {"a": 1}, {"spec": "x", "state": {}}], ids=str)
+def test_words_for_a_file_that_is_none_of_ours(tmp_path, caplog, content) -> None:
+    settings = {"clip": "zclip:warmup_steps=5", "max_steps": 20}
+    train(GradClipTrainer, callbacks=[StopAt(10)], output_dir=str(tmp_path), **settings)
+    path = tmp_path / "checkpoint-10" / "gradclip.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    resumed = train(GradClipTrainer, resume=str(path.parent), **settings)
+    assert "gradclip.pt: The saved clip state cannot be read, so zclip starts anew." in caplog.text
+    assert int(resumed.clipper.state.seen) == 10
+
+
 def test_save_only_model_keeps_no_state_and_says_so_on_resume(tmp_path, caplog) -> None:
     settings = {"clip": "zclip:warmup_steps=5", "max_steps": 20, "save_only_model": True}
     train(GradClipTrainer, callbacks=[StopAt(10)], output_dir=str(tmp_path), **settings)

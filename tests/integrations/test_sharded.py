@@ -15,7 +15,7 @@ import torch
 from hf_gradclip import Clipper
 from tests.integrations import mesh_main, scenarios
 from tests.integrations.scenarios import KINDS
-from tests.integrations.sharded import STRATEGIES, UPDATES, Model, launch, one_process, one_process_update
+from tests.integrations.sharded import RATE, STEPS, STRATEGIES, UPDATES, Model, launch, one_process, one_process_update
 
 GRAD = ("ddp", "fsdp2", "fsdp2_offload")
 FLAT = ("fsdp1", "fsdp1_original_parameters")
@@ -28,7 +28,7 @@ def on_grad(tmp_path_factory) -> dict[str, Any]:
     words = [f"{s}:{b}" for s in ("table", "engaged") for b in GRAD] + ["unhooked:fsdp2"]
     words += [f"{s}:{b}" for s in ("kinds", "collectives", "bf16", "skips") for b in ("ddp", "fsdp2")]
     words += ["resume:fsdp2", "poisoned:ddp", "updates:fsdp2", "folded:ddp", "folded:fsdp2"]
-    words += ["scaled:fsdp2", *(f"flat:{b}" for b in FLAT)]
+    words += ["lacking:ddp", "scaled:fsdp2", *(f"flat:{b}" for b in FLAT)]
     return launch(2, "sharded_main", tmp_path_factory.mktemp("grad") / "out", *words)
 
 
@@ -38,6 +38,7 @@ def on_zero(tmp_path_factory) -> dict[str, Any]:
     scenarios = ("kinds", "collectives", "bf16", "skips", "resume", "updates")
     words += [f"{s}:{b}" for s in scenarios for b in ("zero2", "zero3")]
     words += ["variants:zero", "poisoned:zero2", "updates:zero2_offload", "updates:zero3_offload", "swap:zero2_offload"]
+    words += [f"{s}:{b}" for s in ("accumulated", "noted") for b in ("zero2", "zero3")]
     return launch(2, "sharded_main", tmp_path_factory.mktemp("zero") / "out", *words)
 
 
@@ -143,6 +144,14 @@ class TestGrad:
     def test_resume(self, on_grad) -> None:
         assert_resumed(on_grad, "fsdp2")
 
+    def test_one_rank_without_a_saved_state_takes_that_of_the_other(self, on_grad) -> None:
+        whole, lacking = (on_grad["lacking"]["ddp"][word] for word in ("whole", "lacking"))
+        assert sum(lacking["rates"]) > 0, "the state decides something in these steps"
+        assert lacking["rates"] == whole["rates"]
+        assert lacking["norms"] == whole["norms"]
+        assert lacking["agree"]
+        assert torch.equal(lacking["weights"], whole["weights"])
+
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
     def test_a_skipped_step_moves_nothing(self, on_grad, name) -> None:
         assert_skipped(on_grad, name)
@@ -245,6 +254,23 @@ class TestZero:
             assert count[f"{name} value"] - count[f"{name} global_norm"] == 1
             assert count[f"{name} agc"] - count[f"{name} global_norm"] == 0
             assert count[f"{name} update"] - count[f"{name} global_norm"] == 1
+
+    @pytest.mark.parametrize("name", ["zero2", "zero3"])
+    def test_a_clip_call_after_every_micro_batch(self, on_zero, name) -> None:
+        """The norm of the last step until there is another, as DeepSpeed itself gives it; None before the first."""
+        ours, stock = on_zero["accumulated"][name]["ours"], on_zero["accumulated"][name]["stock"]
+        assert ours["norms"][0] is None
+        assert ours["norms"][1:-1:2] == ours["norms"][2::2]
+        assert ours["norms"][1::2] == pytest.approx(stock["norms"][1::2], rel=1e-5)
+        assert 0 < sum(norm > 0.278 for norm in stock["norms"][1::2]) < 6, "some steps clip and some do not"
+        assert (ours["weights"] - stock["weights"]).abs().max() < 1e-5
+
+    @pytest.mark.parametrize("name", ["zero2", "zero3"])
+    def test_a_step_without_a_clip_call_is_recorded_whole(self, on_zero, name) -> None:
+        found = on_zero["noted"][name]
+        assert found["steps"].tolist() == list(range(1, STEPS + 1))
+        assert found["record"] == pytest.approx(found["losses"], rel=1e-6)
+        assert found["rates"] == pytest.approx(RATE, rel=1e-6)
 
     @pytest.mark.parametrize("name", ["zero2", "zero3"])
     def test_resume(self, on_zero, name) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from typing import Any
 
 import pytest
@@ -133,6 +134,43 @@ class Poisoned(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * float("nan") if self.state.global_step in self.nan_at else loss
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("late", [0.25, 0, 1e-6])
+def test_max_grad_norm_may_change_as_in_the_stock_trainer(when, late) -> None:
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if when == "during" and state.global_step == 25:
+                args.max_grad_norm = late
+
+    def run(cls):
+        with tempfile.TemporaryDirectory() as folder:
+            args = training_args(folder, max_grad_norm=LIMIT, optim="sgd", learning_rate=0.3)
+            trainer = cls(model=tiny_llama(), args=args, train_dataset=counting_data(), callbacks=[Change()])
+            if when == "before":
+                trainer.args.max_grad_norm = late
+            trainer.train()
+        return trainer
+
+    ours, stock = run(GradClipTrainer), run(Trainer)
+    assert_same_run(ours, stock)
+    unchanged = train(Trainer, max_grad_norm=LIMIT, optim="sgd", learning_rate=0.3)
+    assert (weights_of(unchanged.model) - weights_of(stock.model)).abs().max() > 1e-4, "the change matters"
+
+
+class ClipsItself(Trainer):
+    def _clip_grad_norm(self, model):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+
+
+def test_a_subclass_that_clips_by_itself() -> None:
+    class Ours(ClipsItself, GradClipTrainer):
+        pass
+
+    assert_same_run(train(Ours), train(ClipsItself))
+    with pytest.raises(RuntimeError, match=r"Ours\(clip='zclip'\): .*Put the mixin first"):
+        train(Ours, clip="zclip")
 
 
 class Watch(TrainerCallback):
