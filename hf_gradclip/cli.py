@@ -85,13 +85,14 @@ def _replay(args: argparse.Namespace) -> None:
 
 def _suggest(args: argparse.Namespace) -> None:
     from hf_gradclip.analysis.replay import LIMIT_OF_REPLAY
-    from hf_gradclip.analysis.suggest import suggest
+    from hf_gradclip.analysis.suggest import misses, suggest
     from hf_gradclip.analysis.tables import COLUMNS, outcome_rows, show_table
     from hf_gradclip.record.files import read_record
 
-    show_table(
-        COLUMNS, outcome_rows(suggest(read_record(args.run), args.rate)), f"To clip {args.rate:.1%} of the steps:"
-    )
+    outcomes = suggest(read_record(args.run), args.rate)
+    show_table(COLUMNS, outcome_rows(outcomes), f"To clip {args.rate:.1%} of the steps:")
+    for sentence in misses(outcomes, args.rate):
+        print(sentence)
     print(LIMIT_OF_REPLAY)
 
 

@@ -113,6 +113,12 @@ class Clipper:
                 "update is known to the optimizer only. Give hf_gradclip.optim.AdamW(..., update_clip=...), or use "
                 "GradClipTrainer or attach()."
             )
+        for word in ("record", "histogram_every"):
+            if getattr(config, word):
+                raise SpecError(
+                    f"Clipper.for_model(..., {word}={getattr(config, word)!r}): there is no run here that could write "
+                    f"it. Leave {word} out and log `clipper.report.scalars()`, or use GradClipTrainer or attach()."
+                )
         clipper = cls(config, view_of(model))
         if config.fold or not config.skip_sync:
             clipper.fold_into(optimizer)

@@ -339,6 +339,8 @@ def _construct(name: str, cls: type[Strategy], values: dict[str, Any]) -> Strate
     for key in values:
         if key not in known:
             has = f"It has {', '.join(known)}." if known else "It has no fields."
+            if key in {f.name for f in fields(ClipConfig)}:
+                has += f" {key} is of the whole configuration: {{'gradient': ..., {key!r}: ...}}."
             raise SpecError(f"{name} has no field {key!r}.{_nearest(key, known)} {has}")
     try:
         return cls(**values)
@@ -350,6 +352,9 @@ def _construct(name: str, cls: type[Strategy], values: dict[str, Any]) -> Strate
 
 
 def _import(path: str) -> type[Strategy]:
+    if "," in path:
+        name, _, rest = path.partition(",")
+        raise SpecError(f"{path!r} is no strategy. After the name comes a colon: {name}:{rest}.")
     module, _, attribute = path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)

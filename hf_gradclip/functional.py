@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_gradclip.kernels import eager
 from hf_gradclip.strategy import Needs, limit_scale
@@ -41,8 +41,13 @@ def clip_grad_norm_(
         The norm before clipping, 0-d, float32 (float64 if a gradient is float64), on the first gradient's device.
 
     Raises:
+        TypeError: for a model in the place of its parameters.
         RuntimeError: if `error_if_nonfinite` and the norm is NaN or inf.
     """
+    if isinstance(parameters, nn.Module):
+        raise TypeError(
+            f"clip_grad_norm_({type(parameters).__name__}, {max_norm}): must be parameters. Pass model.parameters()."
+        )
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     else:

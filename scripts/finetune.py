@@ -10,6 +10,7 @@ and the text is the source of Python's own standard library.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import sysconfig
@@ -131,13 +132,22 @@ def parse(argv: list[str]) -> tuple[ClipArguments, DataArguments, RunArguments]:
     """Read the command line; a first argument that ends in .yaml gives defaults which later flags win over."""
     parser = HfArgumentParser((ClipArguments, DataArguments, RunArguments))
     if argv and argv[0].endswith((".yaml", ".yml")):
-        values = yaml.safe_load(Path(argv[0]).read_text("utf-8"))
+        values = yaml.safe_load(Path(argv[0]).read_text("utf-8")) or {}
+        if not isinstance(values, dict):
+            parser.error(f"{argv[0]}: must hold lines of key: value, the flags without their dashes")
         known = {action.dest for action in parser._actions}
         unknown = sorted(set(values) - known)
         if unknown:
             parser.error(f"{argv[0]}: unknown keys {', '.join(unknown)}")
+        deep = [key for key, value in values.items() if isinstance(value, dict | list)]
+        if deep:
+            parser.error(f"{argv[0]}: {deep[0]} must be one value. Put it into a file of its own: {deep[0]}: its.yaml")
+        parser.set_defaults(**{key: None for key, value in values.items() if value is None})
         from_file = [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
         argv = from_file + argv[1:]
+    for before, word in itertools.pairwise(argv):
+        if word.endswith((".yaml", ".yml")) and not before.startswith("--"):
+            parser.error(f"{word}: a file of arguments comes first, before all flags")
     clip_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     return clip_args, data_args, args
 
@@ -283,14 +293,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     after = trainer.evaluate()["eval_loss"]
-    before = next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), after)
-    metrics = {"eval_loss_before": before, "eval_loss": after, **result.metrics}
+    metrics = {"eval_loss": after, **result.metrics}
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry and entry["step"] == 0:
+            metrics["eval_loss_before"] = entry["eval_loss"]
     if trainer.clipper is not None:
         metrics |= {f"clip/{key}": value for key, value in trainer.clipper.report.summary().items()}
     if trainer.update_clipper is not None:
         metrics |= {f"clip_update/{key}": value for key, value in trainer.update_clipper.report.summary().items()}
     if trainer.is_world_process_zero():
-        print(f"eval loss {metrics['eval_loss_before']:.3f} -> {metrics['eval_loss']:.3f}; saved to {args.output_dir}")
+        before = f"{metrics['eval_loss_before']:.3f} -> " if "eval_loss_before" in metrics else ""
+        print(f"eval loss {before}{after:.3f}; saved to {args.output_dir}")
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
     return metrics
 

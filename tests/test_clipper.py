@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_gradclip import ClipConfig, Clipper, Strategy
 from hf_gradclip.clipper import NonFiniteError
-from hf_gradclip.strategy import Needs, Stateless, flatten
+from hf_gradclip.strategy import Needs, SpecError, Stateless, flatten
 from hf_gradclip.types import ClipPlan
 from hf_gradclip.views.local import LocalView
 
@@ -592,3 +592,9 @@ class TestZeroNorm:
     @pytest.mark.parametrize("reads", [set(), {4}, {0, 3, 5}, set(range(30))])
     def test_nine_in_a_row_do_not(self, caplog, reads):
         assert self.messages(caplog, [*[0.0] * 9, 1e-3, *[0.0] * 9], reads) == []
+
+
+@pytest.mark.parametrize("word", ["record", "histogram_every"])
+def test_what_a_plain_loop_cannot_write_is_refused(word) -> None:
+    with pytest.raises(SpecError, match=f"{word}=.*no run here that could write it.*clipper.report.scalars"):
+        Clipper.for_model(nn.Linear(2, 2), {"gradient": "zclip", word: 5 if word == "histogram_every" else True})

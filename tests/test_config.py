@@ -346,6 +346,11 @@ class TestWrong:
                 {"strategy": "zclip", "z": 5},
                 ["clip={'strategy': 'zclip', 'z': 5}: zclip has no field 'z'. It has z_threshold,"],
             ),
+            ("zclip,alpha=0.9", ["'zclip,alpha=0.9' is no strategy. After the name comes a colon: zclip:alpha=0.9."]),
+            (
+                {"strategy": "zclip", "record": True},
+                ["record is of the whole configuration: {'gradient': ..., 'record'"],
+            ),
             ("zclip:warmup_steps=99999999999999999999", ["ZClip(warmup_steps=99999999999999999999)", "below 2^63"]),
             ({}, ["clip={}: says nothing about the gradient. Add 'gradient': 'adaptive', say, or 'none'."]),
             ({"nonfinite": "skip"}, ["says nothing about the gradient"]),

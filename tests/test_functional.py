@@ -155,3 +155,8 @@ class TestNonFinite:
 
     def test_error_if_nonfinite_is_quiet_on_finite_gradients(self, bad, order):
         clip_grad_norm_(make(torch.float32), 1.0, order, error_if_nonfinite=True)
+
+
+def test_a_model_in_the_place_of_its_parameters() -> None:
+    with pytest.raises(TypeError, match=r"clip_grad_norm_\(Linear, 1.0\): .*Pass model.parameters"):
+        clip_grad_norm_(torch.nn.Linear(2, 2), 1.0)

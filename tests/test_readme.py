@@ -180,7 +180,7 @@ class TestUse:
         assert others == [
             "pip install -c constraints.txt -e . && accelerate launch scripts/finetune.py --clip adaptive",
             "pip install -c constraints.txt -e '.[test]' && pytest",
-            "pip install -e '.[deepspeed]'",
+            "pip install -c constraints.txt -e '.[deepspeed]'",
             *(f"{launched.format(name)}:warmup_steps=20" for name in ("zero2", "zero3")),
         ]
 

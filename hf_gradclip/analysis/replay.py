@@ -57,7 +57,8 @@ class Outcome:
         spikes: how many steps stood out.
         caught: how many of them were changed.
         false_alarms: steps that were changed and did not stand out.
-        thresholds: smallest, median and largest; None where the threshold is not one number.
+        thresholds: smallest, median and largest; None where the threshold is not one number, or there is none.
+        by_parameter: whether parameters were scaled apart.
     """
 
     spec: str
@@ -67,6 +68,7 @@ class Outcome:
     caught: int
     false_alarms: int
     thresholds: tuple[float, float, float] | None
+    by_parameter: bool
 
 
 def strategy_for_replay(spec: str) -> Strategy:
@@ -149,6 +151,7 @@ def outcome_of(record: Record, found: Replay, spec: str) -> Outcome:
         caught=int((clipped & spikes).sum()),
         false_alarms=int((clipped & ~spikes).sum()),
         thresholds=(float(known.min()), float(np.median(known)), float(known.max())) if len(known) else None,
+        by_parameter=bool((np.ptp(found.scale_TP, axis=1) > 1e-6).any()) if len(record.names) else False,
     )
 
 

@@ -8,6 +8,7 @@ from hf_gradclip.analysis.replay import Outcome, outcome_of, replay, strategy_fo
 from hf_gradclip.record.files import Record
 
 ROUNDS = 12
+PERCENTILES = (0.01, 100.0)
 Z_RANGE = (0.1, 10.0)
 
 
@@ -17,6 +18,9 @@ def suggest(record: Record, rate: float) -> list[Outcome]:
     Args:
         record: of a run, with finite norms.
         rate: wanted share of clipped steps, in (0, 1).
+
+    Returns:
+        As near as each comes: one that also clips while it warms up may not come near, see `misses`.
 
     Raises:
         ValueError: for another rate, or without a finite norm above 0.
@@ -29,8 +33,18 @@ def suggest(record: Record, rate: float) -> list[Outcome]:
     limit = float(np.quantile(norms, 1 - rate))
     return [
         _replayed(record, f"global_norm:max_norm={limit:.4g}"),
-        _replayed(record, f"autoclip:percentile={100 * (1 - rate):.4g}"),
-        _replayed(record, f"zclip:z_threshold={_z_for(record, rate):.3g}"),
+        _nearest(record, rate, "autoclip:percentile={:.4g}", PERCENTILES),
+        _nearest(record, rate, "zclip:z_threshold={:.3g}", Z_RANGE),
+    ]
+
+
+def misses(outcomes: list[Outcome], rate: float) -> list[str]:
+    """A sentence for each strategy that clips another share than was wanted, by more than a quarter of it."""
+    return [
+        f"{outcome.spec.partition(':')[0]} comes no nearer than {outcome.rate:.1%} with these norms: it also clips "
+        "while it warms up or the level of the norm moves. Set its other fields, or take one of the others."
+        for outcome in outcomes
+        if abs(outcome.rate - rate) > rate / 4
     ]
 
 
@@ -38,13 +52,15 @@ def _replayed(record: Record, spec: str) -> Outcome:
     return outcome_of(record, replay(record, strategy_for_replay(spec)), spec)
 
 
-def _z_for(record: Record, rate: float) -> float:
-    """Bisection: the higher z_threshold is, the fewer steps are clipped."""
-    low, high = Z_RANGE
+def _nearest(record: Record, rate: float, spec: str, ends: tuple[float, float]) -> Outcome:
+    """Bisection: the higher the number is, the fewer steps are clipped."""
+    low, high = ends
+    tried = []
     for _ in range(ROUNDS):
         middle = (low * high) ** 0.5
-        if _replayed(record, f"zclip:z_threshold={middle:.3g}").rate > rate:
+        tried.append(_replayed(record, spec.format(middle)))
+        if tried[-1].rate > rate:
             low = middle
         else:
             high = middle
-    return high
+    return min(tried, key=lambda outcome: abs(outcome.rate - rate))

@@ -40,17 +40,17 @@ def outcome_rows(outcomes: Iterable[Outcome]) -> list[tuple[str, ...]]:
             f"{outcome.mean_scale:.3f}",
             f"{outcome.caught} of {outcome.spikes}",
             f"{outcome.false_alarms}",
-            _thresholds(outcome.thresholds),
+            _thresholds(outcome),
         )
         for outcome in outcomes
     ]
 
 
-def _thresholds(values: tuple[float, float, float] | None) -> str:
+def _thresholds(outcome: Outcome) -> str:
     """One number, or the smallest to the largest with the median."""
-    if values is None:
-        return "by parameter"
-    low, middle, high = (f"{value:.3g}" for value in values)
+    if outcome.thresholds is None:
+        return "by parameter" if outcome.by_parameter else "-"
+    low, middle, high = (f"{value:.3g}" for value in outcome.thresholds)
     return low if low == high else f"{low} to {high}, median {middle}"
 
 

@@ -26,7 +26,7 @@ from hf_gradclip.integrations.optimizer import Updates, innermost
 from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
 from hf_gradclip.integrations.replicas import Replicas
-from hf_gradclip.integrations.startup import insist_on_one_layout
+from hf_gradclip.integrations.startup import insist_on_one_layout, substitute_for
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
 from hf_gradclip.integrations.wrapping import after, then
 from hf_gradclip.report import announce, logger
@@ -106,6 +106,8 @@ class Attachment:
         missing: str | None = None,
     ) -> None:
         refuse_unsupported(accelerator)
+        if (words := substitute_for(accelerator)) and accelerator.is_main_process:
+            logger.warning(words)
         self.accelerator = accelerator
         self.config = config
         self.auto = auto

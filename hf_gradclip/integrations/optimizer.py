@@ -18,6 +18,7 @@ from hf_gradclip.clipper import CLIP, NONFINITE, Clipper, NonFiniteError
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.optim.clipped import PLACES, ClippedOptimizer, local
 from hf_gradclip.report import announce, logger
+from hf_gradclip.strategy import describe, parts_of
 from hf_gradclip.types import ClipPlan
 from hf_gradclip.views import view_of
 from hf_gradclip.views.parameters import named_parameters
@@ -78,7 +79,7 @@ class Updates:
             else:
                 self._hooks[optimizer] = WeightDifference(optimizer, clipper)
                 self.say_cost(type(optimizer).__name__, sum(4 * local(p).numel() for p in clipper.view.watched()))
-            self._known[optimizer] = clipper
+            self.add(optimizer, clipper)
             self._sizes[optimizer] = size
 
     def _let_go(self, optimizer: Any) -> int:
@@ -93,8 +94,10 @@ class Updates:
         return list(self._known).index(optimizer)
 
     def add(self, owner: Any, clipper: Clipper) -> None:
-        """Take in the clipper of an optimizer whose seam is elsewhere."""
+        """Take in the clipper of an optimizer; its seam may be elsewhere."""
         self._known[owner] = clipper
+        if self._say and (words := small_limit(owner, clipper)):
+            logger.warning(words)
 
     def say_cost(self, name: str, size: int) -> None:
         """Once per optimizer: what the recovery keeps in memory. `size` is in bytes."""
@@ -189,6 +192,23 @@ class WeightDifference:
         if key not in self._segments:
             self._segments = {key: torch.tensor(moving, device=self._clipper.view.layout.device)}
         return self._segments[key]
+
+
+def small_limit(optimizer: Any, clipper: Clipper) -> str:
+    """Words for a limit on the norm that an update of RMS 1, as Adam makes them, is far above; "" for none."""
+    if not {"betas", "alpha"} & set(optimizer.param_groups[0]):
+        return ""
+    numel_S = clipper.view.layout.numel_S
+    for part in parts_of(clipper.config.gradient):
+        limit = getattr(part, "max_norm", float("inf"))
+        usual = float(numel_S.max() if part.per_parameter else numel_S.sum()) ** 0.5
+        if 10 * limit < usual:
+            return (
+                f"update={describe(part)!r}: max_norm={limit:g}, and the norm of an update of "
+                f"{type(optimizer).__name__} is about the root of the number of weights, {usual:.4g} here. That cuts "
+                "every step. Set max_norm to suit, or max_norm=inf where it is for the warm-up only."
+            )
+    return ""
 
 
 def clip_moved(

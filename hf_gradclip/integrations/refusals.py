@@ -36,7 +36,8 @@ def refuse_unsupported(accelerator: Any) -> None:
         raise UnsupportedBackendError(
             f"WORLD_SIZE={launched}, but Accelerate sees one process: these would be {launched} separate runs. "
             "On a machine without GPUs set ACCELERATE_USE_CPU=true, or use_cpu=True in TrainingArguments; "
-            "with DeepSpeed there, ddp_backend='gloo'."
+            "with DeepSpeed there instead, ddp_backend='gloo' in TrainingArguments, or "
+            "Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')])."
         )
     stock = type(accelerator).clip_grad_norm_.__module__ == "accelerate.accelerator"
     if not stock or "clip_grad_norm_" in vars(accelerator):

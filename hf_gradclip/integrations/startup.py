@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from hf_gradclip.clipper import Clipper
-from hf_gradclip.strategy import name_of, warmup_of
+from hf_gradclip.strategy import name_of, parts_of, warmup_of
 
 
 def world_size() -> int:
@@ -36,13 +38,26 @@ def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
         )
 
 
+def substitute_for(accelerator: Any) -> str:
+    """Words for a launch that asked for sharding where Accelerate trains DDP in its place; "" where it does not."""
+    asked = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+    for variable, kind in asked.items():
+        if os.environ.get(variable, "").lower() in ("1", "true") and accelerator.distributed_type.name != kind:
+            return (
+                f"{variable} is set, but this run is {accelerator.distributed_type.value}: nothing is sharded. Without "
+                "GPUs Accelerate shards under DeepSpeed only, with DS_ACCELERATOR=cpu and without ACCELERATE_USE_CPU."
+            )
+    return ""
+
+
 def check_run(clipper: Clipper, steps: int | None) -> list[str]:
     """What a person should know before a run starts: warnings, in words."""
     warnings = []
     warmup = warmup_of(clipper.config.gradient)
     if steps is not None and 0 < steps < 2 * warmup:
+        words = " + ".join(map(name_of, parts_of(clipper.config.gradient)))
         warnings.append(
-            f"The run has {steps} steps and {name_of(clipper.config.gradient)} warms up for {warmup} of them. "
+            f"The run has {steps} steps and {words} warms up for {warmup} of them. "
             + (f"Set warmup_steps to {steps // 4} or less, or train longer." if steps >= 8 else "Train longer.")
         )
     parameters = getattr(clipper.view, "parameters", None)

@@ -253,6 +253,19 @@ def test_parallel_axes_are_refused_by_name(axis) -> None:
         refuse_unsupported(stub)
 
 
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launch_that_does_not_shard_as_it_was_asked_is_said(variable, monkeypatch, caplog) -> None:
+    accelerator = Accelerator(cpu=True)
+    hf_gradclip.attach(accelerator, "none")
+    assert "nothing is sharded" not in caplog.text
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv(variable, "true")
+    hf_gradclip.attach(accelerator, "none")
+    assert f"{variable} is set, but this run is NO: nothing is sharded." in caplog.text
+
+
 def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch) -> None:
     accelerator, *_ = make()
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -298,6 +298,25 @@ def test_refused_by_name(optimizer, words) -> None:
         WeightDifference(optimizer, clipper_of(params, "zclip"))
 
 
+@pytest.mark.parametrize(
+    ("make", "rule", "said"),
+    [
+        (torch.optim.AdamW, "zclip", True),
+        (optim.AdamW, "global_norm:max_norm=1", True),
+        (torch.optim.RMSprop, "adagc", True),
+        (torch.optim.AdamW, "zclip:max_norm=inf", False),
+        (torch.optim.AdamW, "block_rms", False),
+        (torch.optim.AdamW, "global_norm:max_norm=100", False),
+        (torch.optim.SGD, "zclip", False),
+    ],
+)
+def test_a_limit_far_below_every_update_is_said(make, rule, said, caplog) -> None:
+    accelerator, model = Accelerator(cpu=True), nn.Linear(200, 200)  # 40,200 weights: an update of norm 200
+    hf_gradclip.attach(accelerator, {"gradient": "none", "update": rule}, auto=True)
+    accelerator.prepare(model, make(model.parameters(), lr=1e-3))
+    assert ("about the root of the number of weights, 200" in caplog.text) == said
+
+
 def test_an_optimizer_that_clips_itself_is_refused() -> None:
     accelerator, model = Accelerator(cpu=True), tiny_llama()
     hf_gradclip.attach(accelerator, "zclip")

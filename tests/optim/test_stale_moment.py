@@ -50,7 +50,7 @@ def train(**clips: str) -> Outcome:
     return Outcome(max(normal) / normal[0], normal[-1] / normal[0], norms[QUIET], max(norms[:QUIET]), clipper)
 
 
-@pytest.mark.parametrize(("limit", "exceeded", "jump"), [(0.25, False, 10), (0.05, True, 30)])
+@pytest.mark.parametrize(("limit", "exceeded", "jump"), [(0.25, False, 21), (0.05, True, 47)])
 def test_clipping_the_gradient_does_not_prevent_the_jump(limit: float, exceeded: bool, jump: float) -> None:
     """The first normal gradient is under the limit, or over it: then all the others are too, and the jump is larger.
 
@@ -60,12 +60,14 @@ def test_clipping_the_gradient_does_not_prevent_the_jump(limit: float, exceeded:
     assert outcome.quiet_norm < 1e-4 < 0.1 < outcome.norm
     assert (outcome.norm > limit) == exceeded
     assert 0 < outcome.clipper.report.summary()["clipped"] <= NORMAL
-    assert outcome.jump > jump, outcome
+    assert outcome.jump == pytest.approx(jump, rel=0.05), outcome
+    if not exceeded:
+        assert outcome.jump == train(clip="none").jump, "as without clipping"
 
 
 def test_clipping_the_update_prevents_it() -> None:
     outcome = train(update_clip="block_rms:max_rms=1")
     assert 0 < outcome.clipper.report.summary()["clipped"] < NORMAL
     assert outcome.clipper.report.summary()["norm_max"] > 2.5 * SIZE**0.5, "the update was stale"
-    assert outcome.jump < 3, outcome
+    assert outcome.jump == pytest.approx(1.7, rel=0.05), outcome
     assert outcome.last < 0.5, outcome

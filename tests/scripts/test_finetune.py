@@ -68,18 +68,48 @@ def test_files_lora_and_a_run_file(tmp_path) -> None:
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def script():
+    spec = importlib.util.spec_from_file_location("finetune", ROOT / "scripts" / "finetune.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["finetune"] = module  # where dataclasses look their types up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_file_may_leave_a_value_open(tmp_path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text("clip: null\nmax_grad_norm: 0.5\n")
+    clip_args, _, args = script().parse([str(run), "--output_dir", str(tmp_path)])
+    assert clip_args.clip is None
+    assert args.max_grad_norm == 0.5
+    run.write_text("")
+    assert script().parse([str(run), "--output_dir", str(tmp_path)])[0].clip is not None, "the default"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "words"),
+    [
+        ("clip: {gradient: adaptive, update: block_rms}", [], "clip must be one value. Put it into a file of its own"),
+        ("- clip", [], "must hold lines of key: value"),
+        ("clip: zclip", ["--max_steps", "2"], "a file of arguments comes first, before all flags"),
+    ],
+)
+def test_a_wrong_run_file_is_explained(tmp_path, capsys, text, flags, words) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(text)
+    with pytest.raises(SystemExit):
+        script().parse([*flags, str(run)])
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("optimizer", "rate", "limit"),
     [("adamw", 2e-3, 0.5), ("adam", 2e-3, 0.9), ("rmsprop", 2e-3, 2), ("momentum", 0.1, 0.01), ("nesterov", 0.1, 0.01)],
 )
 def test_every_optimizer_with_its_update_clipped(tmp_path, optimizer, rate, limit) -> None:
-    spec = importlib.util.spec_from_file_location("finetune", ROOT / "scripts" / "finetune.py")
-    finetune = importlib.util.module_from_spec(spec)
-    sys.modules["finetune"] = finetune
-    spec.loader.exec_module(finetune)
     flags = ["--clip", "zclip:warmup_steps=4,z_threshold=0.5", "--clip_update", f"block_rms:max_rms={limit}"]
     flags += ["--optimizer", optimizer, "--learning_rate", str(rate), "--save_strategy", "no", "--disable_tqdm", "true"]
-    metrics = finetune.main([*SMALL.split(), *flags, "--output_dir", str(tmp_path)])
+    metrics = script().main([*SMALL.split(), *flags, "--output_dir", str(tmp_path)])
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.1
     assert metrics["clip_update/steps"] == 11, "the learning rate of the first step is 0"
     assert metrics["clip_update/clipped"] > 0
