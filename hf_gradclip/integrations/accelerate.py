@@ -22,6 +22,7 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.histogram import Histograms
 from hf_gradclip.integrations.loss import StepLoss
+from hf_gradclip.integrations.marks import Marks
 from hf_gradclip.integrations.optimizer import Updates, innermost
 from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
@@ -113,8 +114,7 @@ class Attachment:
         self.auto = auto
         self._clippers: list[tuple[weakref.ref[nn.Module], Clipper]] = []
         self._missing = missing
-        self._clipped: weakref.WeakKeyDictionary[Any, dict[Clipper, bool]] = weakref.WeakKeyDictionary()
-        self._stepped: set[Clipper] = set()
+        self._marks = Marks()
         self._of_optimizer: weakref.WeakKeyDictionary[Any, tuple[int, list[Clipper]]] = weakref.WeakKeyDictionary()
         self._seams: Any = None
         self.updates = Updates(config, say=accelerator.is_main_process)
@@ -244,8 +244,7 @@ class Attachment:
         """Drop all clippers: the next call makes new ones."""
         self._clippers.clear()
         self._of_optimizer.clear()
-        self._clipped.clear()
-        self._stepped.clear()
+        self._marks.clear()
         self.updates.forget()
         self._loss.forget()
         self._seams = None
@@ -274,10 +273,7 @@ class Attachment:
         norm = clipper.step(self._judged_loss(clipper))
         self._note()
         self._replicas.check(clipper.view, self._steps)
-        self._stepped.discard(clipper)
-        for optimizer in self.accelerator._optimizers:
-            if clipper in self._clippers_of(optimizer):
-                self._clipped.setdefault(optimizer, {})[clipper] = clipper.step_was_skipped
+        self._marks.set(clipper, (o for o in self.accelerator._optimizers if clipper in self._clippers_of(o)))
         return norm
 
     def _note_engine(self) -> None:
@@ -338,7 +334,7 @@ class Attachment:
         accelerator = self.accelerator
         refuse = functools.partial(refuse_swap, accelerator)
         accelerator.prepare = after(refuse, accelerator.prepare)
-        accelerator.backward = after(self._before_backward, accelerator.backward)
+        accelerator.backward = after(self._marks.before_backward, accelerator.backward)
         if self.config.gradient.needs.loss or self.recording is not None:
             accelerator.backward = after(self._loss.add, accelerator.backward)
         if self.recording is not None:
@@ -360,7 +356,7 @@ class Attachment:
         """
         if self._paused:
             return False
-        clippers, clipped = self._clippers_of(optimizer), self._clipped.get(optimizer, {})
+        clippers = self._clippers_of(optimizer)
         if not clippers and not self._said_stranger:
             self._said_stranger = True
             logger.warning(
@@ -369,31 +365,19 @@ class Attachment:
                 type(innermost(optimizer)).__name__,
             )
         for clipper in clippers:
-            if clipper in clipped:
+            if self._marks.has(clipper, optimizer):
                 continue
             if self.auto:
                 self._clip(clipper)
             elif self._missing is not None:
                 raise RuntimeError(self._missing)
-        return optimizer.scaler is None and any(self._clipped.get(optimizer, {}).values())
+        return optimizer.scaler is None and self._marks.skips(optimizer)
 
     def after_step(self, optimizer: Any) -> None:
         """Tell Accelerate, and so its schedulers, whether this step was skipped."""
-        clipped = self._clipped.pop(optimizer, {})
-        self._stepped.update(clipped)
-        skipped = any(clipped.values())
+        skipped = self._marks.take(optimizer)
         if skipped or optimizer.scaler is None:
             optimizer._is_overflow = skipped
-
-    def _before_backward(self, *_: Any, **__: Any) -> None:
-        """New gradients: what was clipped for a model that has been stepped since counts no longer.
-
-        A model that waits for its step while another goes backward stays clipped.
-        """
-        for clipped in self._clipped.values():
-            for clipper in self._stepped:
-                clipped.pop(clipper, None)
-        self._stepped.clear()
 
     def take_over_clip_call(self) -> None:
         """Replace `accelerator.clip_grad_norm_` on this instance."""
