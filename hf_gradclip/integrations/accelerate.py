@@ -27,7 +27,7 @@ from hf_gradclip.integrations.optimizer import Updates, innermost
 from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
 from hf_gradclip.integrations.replicas import Replicas
-from hf_gradclip.integrations.startup import insist_on_one_layout, substitute_for
+from hf_gradclip.integrations.startup import in_force, insist_on_one_layout, substitute_for
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
 from hf_gradclip.integrations.wrapping import after, then
 from hf_gradclip.report import announce, logger
@@ -185,7 +185,7 @@ class Attachment:
         self._of_optimizer.clear()
         self._record(clipper)
         if self.accelerator.is_main_process:
-            announce(self.in_force(clipper))
+            announce(in_force(clipper, self.accelerator))
         return clipper
 
     def _record(self, clipper: Clipper) -> None:
@@ -211,25 +211,6 @@ class Attachment:
         guarded = scaler is not None and scaler.is_enabled()
         unscale = self.accelerator.unscale_gradients if guarded else None
         return Clipper(self.config, view_of(unwrap(model), unscale, guarded))
-
-    def in_force(self, clipper: Clipper) -> str:
-        """One line for the start of a run: strategy with its parameters, backend, segments, what a step costs."""
-        world, segments = self.accelerator.num_processes, len(clipper.view.layout)
-        ranks = f", {self.accelerator.distributed_type.value} x {world}" if world > 1 else ""
-        quiet = self.config.nonfinite == "pass" or clipper.view.guarded or not self.config.skip_sync
-        reads = 0 if quiet else 1
-        sends = clipper.view.reductions(self.config.gradient.needs)
-        weighed = "and the weights " if self.config.gradient.needs.weights else ""
-        numbers = segments * (2 if self.config.gradient.needs.weights else 1)
-        sent = f"sends {numbers} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
-        if self.config.gradient.needs.loss and world > 1:
-            sent += " and the loss"
-        again = "; the same again for the update" if self.config.update is not None else ""
-        return (
-            f"clip: {self.config}; {clipper.view.backend}{ranks}, {segments} segments; "
-            f"a step reads the gradients {weighed}once, {sent}, "
-            f"reads {reads} number{'s'[: reads != 1]} to the host{again}"
-        )
 
     def finish(self) -> None:
         """At the end of a run, on every rank: write the rest of the record; rank 0 says what clipping did."""

@@ -38,6 +38,25 @@ def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
         )
 
 
+def in_force(clipper: Clipper, accelerator: Any) -> str:
+    """One line for the start of a run: strategy with its parameters, backend, segments, what a step costs."""
+    config, view = clipper.config, clipper.view
+    needs, world, segments = config.gradient.needs, accelerator.num_processes, len(view.layout)
+    ranks = f", {accelerator.distributed_type.value} x {world}" if world > 1 else ""
+    reads = 0 if config.nonfinite == "pass" or view.guarded or not config.skip_sync else 1
+    sends = view.reductions(needs)
+    numbers = segments * (2 if needs.weights else 1)
+    sent = f"sends {numbers} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
+    if needs.loss and world > 1:
+        sent += " and the loss"
+    return (
+        f"clip: {config}; {view.backend}{ranks}, {segments} segments; "
+        f"a step reads the gradients {'and the weights ' if needs.weights else ''}once, {sent}, "
+        f"reads {reads} number{'s'[: reads != 1]} to the host"
+        f"{'; the same again for the update' if config.update is not None else ''}"
+    )
+
+
 def substitute_for(accelerator: Any) -> str:
     """Words for a launch that asked for sharding where Accelerate trains DDP in its place; "" where it does not."""
     asked = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}

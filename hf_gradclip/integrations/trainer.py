@@ -187,7 +187,9 @@ class GradClipMixin:
                 logger.warning(warning)
             if self._clip_spec is not None and self.args.max_grad_norm not in (0, 1):
                 logger.warning(
-                    "max_grad_norm=%s is set and overruled by clip=%s.", self.args.max_grad_norm, attachment.config
+                    "max_grad_norm=%s is set and overruled by clip=%s.",
+                    self.args.max_grad_norm,
+                    self._clip_spec if isinstance(self._clip_spec, ClipConfig) else repr(self._clip_spec),
                 )
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
