@@ -368,7 +368,8 @@ class Clipper:
             return f"The checkpoint's clip state is of {saved['spec']}, so {word} starts anew."
         if set(saved["names"]) != set(self._layout.names):
             return f"The checkpoint's clip state is of other trainable parameters, so {word} starts anew."
-        if self._layout.unit_S is not None and saved["names"] != list(self._layout.names):
+        by_unit = any(key.endswith("_S") and len(value) != len(self._layout.names) for key, value in mine.items())
+        if by_unit and saved["names"] != list(self._layout.names):
             return f"The checkpoint's clip state is of the same parameters in another order, so {word} starts anew."
         if any(saved["state"][key].shape != value.shape for key, value in mine.items()):
             return f"The checkpoint's clip state is of {saved['spec']}, of another size, so {word} starts anew."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_gradclip import ClipConfig, Clipper, Strategy
 from hf_gradclip.clipper import NonFiniteError
-from hf_gradclip.strategy import Needs, SpecError, Stateless, flatten
+from hf_gradclip.strategy import Needs, SpecError, Stateless, Units, flatten
 from hf_gradclip.types import ClipPlan
 from hf_gradclip.views.local import LocalView
 
@@ -598,3 +599,29 @@ class TestZeroNorm:
 def test_what_a_plain_loop_cannot_write_is_refused(word) -> None:
     with pytest.raises(SpecError, match=f"{word}=.*no run here that could write it.*clipper.report.scalars"):
         Clipper.for_model(nn.Linear(2, 2), {"gradient": "zclip", word: 5 if word == "histogram_every" else True})
+
+
+class Seen(NamedTuple):
+    count_S: Tensor
+
+
+@dataclass(frozen=True)
+class ByUnit(Strategy):
+    """Remembers a number for each row."""
+
+    needs: ClassVar[Needs] = Needs(units=Units())
+
+    def init(self, layout):
+        return Seen(torch.zeros(len(layout)))
+
+    def update(self, stats, state):
+        return ClipPlan(torch.ones(())), Seen(state.count_S + 1)
+
+
+def test_numbers_by_unit_are_not_taken_in_another_order() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(3, 4)})
+    saved = Clipper.for_model(model, ByUnit()).state_dict()
+    assert len(saved["state"]["count_S"]) > len(saved["names"])
+    assert Clipper.for_model(model, ByUnit()).load_state_dict(saved) == ""
+    other = nn.ModuleDict({"b": nn.Linear(3, 4), "a": nn.Linear(2, 3)})
+    assert "the same parameters in another order" in Clipper.for_model(other, ByUnit()).load_state_dict(saved)
