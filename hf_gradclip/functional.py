@@ -44,7 +44,7 @@ def clip_grad_norm_(
         TypeError: for a model in the place of its parameters.
         RuntimeError: if `error_if_nonfinite` and the norm is NaN or inf.
     """
-    if isinstance(parameters, nn.Module):
+    if isinstance(parameters, nn.Module) and not isinstance(parameters, nn.ParameterList):
         raise TypeError(
             f"clip_grad_norm_({type(parameters).__name__}, {max_norm}): must be parameters. Pass model.parameters()."
         )

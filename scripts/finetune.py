@@ -14,7 +14,7 @@ import itertools
 import json
 import sys
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,12 @@ def parse(argv: list[str]) -> tuple[ClipArguments, DataArguments, RunArguments]:
         deep = [key for key, value in values.items() if isinstance(value, dict | list)]
         if deep:
             parser.error(f"{argv[0]}: {deep[0]} must be one value. Put it into a file of its own: {deep[0]}: its.yaml")
-        parser.set_defaults(**{key: None for key, value in values.items() if value is None})
+        of_clip = {f.name for f in fields(ClipArguments)}  # None has a meaning there; elsewhere it means the default
+        parser.set_defaults(**{key: None for key, value in values.items() if value is None and key in of_clip})
         from_file = [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
         argv = from_file + argv[1:]
     for before, word in itertools.pairwise(argv):
-        if word.endswith((".yaml", ".yml")) and not before.startswith("--"):
+        if word.endswith((".yaml", ".yml")) and not before.startswith("--") and not word.startswith("-"):
             parser.error(f"{word}: a file of arguments comes first, before all flags")
     clip_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     return clip_args, data_args, args

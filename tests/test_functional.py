@@ -160,3 +160,9 @@ class TestNonFinite:
 def test_a_model_in_the_place_of_its_parameters() -> None:
     with pytest.raises(TypeError, match=r"clip_grad_norm_\(Linear, 1.0\): .*Pass model.parameters"):
         clip_grad_norm_(torch.nn.Linear(2, 2), 1.0)
+
+
+def test_a_parameter_list_is_a_list_of_parameters() -> None:
+    listed = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(3))])
+    listed[0].grad = torch.ones(3)
+    assert float(clip_grad_norm_(listed, 1.0)) == pytest.approx(3**0.5)

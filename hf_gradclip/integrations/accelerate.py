@@ -346,7 +346,7 @@ class Attachment:
                 type(innermost(optimizer)).__name__,
             )
         for clipper in clippers:
-            if self._marks.has(clipper, optimizer):
+            if self._marks.has(clipper, optimizer) or (len(clippers) > 1 and _is_idle(clipper)):
                 continue
             if self.auto:
                 self._clip(clipper)
@@ -438,6 +438,11 @@ class Attachment:
 
         self.accelerator.register_save_state_pre_hook(save)
         self.accelerator.register_load_state_pre_hook(load)
+
+
+def _is_idle(clipper: Clipper) -> bool:
+    """Whether its model has no gradient: frozen, or not used in this step."""
+    return all(p.grad is None for p in clipper.view.watched())
 
 
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:

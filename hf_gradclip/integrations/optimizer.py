@@ -196,17 +196,19 @@ class WeightDifference:
 
 def small_limit(optimizer: Any, clipper: Clipper) -> str:
     """Words for a limit on the norm that an update of RMS 1, as Adam makes them, is far above; "" for none."""
-    if not {"betas", "alpha"} & set(optimizer.param_groups[0]):
+    keys = set(optimizer.param_groups[0])
+    if not {"betas", "alpha"} & keys or "lambd" in keys:  # ASGD has an alpha of another kind
         return ""
     numel_S = clipper.view.layout.numel_S
     for part in parts_of(clipper.config.gradient):
         limit = getattr(part, "max_norm", float("inf"))
         usual = float(numel_S.max() if part.per_parameter else numel_S.sum()) ** 0.5
         if 10 * limit < usual:
+            when = "every step of the warm-up" if hasattr(part, "warmup_steps") else "every step"
             return (
                 f"update={describe(part)!r}: max_norm={limit:g}, and the norm of an update of "
                 f"{type(optimizer).__name__} is about the root of the number of weights, {usual:.4g} here. That cuts "
-                "every step. Set max_norm to suit, or max_norm=inf where it is for the warm-up only."
+                f"{when}. Set max_norm to suit, or max_norm=inf where it is for the warm-up only."
             )
     return ""
 

@@ -63,10 +63,11 @@ class Recording:
     def watch(self, clipper: Clipper, updates: Sequence[Clipper]) -> None:
         """Record a clipper of gradients and, if there is one, the first of updates.
 
-        Before a step with other trainable parameters, what is buffered of the earlier ones is written.
+        Before a step with other trainable parameters or another clipper of updates, what is buffered is written.
         """
         buffered = self._recorder.layout
-        if buffered is not None and buffered.names != clipper.view.layout.names:
+        another = bool(updates) and self._clippers.get(UPDATE) not in (None, updates[0])
+        if another or (buffered is not None and buffered.names != clipper.view.layout.names):
             self.flush(force=True)
         self._clippers = {GRADIENT: clipper}
         clipper.recorder = self._recorder
@@ -76,9 +77,10 @@ class Recording:
                 updates[0].recorder = Recorder(clock=self._recorder)
 
     def let_go(self) -> None:
-        """Hold no clipper any longer; what they did is written."""
+        """Hold no clipper any longer; what they did is written, and what comes is another run."""
         self.flush(force=True)
         self._clippers.clear()
+        self._begun = False
 
     def begin(self, *_: Any, **__: Any) -> None:
         """Start before the first step, unless `start_after` was called."""

@@ -62,9 +62,12 @@ def substitute_for(accelerator: Any) -> str:
     asked = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
     for variable, kind in asked.items():
         if os.environ.get(variable, "").lower() in ("1", "true") and accelerator.distributed_type.name != kind:
+            kind = accelerator.distributed_type.value
+            if kind == "NO":
+                return f"{variable} is set, but this is one process: nothing is sharded. Start it by accelerate launch."
             return (
-                f"{variable} is set, but this run is {accelerator.distributed_type.value}: nothing is sharded. Without "
-                "GPUs Accelerate shards under DeepSpeed only, with DS_ACCELERATOR=cpu and without ACCELERATE_USE_CPU."
+                f"{variable} is set, but this run is {kind}: nothing is sharded. Without GPUs Accelerate shards under "
+                "DeepSpeed only, with DS_ACCELERATOR=cpu and without ACCELERATE_USE_CPU."
             )
     return ""
 

@@ -153,7 +153,7 @@ def join_small(folder: Path, place: str, at: int = JOIN_AT) -> None:
     if len(small) < max(at, 2):
         return
     configs = [_meta_of(part).get("config") for part in small]
-    while configs[0] != configs[-1]:
+    while any(config != configs[-1] for config in configs):
         small, configs = small[1:], configs[1:]
     if len(small) < 2:
         return

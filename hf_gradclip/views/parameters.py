@@ -46,7 +46,7 @@ class Parameters:
         self._counted = _registrations()[0]
         named = list(named_parameters(self._source) if isinstance(self._source, nn.Module) else self._source)
         self.trainable = [p for _, p in named if p.requires_grad]
-        self._frozen = [p for _, p in named if not p.requires_grad]
+        self._frozen: list[Tensor] = [p for _, p in named if not p.requires_grad]
         if not self.trainable:
             raise ValueError(
                 f"{type(self._source).__name__} has no trainable parameter (requires_grad=True), so there is nothing "
@@ -82,12 +82,16 @@ class Parameters:
         return self.trainable
 
     def _look_again(self) -> None:
-        """New parameters count as frozen ones, so that a trainable one among them is read as unfrozen."""
-        if self._counted != _registrations()[0]:
-            self._counted = _registrations()[0]
-            if isinstance(self._source, nn.Module):
-                known = {id(p) for p in (*self.trainable, *self._frozen)}
-                self._frozen += [p for p in self._source.parameters() if id(p) not in known]
+        """New parameters count as frozen ones, so that a trainable one among them is read as unfrozen.
+
+        Where FSDP2 shows whole parameters for a while, in the place of its shards, nobody looks until they are back.
+        """
+        if self._counted != _registrations()[0] and isinstance(self._source, nn.Module):
+            known, shown = {id(p) for p in self.trainable}, list(self._source.parameters())
+            sharded = [p for p in (*self.trainable, *self._frozen) if hasattr(p, "device_mesh")]
+            if {id(p) for p in sharded} <= {id(p) for p in shown}:
+                self._counted = _registrations()[0]
+                self._frozen = [p for p in shown if id(p) not in known]
         if any(p.requires_grad for p in self._frozen):
             self._read()
 
@@ -128,11 +132,15 @@ class Parameters:
 
 @functools.cache
 def _registrations() -> list[int]:
-    """How many parameters and modules were put into any module since the first call: one look instead of a walk."""
+    """How many parameters and modules were put into any module since the first call.
+
+    One look instead of a walk through the model, but where a wrapper registers anew in every step, as FSDP1 does.
+    """
     count = [0]
 
     def add(*_: object) -> None:
-        count[0] += 1
+        if not torch.compiler.is_compiling():  # a compiled forward would be compiled again for every count
+            count[0] += 1
 
     torch_module.register_module_parameter_registration_hook(add)
     torch_module.register_module_module_registration_hook(add)

@@ -33,6 +33,7 @@ from tests.integrations.sharded import (
     accelerator_for,
     batch,
     deepspeed_config,
+    fit,
     warmed_up,
     whole_weights,
 )
@@ -385,6 +386,28 @@ def lacking(name: str) -> dict[str, Any]:
     return {name: found}
 
 
+def looked(name: str) -> dict[str, Any]:
+    """The table's zclip; between backward and clip a layer is made, and FSDP2 shows whole weights of the root group."""
+    run, rank, world = Run(BACKENDS[name], STRATEGIES["zclip"]), dist.get_rank(), dist.get_world_size()
+    groups = [module for module in run.model.modules() if hasattr(module, "reshard")]
+    whole = []
+
+    def step(loss: torch.Tensor) -> torch.Tensor | None:
+        run.accelerator.backward(loss)
+        torch.nn.Linear(1, 1)
+        with torch.no_grad():
+            run.model(**batch(0, rank, world), use_extra=0)
+        whole.append(not all(isinstance(p, DTensor) for p in run.model.parameters()))
+        norm = run.attachment.clip(run.model)
+        for module in groups:
+            module.reshard()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        return norm
+
+    return {name: {**fit(step, run.model, run.attachment.scalars, rank, world, range(STEPS)), "whole": whole}}
+
+
 def shared_folder() -> str:
     """A new folder that every rank knows."""
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
@@ -397,6 +420,6 @@ SCENARIOS = {
     f.__name__: f
     for f in (
         table, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned, updates, folded,
-        flat, scaled, swap, accumulated, noted, lacking,
+        flat, scaled, swap, accumulated, noted, lacking, looked,
     )
 }  # fmt: skip

@@ -263,7 +263,7 @@ def test_a_launch_that_does_not_shard_as_it_was_asked_is_said(variable, monkeypa
     accelerator = Accelerator(cpu=True)
     monkeypatch.setenv(variable, "true")
     hf_gradclip.attach(accelerator, "none")
-    assert f"{variable} is set, but this run is NO: nothing is sharded." in caplog.text
+    assert f"{variable} is set, but this is one process: nothing is sharded." in caplog.text
 
 
 def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch) -> None:

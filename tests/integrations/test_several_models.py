@@ -191,4 +191,18 @@ def test_after_free_memory_another_model_may_come(record, tmp_path, caplog) -> N
     if record:
         from hf_gradclip.record.files import read_record
 
-        assert read_record(tmp_path).step_T.tolist() == [1, 2, 3, 4, 5, 6]
+        assert read_record(tmp_path).step_T.tolist() == [1, 2, 3], "another run, so the old record was put aside"
+        assert read_record(tmp_path / "gradclip.old1").step_T.tolist() == [1, 2, 3]
+
+
+def test_an_idle_model_of_an_optimizer_needs_no_clip_call() -> None:
+    accelerator = Accelerator(cpu=True)
+    hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}")
+    (a, x), (b, _) = two_layers(), two_layers()
+    a, b, optimizer = accelerator.prepare(a, b, sgd(a, b))
+    before = vector(a), vector(b)
+    accelerator.backward(a(x).square().sum())
+    accelerator.clip_grad_norm_(a.parameters(), 1.0)
+    optimizer.step()
+    assert 0 < moved(a, before[0]) <= LIMIT * 1.001
+    assert moved(b, before[1]) == 0

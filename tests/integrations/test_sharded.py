@@ -28,7 +28,7 @@ def on_grad(tmp_path_factory) -> dict[str, Any]:
     words = [f"{s}:{b}" for s in ("table", "engaged") for b in GRAD] + ["unhooked:fsdp2"]
     words += [f"{s}:{b}" for s in ("kinds", "collectives", "bf16", "skips") for b in ("ddp", "fsdp2")]
     words += ["resume:fsdp2", "poisoned:ddp", "updates:fsdp2", "folded:ddp", "folded:fsdp2"]
-    words += ["lacking:ddp", "scaled:fsdp2", *(f"flat:{b}" for b in FLAT)]
+    words += ["lacking:ddp", "looked:fsdp2", "scaled:fsdp2", *(f"flat:{b}" for b in FLAT)]
     return launch(2, "sharded_main", tmp_path_factory.mktemp("grad") / "out", *words)
 
 
@@ -143,6 +143,10 @@ class TestGrad:
 
     def test_resume(self, on_grad) -> None:
         assert_resumed(on_grad, "fsdp2")
+
+    def test_whole_weights_of_fsdp2_are_not_taken_for_new_ones(self, on_grad, reference) -> None:
+        assert all(on_grad["looked"]["fsdp2"]["whole"]), "they were shown when the clip looked"
+        assert_same(on_grad["looked"]["fsdp2"], reference["zclip"])
 
     def test_one_rank_without_a_saved_state_takes_that_of_the_other(self, on_grad) -> None:
         whole, lacking = (on_grad["lacking"]["ddp"][word] for word in ("whole", "lacking"))

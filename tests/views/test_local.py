@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -266,6 +267,33 @@ class TestNewParameters:
                 model.append(nn.Linear(3, 3).requires_grad_(False))
         assert int(clipper.state.seen) == 4
         assert not caplog.messages
+
+    def test_a_frozen_part_that_is_replaced_is_let_go(self):
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3).requires_grad_(False))
+        clipper = Clipper.for_model(model, "none")
+        gone = weakref.ref(model[1].weight)
+        for _ in range(3):
+            model[1] = nn.Linear(3, 3).requires_grad_(False)
+            clipper.step()
+        assert gone() is None
+
+    def test_a_compiled_forward_is_not_compiled_again(self):
+        LocalView(nn.Linear(2, 2))  # counts from here on
+        layer, compiled = nn.Linear(2, 2), []
+
+        def forward(x):
+            return nn.Sequential(layer, nn.ReLU())(x)
+
+        def count(graph, inputs):
+            compiled.append(graph)
+            return graph.forward
+
+        torch.compiler.reset()
+        run = torch.compile(forward, backend=count)
+        for _ in range(5):
+            run(random(3, 2))
+            nn.Sequential(nn.Linear(2, 2))
+        assert len(compiled) == 1
 
     def test_an_adapter_of_peft(self):
         from peft import LoraConfig, get_peft_model
