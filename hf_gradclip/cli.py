@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from hf_gradclip.config import preset_names, strategy_class, strategy_names
+from hf_gradclip.spec import preset_names, strategy_class, strategy_names
 from hf_gradclip.strategy import SpecError, describe
 
 DONE, BAD_INPUT = 0, 2

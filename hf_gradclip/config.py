@@ -13,25 +13,15 @@ A name is looked up as a strategy of this package, then a preset, then a YAML fi
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import numbers
-import pkgutil
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from importlib import resources
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hf_gradclip import strategies as _strategies
-from hf_gradclip.strategy import Chain, SpecError, Strategy, describe, name_of, parts_of
+from hf_gradclip.spec import UnknownFieldError, is_file, nearest, read_strategy, read_yaml, shown
+from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 
 NONFINITE = ("skip", "raise", "pass")
-_YAML = (".yaml", ".yml")
-_CHAIN = re.compile(r"\+(?=\s*[A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ class ClipConfig:
         if self.nonfinite not in NONFINITE:
             known = " or ".join(NONFINITE)
             raise SpecError(
-                f"ClipConfig(nonfinite={self.nonfinite!r}): must be {known}.{_nearest(self.nonfinite, NONFINITE)}"
+                f"ClipConfig(nonfinite={self.nonfinite!r}): must be {known}.{nearest(self.nonfinite, NONFINITE)}"
             )
         limit = self.max_consecutive_skips
         if type(limit) is not int or limit < 1:
@@ -177,12 +167,12 @@ class ClipConfig:
             if update is not None:
                 settings["update"] = _strategy(update)
         except RecursionError:
-            raise SpecError(f"clip={_show(given)}: refers to itself. Write the strategy in it.") from None
+            raise SpecError(f"clip={shown(given)}: refers to itself. Write the strategy in it.") from None
         except SpecError as error:
             if isinstance(given, (str, int, float)):
                 raise SpecError(f"clip={given!r}: {error}") from None
             if isinstance(given, Mapping) and not str(error).startswith("clip="):
-                raise SpecError(f"clip={_show(given)}: {error}") from None
+                raise SpecError(f"clip={shown(given)}: {error}") from None
             raise
         except ValueError as error:  # a whole number of thousands of digits cannot even be shown
             raise SpecError(f"clip: a value is out of range ({error}).") from None
@@ -198,27 +188,6 @@ class ClipConfig:
         return cls(**settings | {key: value for key, value in given_apart.items() if value is not None})
 
 
-def strategy_names() -> list[str]:
-    """The strategies of this package: the files of its folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(_strategies.__path__))
-
-
-def preset_names() -> list[str]:
-    """The presets of this package."""
-    folder = resources.files("hf_gradclip") / "presets"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def strategy_class(name: str) -> type[Strategy]:
-    """The one Strategy of a file of the folder."""
-    module = importlib.import_module(f"{_strategies.__name__}.{name}")
-    return next(
-        cls
-        for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Strategy) and cls.__module__ == module.__name__
-    )
-
-
 def _settings(spec: Any) -> dict[str, Any]:
     """The fields of a ClipConfig that a spec gives."""
     if isinstance(spec, ClipConfig):
@@ -228,17 +197,17 @@ def _settings(spec: Any) -> dict[str, Any]:
         for key in spec:
             if key not in known:
                 raise SpecError(
-                    f"clip={_show(spec)}: unknown key {key!r}.{_nearest(key, [*known, 'strategy'])} "
+                    f"clip={shown(spec)}: unknown key {key!r}.{nearest(key, [*known, 'strategy'])} "
                     f"A whole configuration has {', '.join(known)}; one strategy has 'strategy' and its fields."
                 )
         if "gradient" not in spec:
             raise SpecError(
-                f"clip={_show(spec)}: says nothing about the gradient. Add 'gradient': 'adaptive', say, or 'none'."
+                f"clip={shown(spec)}: says nothing about the gradient. Add 'gradient': 'adaptive', say, or 'none'."
             )
         places = {key: spec[key] for key in ("gradient", "update") if spec.get(key) is not None or key == "gradient"}
         return {**spec, **{key: _settings_of_place(key, value) for key, value in places.items()}}
-    if isinstance(spec, str) and spec.strip().endswith(_YAML) and not _CHAIN.search(spec):
-        return _settings(_read_yaml(Path(spec.strip())))
+    if isinstance(spec, str) and is_file(spec):
+        return _settings(read_yaml(Path(spec.strip())))
     return {"gradient": _strategy(spec)}
 
 
@@ -249,168 +218,11 @@ def _settings_of_place(place: str, spec: Any) -> Strategy:
 
 
 def _strategy(spec: Any) -> Strategy:
-    if isinstance(spec, Strategy):
-        return spec
-    if isinstance(spec, bool):
-        raise SpecError(f"{spec}: is no strategy. Write a name, a number or a dict; 'none' measures and logs only.")
-    if isinstance(spec, numbers.Real):  # of NumPy too
-        if spec == 0:
-            raise SpecError("0: is no limit. To switch clipping off use clip='none'.")
-        return _build("global_norm", {"max_norm": spec})
-    if isinstance(spec, Mapping):
-        values = dict(spec)
-        name = values.pop("strategy", None)
-        if not isinstance(name, str):
-            raise SpecError(f"{_show(spec)}: 'strategy' must be a name. Known: {_known()}.")
-        for key in values:
-            if not isinstance(key, str):
-                raise SpecError(f"{_show(spec)}: the key {key!r} must be a word.")
-        return _build(name, values)
-    if isinstance(spec, str):
-        return _parse(spec)
-    raise SpecError(f"clip={_show(spec)}: a {type(spec).__name__} is no spec. Write a name, a number or a dict.")
-
-
-def _parse(text: str) -> Strategy:
-    """`name[:key=value,...]`, chained with `+` before a letter."""
-    parts = [_parse_one(part) for part in _CHAIN.split(text)]
-    flat = [p for part in parts for p in (part.parts if isinstance(part, Chain) else (part,))]
-    return Chain(tuple(flat)) if len(flat) > 1 else flat[0]
-
-
-def _parse_one(text: str) -> Strategy:
-    name, colon, rest = text.strip().partition(":")
-    if not name:
-        raise SpecError(f"{text!r}: a strategy needs a name. Known: {_known()}.")
-    number = _literal(name)
-    if isinstance(number, (int, float)) and not isinstance(number, bool) and not colon:
-        return _strategy(number)
-    values: dict[str, Any] = {}
-    for item in rest.split(",") if colon else []:
-        key, equals, value = (piece.strip() for piece in item.partition("="))
-        if not equals or not key or not value:
-            raise SpecError(f"{item!r} is not key=value. Write {name}:key=value,key=value.")
-        if key in values:
-            raise SpecError(f"{key} is given twice.")
-        values[key] = _literal(value)
-    return _build(name.strip(), values)
-
-
-def _literal(text: str) -> Any:
-    """true, false, none, inf, a number, else the word itself."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _build(name: str, values: dict[str, Any]) -> Strategy:
-    """Look the name up and construct."""
-    if name in strategy_names():
-        return _construct(name, strategy_class(name), values)
-    if name in preset_names():
-        preset = yaml.safe_load((resources.files("hf_gradclip") / "presets" / f"{name}.yaml").read_text("utf-8"))
-        return _from_file(name, preset, values)
-    if name.endswith(_YAML):
-        return _from_file(name, _read_yaml(Path(name)), values)
-    if "." in name:
-        return _construct(name, _import(name), values)
-    raise SpecError(f"no strategy or preset is called {name!r}.{_nearest(name, _names())} Known: {_known()}.")
-
-
-def _from_file(name: str, content: Any, values: dict[str, Any]) -> Strategy:
-    """A strategy from a preset or YAML file, with keys that win over the file's."""
-    if isinstance(content, Mapping) and "strategy" in content:
-        return _strategy({**content, **values})
-    if values:
-        raise SpecError(f"{name} holds more than one strategy, so it takes no keys, and {sorted(values)} were given.")
-    if isinstance(content, Mapping):
-        raise SpecError(f"{name} holds a whole configuration and cannot be a part of another spec. Give it alone.")
-    return _strategy(content)
-
-
-def _construct(name: str, cls: type[Strategy], values: dict[str, Any]) -> Strategy:
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            has = f"It has {', '.join(known)}." if known else "It has no fields."
-            if key in {f.name for f in fields(ClipConfig)}:
-                has += f" {key} is of the whole configuration: {{'gradient': ..., {key!r}: ...}}."
-            raise SpecError(f"{name} has no field {key!r}.{_nearest(key, known)} {has}")
     try:
-        return cls(**values)
-    except TypeError:
-        missing = [f.name for f in fields(cls) if f.name not in values]  # type: ignore[arg-type]
+        return read_strategy(spec)
+    except UnknownFieldError as error:
+        if error.field not in {f.name for f in fields(ClipConfig)}:
+            raise
         raise SpecError(
-            f"{name} needs a value for {missing[0] if missing else known}. Write {name}:{missing[0]}=1."
+            f"{error} {error.field} is of the whole configuration: {{'gradient': ..., {error.field!r}: ...}}."
         ) from None
-
-
-def _import(path: str) -> type[Strategy]:
-    if "," in path:
-        name, _, rest = path.partition(",")
-        raise SpecError(f"{path!r} is no strategy. After the name comes a colon: {name}:{rest}.")
-    module, _, attribute = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise SpecError(
-            f"{path!r} is no strategy, no preset, and cannot be imported ({error}). Known: {_known()}."
-        ) from None
-    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
-        raise SpecError(f"{path!r} is not a subclass of hf_gradclip.Strategy.")
-    if cls is Chain:
-        raise SpecError(f"{path!r}: a chain is written with +, as in adagc+value:max_value=1.")
-    if cls.__abstractmethods__:
-        raise SpecError(f"{path!r} is abstract: it lacks {', '.join(sorted(cls.__abstractmethods__))}.")
-    if not is_dataclass(cls):
-        raise SpecError(
-            f"{path!r} is no dataclass. Put @dataclass(frozen=True) on it: its fields are its configuration."
-        )
-    return cls
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecError(f"cannot read {str(path)!r} ({error}).") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{str(path)!r} is not YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(content, (str, int, float, Mapping)) or isinstance(content, bool):
-        raise SpecError(f"{str(path)!r} holds {_show(content)}, which is no spec.")
-    if isinstance(content, str) and content.strip().endswith(_YAML):
-        raise SpecError(f"{str(path)!r} points to another file. Write the strategy in it.")
-    return _with_numbers(content)
-
-
-def _with_numbers(content: Any) -> Any:
-    """YAML 1.1 reads 1e-3 and inf as words; a spec means numbers."""
-    if isinstance(content, Mapping):
-        return {key: _with_numbers(value) for key, value in content.items()}
-    if isinstance(content, str) and isinstance(number := _literal(content), float):
-        return number
-    return content
-
-
-def _nearest(word: Any, known: Any) -> str:
-    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]}?" if match else ""
-
-
-def _names() -> list[str]:
-    return strategy_names() + preset_names()
-
-
-def _known() -> str:
-    return ", ".join(_names())
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else f"{text[:200]}..."

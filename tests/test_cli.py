@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hf_gradclip.cli import main
-from hf_gradclip.config import preset_names, strategy_names
+from hf_gradclip.spec import preset_names, strategy_names
 from tests.analysis.records import norms_of, record_by_hand, recorded, save
 
 

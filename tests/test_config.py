@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hf_gradclip import ClipConfig
-from hf_gradclip.config import preset_names, strategy_names
+from hf_gradclip.spec import preset_names, strategy_names
 from hf_gradclip.strategies.adagc import AdaGC
 from hf_gradclip.strategies.autoclip import AutoClip
 from hf_gradclip.strategies.global_norm import GlobalNorm

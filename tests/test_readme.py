@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import hf_gradclip.strategies
 from hf_gradclip import ClipConfig, Clipper, GradClipTrainer
 from hf_gradclip.cli import main
-from hf_gradclip.config import preset_names, strategy_class, strategy_names
+from hf_gradclip.spec import preset_names, strategy_class, strategy_names
 from hf_gradclip.strategy import SpecError, describe
 from tests.analysis.records import recorded
 from tests.tiny import VOCAB, counting_data, tiny_llama, train, training_args, weights_of

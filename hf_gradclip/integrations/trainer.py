@@ -14,7 +14,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.integrations.accelerate import Attachment
+from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.examples import Collate, Indexed, has_indices, take_indices, text_of
 from hf_gradclip.integrations.optimizer import innermost
 from hf_gradclip.integrations.recording import Recording

@@ -371,12 +371,11 @@ def lacking(name: str) -> dict[str, Any]:
     run.fit(range(6))
     run.accelerator.save_state(folder)
     dist.barrier()
-    partial = folder
-    if dist.get_rank() == 1:
-        partial = tempfile.mkdtemp()
-        shutil.copytree(folder, partial, dirs_exist_ok=True)
-        Path(partial, "gradclip.pt").unlink()
-    for word, path in {"whole": folder, "lacking": partial}.items():
+    without = tempfile.mkdtemp()
+    shutil.copytree(folder, without, dirs_exist_ok=True)
+    Path(without, "gradclip.pt").unlink()
+    partial = without if dist.get_rank() == 1 else folder
+    for word, path in {"whole": folder, "lacking": partial, "without": without}.items():
         run = Run(BACKENDS[name], STRATEGIES["adagc"])
         run.accelerator.load_state(path)
         rest = run.fit(range(6, 10))

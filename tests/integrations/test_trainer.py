@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_gradclip import GradClipMixin, GradClipTrainer
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.config import SpecError
-from hf_gradclip.integrations.accelerate import UnsupportedBackendError
+from hf_gradclip.views.view import UnsupportedBackendError
 from tests.tiny import VOCAB, SkipThird, counting_data, logged, tiny_llama, train, training_args, weights_of
 
 OPTIMIZERS = {

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_gradclip import ClipConfig, Clipper
-from hf_gradclip.config import strategy_names
 from hf_gradclip.kernels import graphed
 from hf_gradclip.kernels.graphed import CALLS_BEFORE, Graphed
+from hf_gradclip.spec import strategy_names
 from hf_gradclip.strategy import Strategy, flatten
 from tests.strategies.sequence import Tiny, gradients, set_gradients
 from tests.strategies.test_contract import short

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_gradclip.config import strategy_names
+from hf_gradclip.spec import strategy_names
 
 ROOT = Path(__file__).parents[2]
 READ = "read: sum of one flat buffer"
