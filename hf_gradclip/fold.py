@@ -6,6 +6,7 @@ as they read it, and do nothing at all where `found_inf` is 1. Both stay on the 
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -36,23 +37,20 @@ class Fold:
     def __init__(self, optimizer: Any, view: GradientView, strategy: Strategy, scale: bool, skip: bool) -> None:
         self.scale = scale
         self.skip = skip
-        self._optimizer = optimizer
         self._refuse(optimizer, view, strategy)
-        optimizer.register_step_post_hook(lambda *_: self._take_back())
+        self._optimizer = weakref.ref(optimizer)
+        optimizer.register_step_post_hook(_take_back)
 
     def hand(self, plan: ClipPlan, skip: Tensor) -> None:
         """Give the optimizer what this step needs. `skip` is a 0-d bool on the device."""
+        if self.scale and plan.scale_S.ndim:
+            raise SpecError("fold=True: the strategy gave a scale per parameter, where one number is needed.")
+        if (optimizer := self._optimizer()) is None:
+            return  # nobody is left to step
         if self.scale:
-            if plan.scale_S.ndim:
-                raise SpecError("fold=True: the strategy gave a scale per parameter, where one number is needed.")
-            self._optimizer.grad_scale = plan.scale_S.reciprocal().float()
+            optimizer.grad_scale = plan.scale_S.reciprocal().float()
         if self.skip:
-            self._optimizer.found_inf = skip.float()
-
-    def _take_back(self) -> None:
-        for name in ("grad_scale", "found_inf"):
-            if hasattr(self._optimizer, name):
-                delattr(self._optimizer, name)
+            optimizer.found_inf = skip.float()
 
     def _refuse(self, optimizer: Any, view: GradientView, strategy: Strategy) -> None:
         word = "fold=True" if self.scale else "skip_sync=False"
@@ -84,3 +82,9 @@ class Fold:
                 f"{word}: the optimizer steps {len(mine)} parameters and the gradient is of {len(theirs)}. One "
                 f"optimizer must hold all trainable parameters. Use {instead}."
             )
+
+
+def _take_back(optimizer: Any, *_: Any) -> None:
+    for name in ("grad_scale", "found_inf"):
+        if hasattr(optimizer, name):
+            delattr(optimizer, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
-from hf_gradclip.integrations.wrapping import after, then
+from hf_gradclip.integrations.wrapping import wrap
 from hf_gradclip.report import announce
 from hf_gradclip.strategy import SpecError, name_of
 
@@ -44,7 +43,8 @@ def attach(
             `attachment.scalars()`, in `save_state` and in `end_training`.
 
     Returns:
-        The attachment: `attachment.clipper` for the state, `attachment.scalars()` for the logs.
+        The attachment: `attachment.clipper` for the state, `attachment.scalars()` for the logs. The accelerator holds
+        it, and what is prepared; the attachment does not hold the accelerator.
 
     Raises:
         SpecError: for a wrong spec.
@@ -68,10 +68,10 @@ class LoopAttachment(Attachment):
     Made by `attach`, with the arguments of Attachment.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
+        super().__init__(accelerator, *args, **kwargs)
         self._said_max_norm = False
-        self._take_over_clip_call()
+        accelerator.clip_grad_norm_ = self._clip_call
         self._hook_checkpoints()
         self._follow_loop()
 
@@ -83,30 +83,22 @@ class LoopAttachment(Attachment):
         Raises:
             RuntimeError: if the replicas have come apart.
         """
-        trackers = {tracker.name: tracker for tracker in self.accelerator.trackers}
+        accelerator = self._accelerator()
+        trackers = {} if accelerator is None else {tracker.name: tracker for tracker in accelerator.trackers}
         boards = [trackers["tensorboard"].writer] if "tensorboard" in trackers else []
         runs = [trackers["wandb"].run] if "wandb" in trackers else []
-        if self.accelerator.is_main_process:
+        if self._is_main:
             self.histograms.send(self.clipper, self._steps, boards, runs)
         return self.scalars_of(self.clipper)
 
-    def _take_over_clip_call(self) -> None:
-        """Replace `accelerator.clip_grad_norm_` on this instance."""
-
-        def clip_grad_norm_(
-            _: Accelerator, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
-        ) -> Tensor | None:
-            return self._clip_call(parameters, max_norm)
-
-        self.accelerator.clip_grad_norm_ = types.MethodType(clip_grad_norm_, self.accelerator)
-
-    def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor | None:
+    def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor | None:
+        """In the place of `accelerator.clip_grad_norm_`."""
         given = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.requires_grad}
         sizes = []
         for model in self.accelerator._models:
             trainable = {id(p) for p in model.parameters() if p.requires_grad}
             if given == trainable:
-                if not self._said_max_norm and self.accelerator.is_main_process:
+                if not self._said_max_norm and self._is_main:
                     self._said_max_norm = True
                     announce(f"clip_grad_norm_(max_norm={max_norm}): the strategy decides, this number is not used.")
                 if self._seams is None and not self.accelerator.sync_gradients:
@@ -121,8 +113,8 @@ class LoopAttachment(Attachment):
     def _follow_loop(self) -> None:
         """Make the clippers for what is prepared now, and for what `prepare` brings later."""
         for name in ("prepare", "backward"):
-            setattr(self.accelerator, name, then(getattr(self.accelerator, name), self._start))
-        self.accelerator.free_memory = after(self._let_go, self.accelerator.free_memory)
+            wrap(self.accelerator, name, then=self._start)
+        wrap(self.accelerator, "free_memory", before=self._let_go)
         self._start()
 
     def _let_go(self, *_: Any) -> None:
@@ -144,14 +136,13 @@ class LoopAttachment(Attachment):
     def _hook_checkpoints(self) -> None:
         """State goes with `save_state` and `load_state`, through their pre-hooks: other checkpoints still load."""
         for name in ("save_state", "load_state"):
-            setattr(self.accelerator, name, self.paused()(getattr(self.accelerator, name)))
-
-        self.accelerator.end_training = after(self.finish, self.accelerator.end_training)
+            wrap(self.accelerator, name, inside=self.paused)
+        wrap(self.accelerator, "end_training", before=self.finish)
 
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
             if self.recording is not None:
                 self.recording.save_step(output_dir)
-            if self.accelerator.is_main_process:
+            if self._is_main:
                 for i, model in enumerate(self.accelerator._models):
                     if (clipper := self._known(model)) is not None:
                         save_state(clipper, os.path.join(output_dir, numbered(STATE_NAME, i)))
@@ -161,8 +152,8 @@ class LoopAttachment(Attachment):
             for i, model in enumerate(self.accelerator._models):
                 if (clipper := self._known(model)) is not None:
                     path = os.path.join(input_dir, numbered(STATE_NAME, i))
-                    load_state(clipper, path, say=self.accelerator.is_main_process)
-            load_updates(self.updates.clippers, input_dir, say=self.accelerator.is_main_process)
+                    load_state(clipper, path, say=self._is_main)
+            load_updates(self.updates.clippers, input_dir, say=self._is_main)
             if self.recording is not None:
                 self.recording.load_step(input_dir)
 

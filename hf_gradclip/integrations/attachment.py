@@ -5,8 +5,6 @@ A skipped step, the loss scale and the refusals are handled here, in one place.
 
 from __future__ import annotations
 
-import functools
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from hf_gradclip.integrations.recording import Recording
 from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
 from hf_gradclip.integrations.replicas import Replicas
 from hf_gradclip.integrations.startup import in_force, insist_on_one_layout, substitute_for
-from hf_gradclip.integrations.wrapping import after
+from hf_gradclip.integrations.wrapping import weakly, wrap, wrap_step
 from hf_gradclip.report import announce, logger
 from hf_gradclip.views import view_of
 from hf_gradclip.views.parameters import unwrap
@@ -56,9 +54,10 @@ class Attachment:
         missing: str | None = None,
     ) -> None:
         refuse_unsupported(accelerator)
-        if (words := substitute_for(accelerator)) and accelerator.is_main_process:
+        self._is_main = accelerator.is_main_process
+        if self._is_main and (words := substitute_for(accelerator)):
             logger.warning(words)
-        self.accelerator = accelerator
+        self._accelerator = weakref.ref(accelerator)
         self.config = config
         self.auto = auto
         self._clippers: list[tuple[weakref.ref[nn.Module], Clipper]] = []
@@ -66,17 +65,27 @@ class Attachment:
         self._marks = Marks()
         self._of_optimizer: weakref.WeakKeyDictionary[Any, tuple[int, list[Clipper]]] = weakref.WeakKeyDictionary()
         self._seams: Any = None
-        self.updates = Updates(config, say=accelerator.is_main_process)
+        self.updates = Updates(config, say=self._is_main)
         self.recording = recording
         self.histograms = Histograms(config.histogram_every)
         self._replicas = Replicas(config.check_every)
-        self._loss = StepLoss(accelerator)
+        self._loss = StepLoss()
         self._loss_of_step: Tensor | None = None
         self._watch_accelerator()
         self._steps = 0
         self._paused = False
         self._finished = False
         self._said_stranger = False
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Of this process; it holds the attachment, and not the other way round."""
+        accelerator = self._accelerator()
+        if accelerator is None:
+            raise ReferenceError(
+                "the Accelerator of this attachment is gone: keep it as long as you use the attachment."
+            )
+        return accelerator
 
     @property
     def clipper(self) -> Clipper:
@@ -117,7 +126,7 @@ class Attachment:
         self._clippers.append((weakref.ref(bare), clipper))
         self._of_optimizer.clear()
         self._record(clipper)
-        if self.accelerator.is_main_process:
+        if self._is_main:
             announce(in_force(clipper, self.accelerator))
         return clipper
 
@@ -138,11 +147,11 @@ class Attachment:
                     "DeepSpeed with two prepared engines: one accelerator clips one of them only. "
                     "Use an Accelerator per engine."
                 )
-            self._seams = ZeroSeams(model, self.config, self.updates, self._judged_loss)
+            self._seams = ZeroSeams(model, self.config, self.updates, weakly(self._judged_loss))
             return self._seams.clipper
         scaler = self.accelerator.scaler
         guarded = scaler is not None and scaler.is_enabled()
-        unscale = self.accelerator.unscale_gradients if guarded else None
+        unscale = weakly(self.accelerator.unscale_gradients) if guarded else None
         return Clipper(self.config, view_of(unwrap(model), unscale, guarded))
 
     def finish(self) -> None:
@@ -150,7 +159,7 @@ class Attachment:
         self._finished = True
         if self.recording is not None:
             self.recording.finish()
-        if self.accelerator.is_main_process:
+        if self._is_main:
             for clipper in (*(clipper for _, clipper in self._clippers), *self.updates.clippers):
                 announce(clipper.report.closing_line())
 
@@ -228,7 +237,7 @@ class Attachment:
             return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
         for optimizer in self.accelerator._optimizers:
             if not hasattr(optimizer, "_gradclip_attachment"):
-                optimizer.step = types.MethodType(_watched(optimizer.step), optimizer)
+                wrap_step(optimizer, _step)
             optimizer._gradclip_attachment = self
         self.updates.watch(self.accelerator._optimizers, (m for ref, _ in self._clippers if (m := ref()) is not None))
         if self.config.fold or not self.config.skip_sync:
@@ -245,14 +254,18 @@ class Attachment:
 
     def _watch_accelerator(self) -> None:
         """Refuse a swap of our optimizer in `prepare`, and note the loss in `backward` where a strategy judges it."""
-        accelerator = self.accelerator
-        refuse = functools.partial(refuse_swap, accelerator)
-        accelerator.prepare = after(refuse, accelerator.prepare)
-        accelerator.backward = after(self._marks.before_backward, accelerator.backward)
+        wrap(self.accelerator, "prepare", before=self._refuse_swap)
+        wrap(self.accelerator, "backward", before=self._before_backward)
+
+    def _refuse_swap(self, *objects: Any, **_: Any) -> None:
+        refuse_swap(self.accelerator, *objects)
+
+    def _before_backward(self, loss: Tensor, **_: Any) -> None:
+        self._marks.before_backward()
         if self.config.gradient.needs.loss or self.recording is not None:
-            accelerator.backward = after(self._loss.add, accelerator.backward)
+            self._loss.add(loss, self.accelerator.gradient_accumulation_steps)
         if self.recording is not None:
-            accelerator.backward = after(self.recording.begin, accelerator.backward)
+            self.recording.begin()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -299,17 +312,12 @@ def _is_idle(clipper: Clipper) -> bool:
     return all(p.grad is None for p in clipper.view.watched())
 
 
-def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+def _step(optimizer: Any, inner: Callable[..., Any], closure: Any) -> Any:
     """An optimizer's `step`, clipped before and reported after."""
-
-    @functools.wraps(original)
-    def step(optimizer: Any, closure: Any = None) -> Any:
-        attachment: Attachment = optimizer._gradclip_attachment
-        if not optimizer.gradient_state.sync_gradients:
-            return original(closure)
-        skip = attachment.before_step(optimizer)  # its gradients are gone, yet some optimizers count steps without any
-        result = None if skip else original(closure)
-        attachment.after_step(optimizer)
-        return result
-
-    return step
+    attachment: Attachment = optimizer._gradclip_attachment
+    if not optimizer.gradient_state.sync_gradients:
+        return inner(closure)
+    skip = attachment.before_step(optimizer)  # its gradients are gone, yet some optimizers count steps without any
+    result = None if skip else inner(closure)
+    attachment.after_step(optimizer)
+    return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,14 +11,9 @@ from hf_gradclip.integrations.startup import world_size
 
 
 class StepLoss:
-    """Adds up the losses of a step on the device.
+    """Adds up the losses of a step on the device."""
 
-    Args:
-        accelerator: whose `backward` they are given to.
-    """
-
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
+    def __init__(self) -> None:
         self._sum: Tensor | None
         self._last: Tensor | None
         self._told: set[object]
@@ -29,9 +23,9 @@ class StepLoss:
         """Start anew."""
         self._sum, self._last, self._told = None, None, set()
 
-    def add(self, loss: Tensor, **_: Any) -> None:
-        """One micro-batch."""
-        part = loss.detach().float() / self._accelerator.gradient_accumulation_steps
+    def add(self, loss: Tensor, micro_batches: int) -> None:
+        """One of the micro-batches of a step."""
+        part = loss.detach().float() / micro_batches
         self._sum = part if self._sum is None else self._sum + part
 
     def local(self, who: object = None) -> Tensor | None:

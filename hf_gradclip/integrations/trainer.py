@@ -69,16 +69,19 @@ class GradClipMixin:
 
     def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
         self._clip_spec = clip
+        self._clip_config: ClipConfig | None = None
         self._clip_attachment: Attachment | None = None
         self._clip_started: tuple[Any, ...] | None = None
         self._clip_limit: Any = None
         super().__init__(*args, **kwargs)
-        self.add_callback(_Record(self))  # type: ignore[attr-defined]
 
     @property
     def clipper(self) -> Clipper | None:
-        """The clipper of this run: its state and its report. None before `train()`, or where the backend clips."""
-        if self._clip_attachment is None or self._clip_started is None:
+        """The clipper of this run: its state and its report. None before `train()`, or where the backend clips.
+
+        None too after `hyperparameter_search`, which drops the model.
+        """
+        if self._clip_attachment is None or self._clip_started is None or self.model_wrapped is None:
             return None
         return self._clip_attachment.clipper_of(self.model_wrapped)
 
@@ -90,9 +93,9 @@ class GradClipMixin:
 
     def create_accelerator_and_postprocess(self) -> None:
         """Check the spec and the backend as soon as there is an accelerator."""
-        config = self._clip_config()
+        config = self._parse_clip()
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        self._clip_attachment = None
+        self._clip_config = self._clip_attachment = self._clip_started = None
         try:
             self._refuse_optimizers()
             refuse_unsupported(self.accelerator)
@@ -102,11 +105,19 @@ class GradClipMixin:
             return
         if self._clip_spec is None and self.is_deepspeed_enabled:
             config = replace(config, nonfinite="skip")  # what ZeRO does itself, and so the stock Trainer under it
-        self._clip_attachment = Attachment(
-            self.accelerator, config, recording=self._make_recording(config), missing=self._clip_missing()
-        )
+        self._clip_config = config
 
-    def _clip_config(self) -> ClipConfig:
+    def _attach(self) -> None:
+        """Take over the accelerator where training starts; until then a Trainer can be pickled, as for Ray."""
+        config = self._clip_config
+        if config is None or self._clip_attachment is not None:
+            return
+        recording = self._make_recording(config)
+        self._clip_attachment = Attachment(self.accelerator, config, recording=recording, missing=self._clip_missing())
+        self.pop_callback(_Record)  # type: ignore[attr-defined]
+        self.add_callback(_Record(self))  # type: ignore[attr-defined]
+
+    def _parse_clip(self) -> ClipConfig:
         self._clip_limit = limit = self.args.max_grad_norm
         if limit is None or limit < 0:
             raise ValueError(
@@ -128,7 +139,7 @@ class GradClipMixin:
         attachment = self._clip_attachment
         assert attachment is not None
         if self._clip_spec is None and self.args.max_grad_norm != self._clip_limit and not self.is_deepspeed_enabled:
-            attachment.adopt(self._clip_config())
+            attachment.adopt(self._parse_clip())
         return attachment.clip(model)
 
     def _make_recording(self, config: ClipConfig) -> Recording | None:
@@ -157,6 +168,7 @@ class GradClipMixin:
             )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._attach()
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
         self._start_clipping()
         return prepared
@@ -178,7 +190,7 @@ class GradClipMixin:
         except UnsupportedBackendError:
             if self._clip_spec is not None:
                 raise
-            self._clip_attachment = None  # the stock seams serve
+            self._clip_config = self._clip_attachment = None  # the stock seams serve
             return
         self._clip_started = started
         attachment.watch_optimizers()
@@ -193,9 +205,11 @@ class GradClipMixin:
                 )
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        if self._clip_recording is None or description.lower() != "training" or not has_indices(dataset):
-            return super()._get_dataloader(dataset, description, *args, **kwargs)  # type: ignore[misc]
-        return self._with_indices(dataset, description, *args, **kwargs)
+        if description.lower() == "training" and has_indices(dataset):
+            self._attach()
+            if self._clip_recording is not None:
+                return self._with_indices(dataset, description, *args, **kwargs)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)  # type: ignore[misc]
 
     def _with_indices(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's dataloader over examples that come with their index; the columns are removed as it would."""
