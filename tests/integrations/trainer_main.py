@@ -105,7 +105,7 @@ def tensor_parallel(folder: str, word: str) -> dict[str, Any]:
     """The model that the test saved, loaded in two halves; both ranks see the whole batch."""
     split = DistributedConfig(tp_plan="auto", tp_size=2)
     model = LlamaForCausalLM.from_pretrained(Path(folder).with_name("model"), distributed_config=split)
-    assert sum(isinstance(p, DTensor) for p in model.parameters()) == 16, "the others are norms"
+    assert all(isinstance(p, DTensor) for n, p in model.named_parameters() if "proj" in n)
     with tensor_parallel_on_cpu():
         trainer = run(GradClipTrainer, model, clip=LOUD[word], ddp_backend="gloo", learning_rate=LOUD_RATE)
     assert trainer.accelerator.parallelism_config.tp_size == 2

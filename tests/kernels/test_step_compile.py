@@ -2,68 +2,58 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 
+from tests.kernels.compiled import compiled
 from tests.kernels.test_triton_compile import loops, widths
 
 SCRIPT = """
-import json
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from hf_gradclip.kernels import step_triton
+from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.types import ClipPlan
 
-POINTERS = {"address_RS": "i64", "numel_S": "i64", "kind_S": "i32", "first_S": "i32", "segment_C": "i32",
-            "place_S": "i64", "term_S": "fp32", "scale_S": "fp64", "bound_S": "fp64", "after_S": "fp64",
-            "limit_S": "fp64", "sumsq_C": "fp64", "max_C": "fp32"}
-NUMBERS = ("lr", "keep", "decay", "sign", "past", "fresh", "past2", "fresh2", "eps")
-KINDS = {"adam": "ggkk.", "amsgrad": "ggkkk", "rmsprop": "ggk.k", "sgd": "gg...", "nesterov": "ggk.."}
+KEPT = {"adam": "kk.", "amsgrad": "kkk", "rmsprop": "k.k", "sgd": "...", "nesterov": "k.."}
+PLANS = {
+    "bounded": ClipPlan(*torch.ones(2, 2, dtype=torch.float64)),
+    "scaled": ClipPlan(torch.ones(2)),
+    "one number": ClipPlan(torch.ones((), dtype=torch.float64)),
+    "unclipped": None,
+}
 
-def ptx(rule, weights, moments, measures):
-    name = "adam" if rule == "amsgrad" else rule
-    kinds = [{"g": weights, "k": moments, ".": "int1"}[letter] for letter in KINDS[rule]]
-    constants = {"RULE": name, "DECAY": "coupled", "KINDS": tuple(getattr(tl, kind) for kind in kinds),
-                 "CHUNK": step_triton.CHUNK, "STEP": step_triton.STEP}
-    if not measures:
-        constants |= {"sumsq_C": None, "max_C": None}
-    signature = {}
-    for argument in step_triton._step.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in POINTERS:
-            signature[argument] = "*" + POINTERS[argument]
-        else:
-            signature[argument] = "fp32" if argument in NUMBERS else "i32"
-    source = ASTSource(step_triton._step, signature, constants)
-    options = {"num_warps": step_triton.WARPS}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+def launch(rule, weights, moments, plan, after, decay, decoupled, terms):
+    global case
+    def column(dtype):
+        return [torch.zeros(n, dtype=getattr(torch, dtype)) for n in (40, 2**14)]
+    kept = [column(moments) if letter == "k" else [None] * 2 for letter in KEPT[rule]]
+    memory, places = Memory(column(weights), column(weights), *kept), ((0, 0), (1, 1))
+    name = {"amsgrad": "adam"}.get(rule, rule)
+    numbers = Rule(name, 1e-3, decay, decoupled, False, lambda: None, 0.9, 0.1, 0.99, 0.01, 1e-8, terms)
+    what = f"{rule} {weights}" if weights == moments else f"{rule} mixed"
+    form = f"{plan}, {after} update, decay {decay} decoupled {decoupled}, terms {terms is not None}"
+    case = f"{what} step: {form}"
+    step_triton.step_(numbers, memory, places, PLANS[plan], PLANS[after])
+    if weights == "bfloat16" and after == "unclipped":
+        case = f"{what} measure: {form}"
+        step_triton.measure(numbers, memory, places, PLANS[plan])
 
-dtypes = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16"), "mixed": ("bfloat16", "float32")}
-cases = [(rule, name, "step") for rule in KINDS for name in ("float32", "bfloat16")]
-cases += [(rule, "bfloat16", "measure") for rule in KINDS] + [("adam", "mixed", "step")]
-print(json.dumps({" ".join(case): ptx(case[0], *dtypes[case[1]], case[2] == "measure") for case in cases}))
+terms = [(2.0, 0.5)] * 2
+for rule in KEPT:
+    for weights, moments in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+        launch(rule, weights, moments, "bounded", "bounded", 0.1, False, terms)
+        launch(rule, weights, moments, "scaled", "unclipped", 0.1, True, None)
+        launch(rule, weights, moments, "unclipped", "one number", 0.0, True, terms)
+        launch(rule, weights, moments, "unclipped", "unclipped", 0.1, False, None)
 """
 TENSORS = {"adam": 4, "amsgrad": 5, "rmsprop": 4, "sgd": 2, "nesterov": 3}
 
 
-@cache
-def compiled() -> dict[str, str]:
-    """The PTX of every kernel; in a process of its own, where nothing has put Triton in the interpreter."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=root, env=env)
-    if done.returncode and "No module named 'triton'" in done.stderr:
-        pytest.fail("triton is missing, and its kernels untested: pip install -c constraints.txt -e '.[test]'")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def forms(what: str, kernel: str = "step_triton._step") -> list[str]:
+    """The PTX of a kernel in every form that the launcher asked for; `what` begins the names of the cases."""
+    found = [made[kernel] for case, made in compiled(SCRIPT).items() if case.startswith(what) and kernel in made]
+    assert found
+    return sorted(set(found))
 
 
 def moves(text: str, move: str) -> int:
@@ -84,36 +74,46 @@ def _found(text: str, move: str) -> list[tuple[str, str]]:
 class TestMoves:
     def test_whole_words(self, rule, dtype):
         """The first loop moves 16 bytes at a time, the second one what cannot be moved so."""
-        words, ones = loops(compiled()[f"{rule} {dtype} step"])
         size = 2 if dtype == "bfloat16" else 4
-        assert widths(words, "ld") == widths(words, "st") == {16}
-        assert widths(ones, "ld") == widths(ones, "st") == {size}
+        for ptx in forms(f"{rule} {dtype} step"):
+            words, ones = loops(ptx)
+            assert widths(words, "ld") == widths(words, "st") == {16}
+            assert widths(ones, "ld") == widths(ones, "st") == {size}
 
     def test_every_tensor_is_read_once_and_the_gradient_is_not_written(self, rule, dtype):
         size = 2 if dtype == "bfloat16" else 4
-        for body in loops(compiled()[f"{rule} {dtype} step"]):
-            assert elements(body, "ld", size) == 8 * TENSORS[rule]
-            assert elements(body, "st", size) == 8 * (TENSORS[rule] - 1)
+        for ptx in forms(f"{rule} {dtype} step"):
+            for body in loops(ptx):
+                assert elements(body, "ld", size) == 8 * TENSORS[rule]
+                assert elements(body, "st", size) == 8 * (TENSORS[rule] - 1)
 
 
 @pytest.mark.parametrize("rule", TENSORS)
-def test_nothing_is_written_where_the_update_is_measured(rule):
-    ptx = compiled()[f"{rule} bfloat16 measure"]
-    words, ones = loops(ptx)
-    assert widths(words, "ld") == {16}
-    assert moves(words + ones, "st") == 0
-    assert moves(ptx, "st") == 2
+class TestMeasure:
+    def test_nothing_is_written_where_the_update_is_measured(self, rule):
+        for ptx in forms(f"{rule} bfloat16 measure"):
+            words, ones = loops(ptx)
+            assert widths(words, "ld") == {16}
+            assert moves(words + ones, "st") == 0
+            assert moves(ptx, "st") == 2
+
+    def test_weights_are_read_only_where_the_update_holds_them(self, rule):
+        for decoupled in (True, False):
+            for ptx in forms(f"{rule} bfloat16 measure: {'scaled' if decoupled else 'unclipped'}, unclipped update"):
+                for body in loops(ptx):
+                    assert elements(body, "ld", 2) == 8 * (TENSORS[rule] - decoupled)
 
 
 @pytest.mark.parametrize("rule", TENSORS)
 def test_the_gradients_pointer_is_not_stored_to(rule):
     """Each store's address comes from the base of a load that is not the gradient's, the second of the table."""
     for dtype in ("float32", "bfloat16"):
-        for body in loops(compiled()[f"{rule} {dtype} step"]):
-            read, written = _bases(body, "ld"), _bases(body, "st")
-            assert len(written) == TENSORS[rule] - 1
-            assert written < read
-            assert len(read) == TENSORS[rule]
+        for ptx in forms(f"{rule} {dtype} step"):
+            for body in loops(ptx):
+                read, written = _bases(body, "ld"), _bases(body, "st")
+                assert len(written) == TENSORS[rule] - 1
+                assert written < read
+                assert len(read) == TENSORS[rule]
 
 
 def _bases(body: str, move: str) -> set[str]:
@@ -127,20 +127,21 @@ def _bases(body: str, move: str) -> set[str]:
     return found
 
 
-def test_weights_in_16_bits_and_moments_in_32_move_in_words_too():
-    words, _ = loops(compiled()["adam mixed step"])
-    assert widths(words, "ld") == widths(words, "st") == {16}
+@pytest.mark.parametrize("rule", TENSORS)
+def test_weights_in_16_bits_and_moments_in_32_move_in_words_too(rule):
+    for ptx in forms(f"{rule} mixed step"):
+        words, _ = loops(ptx)
+        assert widths(words, "ld") == widths(words, "st") == {16}
 
 
 def test_numbers_are_rounded_to_nearest_and_small_ones_kept():
-    for name, ptx in compiled().items():
-        assert ".ftz" not in ptx, name
-        assert not re.search(r"\b(div|sqrt|rcp)\.(approx|full)", ptx), name
-    for rounding in re.findall(r"cvt\.(\w+)\.(?:bf|f)16(?:x2)?\.f32", "".join(compiled().values())):
-        assert rounding == "rn"
+    for ptx in forms(""):
+        assert ".ftz" not in ptx
+        assert not re.search(r"\b(div|sqrt|rcp)\.(approx|full)", ptx)
+        assert set(re.findall(r"cvt\.(\w+)\.(?:bf|f)16(?:x2)?\.f32", ptx)) <= {"rn"}
 
 
 def test_nothing_is_added_atomically_nor_spilled():
-    for name, ptx in compiled().items():
-        assert not re.search(r"\b(atom|red)\.", ptx), name
-        assert ".local" not in ptx, name
+    for ptx in forms("") + forms("", "fused_triton.finish"):
+        assert not re.search(r"\b(atom|red)\.", ptx)
+        assert ".local" not in ptx

@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-TABLE = {"numel_S": "*i64", "kind_S": "*i32", "first_S": "*i32", "segment_C": "*i32"}
-PLAN = {"scale_S": "*fp64", "scale_stride": "i32", "bound_S": "*fp64", "bound_stride": "i32"}
-POINTERS = {
-    "fused_triton._measure": {"address_S": "*i64", **TABLE, "sumsq_C": "*fp64", "max_C": "*fp32"},
-    "fused_triton._scale_and_clamp": {"address_S": "*i64", **TABLE, **PLAN},
-    "units_triton._measure": {"address_S": "*i64", **TABLE, "place_S": "*i64", "sums_U": "*fp64"},
-    "units_triton._write": {"address_S": "*i64", **TABLE, "place_S": "*i64", "scale_U": "*fp64", "bound_U": "*fp64"},
-}
+from tests.kernels.compiled import compiled
 
-SCRIPT = f"""
-import json, sys
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+SCRIPT = """
 from hf_gradclip.kernels import fused_triton, units_triton
 
-def ptx(name, pointers, dtypes):
-    module, _, kernel = name.partition(".")
-    module = globals()[module]
-    constants = {{name: getattr(module, name) for name in ("CHUNK", "BLOCK", "ROWS", "COLS") if hasattr(module, name)}}
-    constants["DTYPES"] = tuple(getattr(tl, name) for name in dtypes)
-    source = ASTSource(getattr(module, kernel), pointers | dict.fromkeys(constants, "constexpr"), constants)
-    options = {{"num_warps": module.WARPS}}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+for name in ("float32", "bfloat16", "float16", "float32 bfloat16 float16"):
+    grads = [torch.zeros(64, 512, dtype=getattr(torch, dtype)) for dtype in name.split()]
+    for plan, shape, bounded in (
+        (torch.float64, (len(grads),), True), (torch.float64, (), False),
+        (torch.float32, (len(grads),), False), (torch.float32, (), True),
+    ):
+        case = f"{name}, plan {plan} of shape {shape}, {'bounded' if bounded else 'not bounded'}"
+        scale, bound = torch.ones(2, *shape, dtype=plan)
+        fused_triton.statistics(grads, plan, CPU)
+        fused_triton.apply_(grads, scale, bound if bounded else None)
 
-sets = (["float32"], ["bfloat16"], ["float16"], ["float32", "bfloat16", "float16"])
-print(json.dumps({{f"{{kernel}} {{' '.join(dtypes)}}": ptx(kernel, pointers, dtypes)
-                  for kernel, pointers in {POINTERS!r}.items() for dtypes in sets}}))
+        kept = [(int(bounded),)] * len(grads)
+        counts = [grad.shape[axis] for grad, (axis,) in zip(grads, kept)]
+        scale_U, bound_U = torch.ones(2, sum(counts), dtype=plan)
+        units_triton.sumsq(grads, kept, counts, plan, CPU)
+        units_triton.apply_(grads, kept, counts, scale_U, bound_U if bounded else None)
 """
+DTYPES = ["float32", "bfloat16", "float16", "float32 bfloat16 float16"]
 
 
-@cache
-def compiled() -> dict[str, str]:
-    """The PTX of every kernel; in a process of its own, where nothing has put Triton in the interpreter."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=root, env=env)
-    if done.returncode and "No module named 'triton'" in done.stderr:
-        pytest.fail("triton is missing, and its kernels untested: pip install -c constraints.txt -e '.[test]'")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def forms(kernel: str, dtypes: str | None = None) -> list[str]:
+    """The PTX of a kernel in every form that its launcher asks for, of gradients of these dtypes; None takes all."""
+    cases = compiled(SCRIPT).items()
+    found = [made[kernel] for case, made in cases if kernel in made and dtypes in (None, case.split(",")[0])]
+    assert found
+    return sorted(set(found))
 
 
 def loops(ptx: str) -> list[str]:
@@ -72,48 +56,69 @@ def widths(text: str, move: str) -> set[int]:
     return {int(lanes or 1) * int(bits) // 8 for lanes, bits in moves}
 
 
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float16", "float32 bfloat16 float16"])
+@pytest.mark.parametrize("dtypes", DTYPES)
 class TestWidth:
     def test_statistics(self, dtypes):
         """One loop per dtype, and one more that reads a chunk of extreme numbers again."""
-        bodies = loops(compiled()[f"fused_triton._measure {dtypes}"])
-        assert len(bodies) == 2 * len(dtypes.split())
-        for body in bodies:
-            assert widths(body, "ld") == {16}
-            assert widths(body, "st") == set()
+        for ptx in forms("fused_triton._measure", dtypes):
+            bodies = loops(ptx)
+            assert len(bodies) == 2 * len(dtypes.split())
+            for body in bodies:
+                assert widths(body, "ld") == {16}
+                assert widths(body, "st") == set()
 
     def test_apply(self, dtypes):
-        bodies = loops(compiled()[f"fused_triton._scale_and_clamp {dtypes}"])
-        assert len(bodies) == len(dtypes.split())
-        for body in bodies:
-            assert widths(body, "ld") == {16}
-            assert widths(body, "st") == {16}
-            assert "bar.sync" not in body
+        for ptx in forms("fused_triton._scale_and_clamp", dtypes):
+            bodies = loops(ptx)
+            assert len(bodies) == len(dtypes.split())
+            for body in bodies:
+                assert widths(body, "ld") == {16}
+                assert widths(body, "st") == {16}
+                assert "bar.sync" not in body
 
-    def test_by_unit(self, dtypes):
+    @pytest.mark.parametrize(
+        ("kernel", "moves"), [("units_triton._measure", ["ld"]), ("units_triton._write", ["ld", "st"])]
+    )
+    def test_by_unit(self, kernel, moves, dtypes):
         """Per dtype one loop along lines and one across them in 16 bytes, and one each where lines begin anywhere."""
-        for kernel, moves in (("_measure", ["ld"]), ("_write", ["ld", "st"])):
-            bodies = [body for body in loops(compiled()[f"units_triton.{kernel} {dtypes}"]) if "bra" not in body]
+        for ptx in forms(kernel, dtypes):
+            bodies = [body for body in loops(ptx) if "bra" not in body]
             for move in moves:
                 found = [widths(body, move) for body in bodies]
                 sizes = [4 if dtype == "float32" else 2 for dtype in dtypes.split()]
                 assert sorted(map(sorted, found)) == sorted([[16]] * 2 * len(sizes) + [[size] for size in sizes * 2])
 
 
-def test_numbers_are_rounded_to_nearest_and_small_ones_kept():
-    for name, ptx in compiled().items():
-        assert ".ftz" not in ptx, name
-    assert re.findall(r"cvt\.(\w+)\.bf16(?:x2)?\.f32", compiled()["fused_triton._scale_and_clamp bfloat16"])
-    for rounding in re.findall(r"cvt\.(\w+)\.(?:bf|f)16(?:x2)?\.f32", "".join(compiled().values())):
-        assert rounding == "rn"
+KERNELS = [
+    "fused_triton._measure",
+    "fused_triton.finish",
+    "fused_triton._scale_and_clamp",
+    "units_triton._measure",
+    "units_triton._write",
+]
 
 
-def test_nan_survives():
-    """PTX's own minimum and maximum give the other operand; the interpreter's give NaN, and so cannot tell."""
-    for name, ptx in compiled().items():
-        assert not re.search(r"\b(min|max)(\.ftz)?\.f32", ptx), name
+@pytest.mark.parametrize("kernel", KERNELS)
+class TestEveryForm:
+    def test_numbers_are_rounded_to_nearest_and_small_ones_kept(self, kernel):
+        for ptx in forms(kernel):
+            assert ".ftz" not in ptx
+            assert set(re.findall(r"cvt\.(\w+)\.(?:bf|f)16(?:x2)?\.f32", ptx)) <= {"rn"}
+
+    def test_nan_survives(self, kernel):
+        """PTX's own minimum and maximum give the other operand; the interpreter's give NaN, and so cannot tell.
+
+        No NaN comes to `finish`: the kernel before it stores the largest bits as inf.
+        """
+        for ptx in forms(kernel):
+            assert bool(re.search(r"\b(min|max)(\.ftz)?\.f32", ptx)) == (kernel == "fused_triton.finish")
+
+    def test_no_float_is_added_atomically(self, kernel):
+        for ptx in forms(kernel):
+            assert not re.search(r"\b(atom|red)\.", ptx)
 
 
-def test_no_float_is_added_atomically():
-    for name, ptx in compiled().items():
-        assert not re.search(r"\b(atom|red)\.", ptx), name
+def test_sixteen_bits_are_written_from_32():
+    for dtype in ("bf16", "f16"):
+        for ptx in forms("fused_triton._scale_and_clamp", "bfloat16" if dtype == "bf16" else "float16"):
+            assert re.search(rf"cvt\.rn\.{dtype}(x2)?\.f32", ptx)
