@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_gradclip.views.local import LocalView
 from hf_gradclip.views.parameters import Watched
-from hf_gradclip.views.view import GradientView
+from hf_gradclip.views.view import GradientView, UnsupportedBackendError
 
 
 def view_of(model: Watched, unscale: Callable[[], None] | None = None, guarded: bool = False) -> GradientView:
@@ -21,6 +21,7 @@ def view_of(model: Watched, unscale: Callable[[], None] | None = None, guarded: 
 
     Raises:
         ValueError: if no parameter is trainable, or a placement cannot be added up.
+        UnsupportedBackendError: for a model that an old transformers split into parts that nothing marks.
     """
     if isinstance(model, nn.Module):
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
@@ -34,4 +35,18 @@ def view_of(model: Watched, unscale: Callable[[], None] | None = None, guarded: 
         from hf_gradclip.views.dtensor import DTensorView
 
         return DTensorView(model, unscale, guarded)
+    if isinstance(model, nn.Module):
+        _refuse_unmarked(model)
     return LocalView(model, unscale, guarded)
+
+
+def _refuse_unmarked(model: nn.Module) -> None:
+    """Stop for tensor parallelism on plain tensors: no norm can be made of parts that do not tell which they are."""
+    for module in model.modules():
+        ranks = getattr(module, "_tp_size", None) or 1
+        if ranks > 1:
+            raise UnsupportedBackendError(
+                f"{type(module).__name__} is loaded with tp_size={ranks}, and its parameters are plain tensors: this "
+                "version of transformers does not mark which part of a weight a rank holds, so the norm of the whole "
+                "gradient is not known. Use a version whose tensor parallelism is made of DTensors (5.17 was tried)."
+            )

@@ -15,6 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from hf_gradclip import Clipper
 from hf_gradclip.strategy import Needs
 from hf_gradclip.views.local import LocalView
+from hf_gradclip.views.view import UnsupportedBackendError
+from tests.tiny import tiny_llama
 
 MAX_NORM = 0.5
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.complex64: 1e-6}
@@ -350,3 +352,14 @@ class TestNames:
         assert layout.numel_S.tolist() == [6, 3, 6, 2]
         assert layout.param_S.tolist() == [0, 1, 2, 3]
         assert len(layout) == 4
+
+
+def test_parts_that_nothing_marks_are_refused():
+    """As transformers 5.3 loads them with tp_plan="auto": plain tensors, and `_tp_size` on the model."""
+    model = nn.Sequential(tiny_llama())
+    Clipper.for_model(model)
+    model[0]._tp_size = 1
+    Clipper.for_model(model)
+    model[0]._tp_size = 2
+    with pytest.raises(UnsupportedBackendError, match=r"LlamaForCausalLM .*tp_size=2.*plain tensors.*Use a version"):
+        Clipper.for_model(model)
