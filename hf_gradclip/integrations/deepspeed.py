@@ -280,6 +280,10 @@ def refuse_settings(engine: Any, config: ClipConfig) -> None:
     zero, name = engine.optimizer, type(engine.optimizer).__name__
     refused = {
         "pipeline parallelism": (type(engine).__name__ == "PipelineEngine", "ZeRO without a pipeline"),
+        "tensor parallelism": (
+            getattr(engine, "mp_world_size", 1) > 1,
+            "ZeRO alone, or tensor parallelism of transformers without DeepSpeed",
+        ),
         "ZenFlow": (bool(getattr(zero, "zenflow", False)) or "ZenFlow" in name, "plain optimizer offload"),
         "SuperOffload": ("SuperOffload" in name, "plain optimizer offload"),
         "NVMe offload": (_on_nvme(engine), 'offload to "cpu"'),

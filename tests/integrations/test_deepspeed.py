@@ -20,12 +20,15 @@ pytestmark = pytest.mark.deepspeed
 SKIP = ClipConfig.parse("zclip")
 
 
-def engine(name: str = "DeepSpeedZeroOptimizer", kind: str = "DeepSpeedEngine", nvme: str = "", **zero: Any) -> Any:
+def engine(
+    name: str = "DeepSpeedZeroOptimizer", kind: str = "DeepSpeedEngine", nvme: str = "", ranks: int = 1, **zero: Any
+) -> Any:
     """A stand-in with the attributes that a refusal looks at."""
     optimizer = type(name, (), zero)()
     offload = {word: SimpleNamespace(device=SimpleNamespace(value="nvme" if nvme == word else "cpu")) for word in "op"}
     members = {
         "optimizer": optimizer,
+        "mp_world_size": ranks,
         "zero_offload_optimizer": lambda self: offload["o"],
         "zero_offload_param": lambda self: offload["p"],
     }
@@ -40,6 +43,7 @@ def test_a_plain_setting_passes() -> None:
     ("found", "words"),
     [
         (engine(kind="PipelineEngine"), "pipeline parallelism.*Use ZeRO without a pipeline"),
+        (engine(ranks=2), "tensor parallelism.*Use ZeRO alone"),
         (engine(zenflow=True), "ZenFlow.*Use plain optimizer offload"),
         (engine("SuperOffloadOptimizer_Stage3"), "SuperOffload.*Use plain optimizer offload"),
         (engine(nvme="o"), 'NVMe offload.*Use offload to "cpu"'),
