@@ -288,7 +288,7 @@ def refuse_settings(engine: Any, config: ClipConfig) -> None:
         "SuperOffload": ("SuperOffload" in name, "plain optimizer offload"),
         "NVMe offload": (_on_nvme(engine), 'offload to "cpu"'),
         "compute_grad_norm=false": (getattr(zero, "compute_grad_norm", True) is False, "compute_grad_norm=true"),
-        "mixture of experts": (bool(getattr(zero, "has_moe_layers", False)), "a model without DeepSpeed MoE layers"),
+        "mixture of experts": (bool(getattr(engine, "has_moe_layers", False)), "a model without DeepSpeed MoE layers"),
         "Muon": (bool(getattr(zero, "use_muon", False) or getattr(zero, "_uses_muon", False)), "another optimizer"),
         "torch_autocast with a GradScaler": (
             getattr(zero, "torch_autocast_gradscaler", None) is not None,

@@ -21,7 +21,12 @@ SKIP = ClipConfig.parse("zclip")
 
 
 def engine(
-    name: str = "DeepSpeedZeroOptimizer", kind: str = "DeepSpeedEngine", nvme: str = "", ranks: int = 1, **zero: Any
+    name: str = "DeepSpeedZeroOptimizer",
+    kind: str = "DeepSpeedEngine",
+    nvme: str = "",
+    ranks: int = 1,
+    experts: bool = False,
+    **zero: Any,
 ) -> Any:
     """A stand-in with the attributes that a refusal looks at."""
     optimizer = type(name, (), zero)()
@@ -29,6 +34,7 @@ def engine(
     members = {
         "optimizer": optimizer,
         "mp_world_size": ranks,
+        "has_moe_layers": experts,
         "zero_offload_optimizer": lambda self: offload["o"],
         "zero_offload_param": lambda self: offload["p"],
     }
@@ -49,7 +55,7 @@ def test_a_plain_setting_passes() -> None:
         (engine(nvme="o"), 'NVMe offload.*Use offload to "cpu"'),
         (engine(nvme="p"), 'NVMe offload.*Use offload to "cpu"'),
         (engine(compute_grad_norm=False), "compute_grad_norm=false.*Use compute_grad_norm=true"),
-        (engine(has_moe_layers=True), "mixture of experts.*Use a model without"),
+        (engine("DeepSpeedZeroOptimizer_Stage3", experts=True), "mixture of experts.*Use a model without"),
         (engine(use_muon=True), "Muon.*Use another optimizer"),
         (engine(torch_autocast_gradscaler=object()), "torch_autocast with a GradScaler.*Use torch_autocast in bf16"),
         (engine("FP16_UnfusedOptimizer"), "ZeRO stage 0 in bf16 or fp16.*Use stage 1, or float32"),
