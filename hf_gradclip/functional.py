@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hf_gradclip.kernels import eager
+from hf_gradclip import kernels
 from hf_gradclip.strategy import Needs, limit_scale
 from hf_gradclip.types import Layout
 from hf_gradclip.views.parameters import gradients_of, measure
@@ -70,12 +70,12 @@ def clip_grad_norm_(
         if device.type == "cpu" and not norm.isfinite():
             norm = measure(grads, layout, Needs(), rescale=True).total
     else:
-        norm = eager.largest_of(grads, layout.dtype, device).amax()
+        norm = kernels.largest_of(grads, layout.dtype, device).amax()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_(norm_type={norm_type}): the norm of the gradients is {float(norm)}, so they cannot be "
             "clipped. Set error_if_nonfinite=False to scale them by it anyway."
         )
-    eager.scale_(grads, limit_scale(float(max_norm), norm))
+    kernels.apply_(grads, limit_scale(float(max_norm), norm), None)
     wide = any(grad is not None and grad.dtype == torch.float64 for grad in grads)
     return norm.to(torch.float64 if wide else torch.float32)

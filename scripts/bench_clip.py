@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ import hf_gradclip
 from hf_gradclip import Clipper, kernels
 
 STEP = "whole step"
+BACKENDS = ("auto", "eager")  # the kernels that a user gets, and those in plain torch
 
 
 def llama(layers: int, hidden: int, intermediate: int, kv: int, vocab: int, tied: bool) -> Shapes:
@@ -71,7 +71,7 @@ def ours(work: Workload, case: Case, backend: str) -> list[Row]:
     rows = [_clipper_row(work, case, backend, name, *spec) for name, spec in specs.items()]
     for order, task in ((2.0, "norm"), (INF, "inf")):
         call = bind(hf_gradclip.clip_grad_norm_, list(work.params), case.limit * work.norms[order], order)
-        rows.append(_our_row(f"hf_gradclip.clip_grad_norm_{_of(order)}", task, call, order, backend))
+        rows.append(our_row(work, f"hf_gradclip.clip_grad_norm_{_of(order)}", task, call, backend, order=order))
     return rows
 
 
@@ -80,12 +80,14 @@ def _clipper_row(work: Workload, case: Case, backend: str, name: str, task: str,
     for _ in range(2):
         work.restore(case.history)
         clipper.step()
-    state = clipper.state
-    return _our_row(f"clipper.step() {name}", task, clipper.step, 2.0, backend, bind(setattr, clipper, "state", state))
+    start = bind(setattr, clipper, "state", clipper.state)
+    return our_row(work, f"clipper.step() {name}", task, clipper.step, backend, order=2.0, before=start)
 
 
-def _our_row(name: str, task: str, call: Any, order: float, backend: str, before: Any = None) -> Row:
-    """A row under HF_GRADCLIP_KERNELS=backend. It must not count if plain torch had to serve for Triton."""
+def our_row(
+    work: Workload, name: str, task: str, call: Callable[[], Any], backend: str, before: Any = None, **more: Any
+) -> Row:
+    """A row under HF_GRADCLIP_KERNELS=backend; as auto it does not count if plain torch had to serve."""
 
     def choose() -> None:
         os.environ[kernels.VARIABLE] = backend
@@ -93,10 +95,13 @@ def _our_row(name: str, task: str, call: Any, order: float, backend: str, before
             before()
 
     def why_not() -> str:
-        return kernels._given_up[0] if backend != "eager" and kernels._given_up else ""
+        language = kernels.language_of(work.flat.device)
+        if backend == "eager" or (language is not None and work.flat.dtype in kernels.TAKEN[language]):
+            return ""
+        return "plain torch serves: " + ("; ".join(kernels._given_up.values()) or "no kernels for this")
 
-    name = name if backend == "eager" else f"{name} [{backend}]"
-    return Row(name, "ours", STEP, task, call, order=order, before=choose, why_not=why_not)
+    name = name if backend == "auto" else f"{name} [{backend}]"
+    return Row(name, "ours", STEP, task, call, before=choose, why_not=why_not, **more)
 
 
 def _of(order: float) -> str:
@@ -253,10 +258,7 @@ def found(package: str, where: str, name: str) -> tuple[Any, str]:
 
 def rows_of(work: Workload, case: Case) -> list[Row]:
     """All rows of a table."""
-    backends = ["eager"]
-    if work.flat.is_cuda and importlib.util.find_spec("triton"):
-        backends.append("triton")
-    rows = [*ceilings(work), *(row for backend in backends for row in ours(work, case, backend))]
+    rows = [*ceilings(work), *(row for backend in BACKENDS for row in ours(work, case, backend))]
     return [*rows, *torch_peers(work, case), *algorithm_peers(work, case), *installed_peers(work, case)]
 
 

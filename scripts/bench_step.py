@@ -4,24 +4,22 @@
     python scripts/bench_step.py --workload llama1b --dtype bf16 --device cuda
 
 Workloads and flags are those of bench_clip.py, how it measures is in benchmark.py. Four sets of moments are held beside
-the weights and gradients, six on CUDA. The learning rate is so small that the weights stay as they are; that costs the
-same.
+the weights and gradients. The learning rate is so small that the weights stay as they are; that costs the same.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from bench_clip import chosen, parse_args
+from bench_clip import BACKENDS, chosen, our_row, parse_args
 from benchmark import Case, Row, Workload, bind, ceilings, run
 from torch.nn.utils import clip_grad_norm_
 
-from hf_gradclip import Clipper, kernels, optim
+from hf_gradclip import Clipper, optim
 
 RATE = 1e-6
 STEP = "whole step"
@@ -60,38 +58,17 @@ def our_rows(work: Workload, case: Case, fused: torch.optim.Optimizer) -> list[R
     named = list(work.named_parameters())
     own = optim.AdamW(named, lr=RATE, clip=spec)
     own_update = optim.AdamW(named, lr=RATE, clip=spec, update_clip=update)
-    ours = ("ours", STEP)
-    return [
-        Row("clipper.step() + fused AdamW", *ours, "norm", then(plain.step, fused.step), order=2.0),
-        Row("clipper.step() fold=True + fused AdamW", *ours, "norm", then(fold.step, fused.step), order=2.0),
-        Row("hf_gradclip.optim.AdamW clip", *ours, "norm", own.step),
-        Row("hf_gradclip.optim.AdamW clip, update_clip=block_rms", *ours, "update", own_update.step, grads=False),
-        fused_row(work, "hf_gradclip.optim.AdamW clip [triton]", "norm", clip=spec),
-        fused_row(
-            work,
-            "hf_gradclip.optim.AdamW clip, update_clip=block_rms [triton]",
-            "update",
-            clip=spec,
-            update_clip=update,
-        ),
-    ]
-
-
-def fused_row(work: Workload, name: str, task: str, **clips: Any) -> Row:
-    """Clip and step in one launch under HF_GRADCLIP_KERNELS=triton; a row that says so where it cannot run."""
-    if not work.flat.is_cuda or importlib.util.find_spec("triton") is None:
-        return Row(name, "ours", STEP, task, note="left out: needs CUDA and triton")
-    optimizer = optim.AdamW(list(work.named_parameters()), lr=RATE, **clips)
-
-    def call() -> None:
-        os.environ[kernels.VARIABLE] = "triton"
-        optimizer.step()
-        os.environ[kernels.VARIABLE] = "eager"
-
-    def why_not() -> str:
-        return kernels._given_up[0] if kernels._given_up else ""
-
-    return Row(name, "ours", STEP, task, call, grads=False, why_not=why_not)
+    rows = []
+    for backend in BACKENDS:
+        row = partial(our_row, work, backend=backend)
+        rows += [
+            row("clipper.step() + fused AdamW", "norm", then(plain.step, fused.step), order=2.0),
+            row("clipper.step() fold=True + fused AdamW", "norm", then(fold.step, fused.step), order=2.0),
+            # on a GPU these clip as they step, and leave the gradients as they are
+            row("hf_gradclip.optim.AdamW clip", "norm", own.step, grads=not work.flat.is_cuda),
+            row("hf_gradclip.optim.AdamW clip, update_clip=block_rms", "update", own_update.step, grads=False),
+        ]
+    return rows
 
 
 def rows_of(work: Workload, case: Case) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels agree with plain torch on a device: asked once, before they are trusted with a gradient.
+"""Whether kernels agree with plain torch on a device: asked once, before they are trusted with a gradient.
 
 Nothing is drawn from a random generator, so that a run that uses the kernels sees the numbers of one that does not.
 """
@@ -24,17 +24,23 @@ class DisagreementError(RuntimeError):
     """A kernel's result is not that of plain torch."""
 
 
-def check(name: str, kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
+def check(what: str, kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
     """Run the kernels of one file on small tensors of these dtypes, on 16 bytes and off.
+
+    Args:
+        what: they do, of `kernels.FILES`.
+        kernels: the file.
+        device: to run them on.
+        dtypes: of the tensors.
 
     Raises:
         DisagreementError: if a sum is off by more than 1e-6, an element by more than its rounding, or memory beside a
             tensor was touched.
     """
-    {"fused_triton": _fused, "units_triton": _units, "step_triton": _step}[name](kernels, device, dtypes)
+    {"whole": _whole, "units": _units, "step": _step}[what](kernels, device, dtypes)
 
 
-def _fused(kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
+def _whole(kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
     grads = [_wave(size, dtype, device, start) for dtype in dtypes for size in SIZES for start in (1, 8)]
     before = [grad.clone() for grad in grads]
     sumsq_S, max_S = kernels.statistics([*grads, None], torch.float64, device)
@@ -109,7 +115,7 @@ def _wave(size: int, dtype: torch.dtype, device: torch.device, start: int) -> Te
 def _same(what: str, got: Tensor, want: Tensor, rtol: float) -> None:
     if not torch.allclose(got, want.to(got), rtol=rtol, atol=0):
         raise DisagreementError(
-            f"Triton's {what} is {got.flatten()[:3].tolist()} where torch's is {want.flatten()[:3].tolist()}"
+            f"their {what} is {got.flatten()[:3].tolist()} where torch's is {want.flatten()[:3].tolist()}"
         )
 
 
@@ -119,4 +125,4 @@ def _rounded(what: str, got: Tensor, want: Tensor, ulps: float = 1) -> None:
     beside = got.as_strided((start,), (1,), 0), got.as_strided((1,), (1,), start + got.numel())
     unit = ulps * torch.finfo(got.dtype).eps
     if not torch.allclose(got.float(), want, rtol=unit, atol=unit) or not all(b.isnan().all() for b in beside):
-        raise DisagreementError(f"Triton's result of {what} in {got.dtype} differs from torch's")
+        raise DisagreementError(f"their result of {what} in {got.dtype} differs from torch's")

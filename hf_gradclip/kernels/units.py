@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_gradclip.kernels import eager
+from hf_gradclip.kernels.table import Table, table_of
 
 AT_ONCE = 64
 SHORT = 64
@@ -179,6 +180,41 @@ def clamp_(block: Tensor, kept: Axes, bound_U: Tensor) -> None:
     """Clamp each unit to [-bound, bound], shape (units,)."""
     limit = _spread(bound_U, block, kept).to(block.dtype)
     torch.clamp(block, -limit, limit, out=block)
+
+
+def matrices_of(shape: tuple[int, ...], kept: Axes) -> tuple[int, int, int] | None:
+    """(lines, elements of each, 0) where units are lines; (matrices, lines of each, units in a line) where they lie
+    side by side; None for what is neither."""
+    last = len(shape) - 1
+    if kept == tuple(range(len(kept))):
+        return math.prod(shape[: len(kept)]), math.prod(shape[len(kept) :]), 0
+    if kept == (*range(last - 1), last):
+        return math.prod(shape[: last - 1]), shape[last - 1], shape[last]
+    return None
+
+
+def unit_table(
+    blocks: Sequence[Tensor | None],
+    kept: Sequence[Axes],
+    counts: Sequence[int],
+    device: torch.device,
+    programs: Callable[[int, int, int], int],
+) -> Table:
+    """The table of blocks, of each of which a kernel reads its first unit and what `matrices_of` says.
+
+    Args:
+        blocks, kept, counts: as for `sums`, each block contiguous and one that `matrices_of` knows.
+        device: where they are.
+        programs: how many share a block of such matrices.
+    """
+    places: list[int] = []
+    shares, first = [], 0
+    for block, axes, count in zip(blocks, kept, counts, strict=True):
+        found = matrices_of(tuple(block.shape), axes) if block is not None and block.numel() else None
+        places += (first, *(found or (0, 0, 0)))
+        shares.append(programs(*found) if found else 0)
+        first += count
+    return table_of([blocks], device, tuple(shares), tuple(places), "block")
 
 
 def _count(block: Tensor, kept: Axes) -> int:

@@ -8,7 +8,6 @@ atomically, and the result is the same, bit for bit, in every run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_gradclip.kernels.fused_triton import TRITON, WORD, clamped, dtypes_of
-from hf_gradclip.kernels.table import Table, on, table_of
+from hf_gradclip.kernels.table import on
+from hf_gradclip.kernels.units import matrices_of, unit_table
 
 ROWS = 16  # lines, and
 COLS = 128  # elements of each, that a program moves at a time
@@ -26,7 +26,7 @@ WARPS = 4
 
 def serves(block: Tensor, kept: tuple[int, ...]) -> bool:
     """Whether the units of this block are its lines, or lie side by side in them."""
-    return block.dtype in TRITON and block.is_contiguous() and _matrices(tuple(block.shape), kept) is not None
+    return block.dtype in TRITON and block.is_contiguous() and matrices_of(tuple(block.shape), kept) is not None
 
 
 def sumsq(
@@ -47,7 +47,7 @@ def sumsq(
     """
     sums_U = torch.zeros(sum(counts), dtype=dtype, device=device)
     with on(device):
-        table = _table(blocks, kept, counts, sums_U.device)
+        table = unit_table(blocks, kept, counts, sums_U.device, _programs)
         if table.chunks:
             _measure[(table.chunks,)](
                 *table.arguments, table.place_S, sums_U, dtypes_of(table), ROWS, COLS, num_warps=WARPS
@@ -72,40 +72,15 @@ def apply_(
         bound_U: largest absolute element per unit, of the same shape; inf or None bounds nothing.
     """
     with on(scale_U.device):
-        table = _table(blocks, kept, counts, scale_U.device)
+        table = unit_table(blocks, kept, counts, scale_U.device, _programs)
         if table.chunks:
             _write[(table.chunks,)](
                 *table.arguments, table.place_S, scale_U, bound_U, dtypes_of(table), ROWS, COLS, num_warps=WARPS
             )
 
 
-def _table(
-    blocks: Sequence[Tensor | None], kept: Sequence[tuple[int, ...]], counts: Sequence[int], device: torch.device
-) -> Table:
-    """The table of the blocks; the kernel reads of each its first unit, and what `_matrices` says of it."""
-    places: list[int] = []
-    programs, first = [], 0
-    for block, axes, count in zip(blocks, kept, counts, strict=True):
-        matrices, lines, columns = 0, 0, 0
-        if block is not None and block.numel():
-            found = _matrices(tuple(block.shape), axes)
-            assert found is not None
-            matrices, lines, columns = found
-        places += (first, matrices, lines, columns)
-        programs.append(matrices * triton.cdiv(columns, COLS) if columns else triton.cdiv(matrices, ROWS))
-        first += count
-    return table_of([blocks], device, tuple(programs), tuple(places), "block")
-
-
-def _matrices(shape: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """(lines, elements of each, 0) where units are lines; (matrices, lines of each, units in a line) where they lie
-    side by side; None for what is neither."""
-    last = len(shape) - 1
-    if kept == tuple(range(len(kept))):
-        return math.prod(shape[: len(kept)]), math.prod(shape[len(kept) :]), 0
-    if kept == (*range(last - 1), last):
-        return math.prod(shape[: last - 1]), shape[last - 1], shape[last]
-    return None
+def _programs(count: int, length: int, columns: int) -> int:
+    return count * triton.cdiv(columns, COLS) if columns else triton.cdiv(count, ROWS)
 
 
 @triton.jit

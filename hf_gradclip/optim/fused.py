@@ -82,7 +82,7 @@ def step_(optimizer: Steps, found: ModuleType, plan: ClipPlan | None) -> tuple[l
             try:
                 local = _measured(clipper, found, jobs, plan)
             except Exception as error:
-                kernels.give_up(error)
+                kernels.give_up(error, clipper.view.layout.device)
                 return optimizer.param_groups, None
             after = clipper.plan(local=local)
             if clipper.step_was_skipped:
@@ -91,8 +91,9 @@ def step_(optimizer: Steps, found: ModuleType, plan: ClipPlan | None) -> tuple[l
         try:
             found.step_(job.rule, job.memory, job.places, plan, after)
         except Exception as error:
-            kernels.give_up(error)
+            kernels.give_up(error, job.memory.weights[0].device)
             return left + [job.group for job in jobs[i:]], after
+        kernels.written([tensor for column in job.memory._replace(grads=()) for tensor in column])
         job.rule.done()
     return left, after
 

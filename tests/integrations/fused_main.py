@@ -126,7 +126,7 @@ if __name__ == "__main__":
         optimizer, run = fit(model, options, rank, world)
         params = list(model.parameters())
         moments = [value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"]
-        run["counts"], run["given up"] = dict(counts), list(kernels._given_up)
+        run["counts"], run["given up"] = dict(counts), list(kernels._given_up.values())
         run["sharded"] = all(isinstance(tensor, DTensor) for tensor in (*params, *moments))
         run["sizes"] = [shard(p).numel() for p in params]
         found[word] = [None] * world

@@ -1,4 +1,4 @@
-"""Which kernels serve: Triton where it runs and agrees with plain torch, plain torch everywhere else."""
+"""Which kernels serve: Triton or C where they run and agree with plain torch, plain torch everywhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_gradclip import Clipper, kernels
-from hf_gradclip.kernels import eager
+from hf_gradclip.kernels import eager, native
 from tests.strategies.sequence import Tiny, gradients, set_gradients
 
 ROOT = Path(__file__).parents[2]
@@ -41,14 +41,14 @@ torch.save((found, used), "{out}")
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "_given_up", [])
+    monkeypatch.setattr(kernels, "_given_up", {})
     monkeypatch.setattr(kernels, "_checked", set())
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     caplog.set_level(logging.INFO, logger="hf_gradclip")
 
 
-def clipped() -> list[torch.Tensor]:
-    model = Tiny()
+def clipped(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    model = Tiny().to(dtype)
     clipper = Clipper.for_model(model, "global_norm:max_norm=0.1")
     for grads in gradients(3):
         set_gradients(model, grads)
@@ -56,23 +56,72 @@ def clipped() -> list[torch.Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def test_a_missing_triton_is_said_once_and_torch_serves(monkeypatch, caplog) -> None:
-    expected = clipped()
+@pytest.fixture
+def by_torch(monkeypatch) -> list[torch.Tensor]:
+    """What plain torch gives."""
+    with monkeypatch.context() as patch:
+        patch.setenv(kernels.VARIABLE, "eager")
+        return clipped()
+
+
+def test_a_missing_triton_is_said_once_and_torch_serves(monkeypatch, caplog, by_torch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "hf_gradclip.kernels.fused_triton", raising=False)
-    assert all(map(torch.equal, clipped(), expected))
-    assert caplog.text.count("Triton's kernels are not used: ") == 1
+    assert all(map(torch.equal, clipped(), by_torch))
+    assert caplog.text.count("The kernels in Triton are not used: ") == 1
     assert "Plain torch serves instead; HF_GRADCLIP_KERNELS=eager asks for it." in caplog.text
 
 
-def test_without_a_gpu_torch_serves_in_silence(monkeypatch, caplog) -> None:
-    expected = clipped()
-    monkeypatch.setenv(kernels.VARIABLE, "triton")
+def used(monkeypatch) -> list[str]:
+    """Notes by which kernels each gradient is scaled from now on."""
+    found: list[str] = []
+    note = lambda name, function: lambda *plan: found.append(name) or function(*plan)  # noqa: E731
+    monkeypatch.setattr(native, "apply_", note("C", native.apply_))
+    monkeypatch.setattr(eager, "scale_", note("torch", eager.scale_))
+    return found
+
+
+@pytest.mark.parametrize("choice", ["auto", "triton"])
+def test_on_a_cpu_c_serves(monkeypatch, caplog, by_torch, choice) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, choice)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert all(map(torch.equal, clipped(), expected))
+    assert kernels.language_of(torch.device("cpu")) == "C"
+    names = used(monkeypatch)
+    for mine, theirs in zip(clipped(), by_torch, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
+    assert set(names) == {"C"}
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_dtypes_that_c_does_not_take_go_to_torch(monkeypatch, caplog, dtype) -> None:
+    names = used(monkeypatch)
+    clipped(dtype)
+    assert set(names) == {"torch"}
+    assert caplog.text == ""
+
+
+def test_what_was_not_compiled_is_no_fault(monkeypatch, caplog, by_torch) -> None:
+    monkeypatch.setattr(kernels, "_compiled", lambda: False)
+    assert all(map(torch.equal, clipped(), by_torch))
+    assert caplog.text == ""
+
+
+def test_c_that_disagrees_is_not_used(monkeypatch, caplog, by_torch) -> None:
+    names = used(monkeypatch)
+    monkeypatch.setattr(native, "statistics", off_by_a_bit)
+    assert all(map(torch.equal, clipped(), by_torch))
+    assert set(names) == {"torch"}
+    assert caplog.text.count("The kernels in C are not used: their sum of squares is") == 1
+
+
+def test_torch_serves_where_it_is_asked_for(monkeypatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
+    names = used(monkeypatch)
+    clipped()
+    assert set(names) == {"torch"}
 
 
 def wrong(monkeypatch, **results) -> None:
@@ -110,15 +159,14 @@ def beyond_the_end(grads, scale_S, bound_S) -> None:
 @pytest.mark.parametrize(
     ("results", "says"),
     [
-        ({"statistics": off_by_a_bit}, "Triton's sum of squares is"),
-        ({"apply_": lambda grads, scale_S, bound_S: None}, "Triton's result of scaling in torch.float32 differs"),
-        ({"apply_": beyond_the_end}, "Triton's result of scaling in torch.float32 differs"),
+        ({"statistics": off_by_a_bit}, "their sum of squares is"),
+        ({"apply_": lambda grads, scale_S, bound_S: None}, "their result of scaling in torch.float32 differs"),
+        ({"apply_": beyond_the_end}, "their result of scaling in torch.float32 differs"),
     ],
 )
-def test_kernels_that_disagree_are_not_used(monkeypatch, caplog, results, says) -> None:
-    expected = clipped()
+def test_kernels_that_disagree_are_not_used(monkeypatch, caplog, by_torch, results, says) -> None:
     wrong(monkeypatch, **results)
-    assert all(map(torch.equal, clipped(), expected))
+    assert all(map(torch.equal, clipped(), by_torch))
     assert caplog.text.count(says) == caplog.text.count("Plain torch serves instead") == 1
 
 

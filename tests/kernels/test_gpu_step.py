@@ -21,11 +21,11 @@ NAMES = ["AdamW", "Adam", "RMSprop", "SGD"]
 def _triton(monkeypatch) -> Iterator[None]:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    monkeypatch.setattr(kernels, "_given_up", [])
+    monkeypatch.setattr(kernels, "_given_up", {})
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     yield
     torch.cuda.set_sync_debug_mode("default")
-    assert kernels._given_up == []
+    assert kernels._given_up == {}
 
 
 def parameters(dtype: torch.dtype) -> list[nn.Parameter]:

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.guards import Guards, Torch
+from tests.kernels.tensors import CPU, randn, segments, wanted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from hf_gradclip.kernels import fused_triton, table
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -45,21 +45,6 @@ def test_under_the_interpreter():
         cwd=Path(__file__).resolve().parents[2],
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def randn(size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def segments(sizes: list[int], dtype: torch.dtype, start: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """Segments of one buffer that begins on 16 bytes, with a guard of one NaN before and after each."""
-    buffer = torch.full((start + sum(sizes) + len(sizes) + 1,), math.nan, dtype=dtype)
-    grads, place = [], start + 1
-    for i, size in enumerate(sizes):
-        grads.append(buffer[place : place + size])
-        grads[-1].copy_(randn(size, dtype, seed=i))
-        place += size + 1
-    return buffer, grads
 
 
 def set_chunk(patch: pytest.MonkeyPatch, elements: int) -> None:
@@ -82,10 +67,6 @@ def assert_same(got: Tensor, want: Tensor) -> None:
         assert apart.abs().le(1).all()
     else:
         assert torch.equal(got.view(-1).view(torch.uint8), want.view(-1).view(torch.uint8))
-
-
-def wanted(grad: Tensor, scale: Tensor, bound: float = math.inf) -> Tensor:
-    return (grad.float() * scale.float()).clamp(-bound, bound).to(grad.dtype)
 
 
 class TestStatistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -13,15 +14,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+
+from tests.kernels import tensors
+from tests.kernels.tensors import CPU, Axes, guarded, units
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from hf_gradclip.kernels import table, units_triton
+    from hf_gradclip.kernels.units import unit_table
 
-CPU = torch.device("cpu")
+    assert_right = functools.partial(tensors.assert_right, units_triton, truncated=True)
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-Axes = tuple[int, ...]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")
@@ -33,64 +37,6 @@ def test_under_the_interpreter():
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def guarded(shape: tuple[int, ...], dtype: torch.dtype, start: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A block at this many elements from 16 bytes with 40 NaN on both sides, and all of its memory."""
-    size = math.prod(shape)
-    memory = torch.full((start + size + 80,), math.nan, dtype=dtype)
-    block = memory[40 + start : 40 + start + size]
-    block.copy_(torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype))
-    return block.view(shape), memory
-
-
-def others(block: Tensor, kept: Axes) -> list[int]:
-    return [axis for axis in range(block.ndim) if axis not in kept]
-
-
-def sums(block: Tensor, kept: Axes) -> Tensor:
-    squares = block.double().square()
-    return (squares.sum(others(block, kept)) if others(block, kept) else squares).reshape(-1)
-
-
-def spread(value_U: Tensor, block: Tensor, kept: Axes) -> Tensor:
-    return value_U.float().view([n if axis in kept else 1 for axis, n in enumerate(block.shape)])
-
-
-def units(shape: tuple[int, ...], kept: Axes) -> int:
-    return math.prod(shape[axis] for axis in kept)
-
-
-def assert_right(blocks: list[tuple[Tensor, Tensor] | None], kept: list[Axes], counts: list[int]) -> None:
-    """The sums, then a scale and a bound per unit, a third of the units left alone, and nothing beside the blocks."""
-    given = [None if block is None else block[0] for block in blocks]
-    assert all(block is None or units_triton.serves(block, axes) for block, axes in zip(given, kept, strict=True))
-    want = [
-        torch.zeros(n, dtype=torch.float64) if block is None else sums(block, axes)
-        for block, axes, n in zip(given, kept, counts, strict=True)
-    ]
-    got = units_triton.sumsq(given, kept, counts, torch.float64, CPU)
-    torch.testing.assert_close(got, torch.cat(want), rtol=1e-6, atol=0)
-
-    scale_U = torch.linspace(0.2, 1.3, sum(counts), dtype=torch.float64)
-    bound_U = torch.full_like(scale_U, math.inf)
-    bound_U[::2] = 0.7
-    scale_U[::3] = 1
-    bound_U[::3] = math.inf
-    before = [None if block is None else block.clone() for block in given]
-    guards = [0 if block is None else int(block[1].isnan().sum()) for block in blocks]
-    units_triton.apply_(given, kept, counts, scale_U, bound_U)
-    for block, old, axes, scale, bound in zip(
-        given, before, kept, scale_U.split(counts), bound_U.split(counts), strict=True
-    ):
-        if block is not None:
-            limit = spread(bound, old, axes)
-            exact = (old.float() * spread(scale, old, axes)).clamp(-limit, limit)
-            ulp = torch.finfo(block.dtype).eps if block.dtype == torch.bfloat16 else 0.0  # the interpreter truncates
-            torch.testing.assert_close(block.float(), exact.to(block.dtype).float(), rtol=ulp, atol=0)
-            same = (spread(scale, old, axes) == 1) & limit.isinf()
-            assert torch.equal(block[same.expand_as(block)], old[same.expand_as(block)])
-    assert guards == [0 if block is None else int(block[1].isnan().sum()) for block in blocks]
 
 
 class TestBlocks:
@@ -109,7 +55,11 @@ class TestBlocks:
 
     def test_mixed_missing_and_empty(self):
         empty, whole = guarded((0, 9), torch.float32, 0), guarded((5, 16), torch.float32, 0)
-        assert_right([None, guarded((5, 9), torch.float16, 3), empty, whole], [(0,), (1,), (0,), (0,)], [4, 9, 0, 5])
+        assert_right(
+            [None, guarded((5, 9), torch.float16, 3), empty, whole],
+            [(0,), (1,), (0,), (0,)],
+            [4, 9, 0, 5],
+        )
         nothing = units_triton.sumsq([None], [(0,)], [3], torch.float64, CPU)
         assert nothing.tolist() == [0.0] * 3
         units_triton.apply_([None], [(0,)], [3], torch.zeros(3), None)
@@ -149,7 +99,7 @@ class TestBlocks:
         blocks = [guarded((20, 24), torch.float32, 0, seed)[0] for seed in range(2)]
         want = [blocks[0].clone(), blocks[1] * 0.5]
         scale_U = torch.cat([torch.ones(20), torch.full((20,), 0.5)])
-        units_triton._table(blocks, [(0,), (0,)], [20, 20], CPU).address_RS[0] = 0
+        unit_table(blocks, [(0,), (0,)], [20, 20], CPU, units_triton._programs).address_RS[0] = 0
         units_triton.apply_(blocks, [(0,), (0,)], [20, 20], scale_U, None)
         assert all(map(torch.equal, blocks, want))
 

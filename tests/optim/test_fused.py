@@ -57,7 +57,7 @@ def test_under_the_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "_given_up", [])
+    monkeypatch.setattr(kernels, "_given_up", {})
     monkeypatch.setenv(kernels.VARIABLE, "triton")
 
 

@@ -109,7 +109,7 @@ def set_gradients(model: nn.Module, grads: Gradients) -> None:
     """Put copies of the arrays into `.grad`."""
     for name, parameter in model.named_parameters():
         array = grads[name]
-        parameter.grad = None if array is None else torch.from_numpy(array.copy())
+        parameter.grad = None if array is None else torch.from_numpy(array.copy()).to(parameter.dtype)
 
 
 def drive(spec: object, run: list[Gradients], rule: Rule) -> Run:

@@ -1,0 +1,346 @@
+/* The kernels on a CPU: one read of the gradients measures them, one write scales those that change.
+
+   native.py and units_native.py say what each function does, and hand in a range of the programs of a table, so that
+   threads may share a call. What a program writes depends on its own elements alone: any number of threads gives the
+   same bits.
+
+   Memory is float32 (4 bytes an element) or bfloat16 (2). Arithmetic is in float32, and what is stored is rounded once,
+   to nearest. Four parts of a program's memory are read side by side: one alone does not keep the memory busy. */
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && __GNUC__ >= 12
+#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EVERY_CPU
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { ROW = 1024, BLOCK = 64, STRETCH = 1024, FLUSH = 64 };
+
+static const uint32_t INF = 0x7f800000, LARGE = 0x58800000 /* 2^50 */, SMALL = 0x26800000 /* 2^-50 */;
+
+INLINE uint32_t bits(float value)
+{
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    return word;
+}
+
+INLINE float number(uint32_t word)
+{
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+INLINE float get(const char *memory, int64_t i, int bytes)
+{
+    return bytes == 4 ? ((const float *)memory)[i] : number((uint32_t)((const uint16_t *)memory)[i] << 16);
+}
+
+INLINE void set(char *memory, int64_t i, int bytes, float value)
+{
+    if (bytes == 4) {
+        ((float *)memory)[i] = value;
+        return;
+    }
+    uint32_t word = bits(value), rounded = word + 0x7fff + (word >> 16 & 1);
+    ((uint16_t *)memory)[i] = ((word & 0x7fffffff) > INF ? word | 0x400000 : rounded) >> 16;
+}
+
+/* Comparisons, because they are false for NaN and so keep it. */
+INLINE float clamped(float value, float bound)
+{
+    value = value > bound ? bound : value;
+    return value < -bound ? -bound : value;
+}
+
+/* Sums of squares of four runs of n elements, ROW at most, and the largest bit pattern of an |element| of each, of which
+   NaN has the highest. */
+INLINE void sum_four(const char *x, int64_t apart, int64_t n, int bytes, float sum[4], uint32_t top[4])
+{
+    const char *a = x, *b = a + apart * bytes, *c = b + apart * bytes, *d = c + apart * bytes;
+    float s = 0, t = 0, u = 0, v = 0;
+    uint32_t top_a = 0, top_b = 0, top_c = 0, top_d = 0;
+#pragma omp simd reduction(+ : s, t, u, v) reduction(max : top_a, top_b, top_c, top_d)
+    for (int64_t j = 0; j < n; j++) {
+        float p = get(a, j, bytes), q = get(b, j, bytes), r = get(c, j, bytes), w = get(d, j, bytes);
+        uint32_t e = bits(p) & 0x7fffffff, f = bits(q) & 0x7fffffff;
+        uint32_t g = bits(r) & 0x7fffffff, h = bits(w) & 0x7fffffff;
+        s += p * p, t += q * q, u += r * r, v += w * w;
+        top_a = e > top_a ? e : top_a, top_b = f > top_b ? f : top_b;
+        top_c = g > top_c ? g : top_c, top_d = h > top_d ? h : top_d;
+    }
+    sum[0] = s, sum[1] = t, sum[2] = u, sum[3] = v;
+    top[0] = top_a, top[1] = top_b, top[2] = top_c, top[3] = top_d;
+}
+
+INLINE float sum_one(const char *x, int64_t n, int bytes, uint32_t *top)
+{
+    float sum = 0;
+    uint32_t most = 0;
+#pragma omp simd reduction(+ : sum) reduction(max : most)
+    for (int64_t j = 0; j < n; j++) {
+        float value = get(x, j, bytes);
+        uint32_t word = bits(value) & 0x7fffffff;
+        sum += value * value;
+        most = word > most ? word : most;
+    }
+    *top = most;
+    return sum;
+}
+
+/* Where squares may overflow in float32, or lose digits. */
+INLINE double sum_in_double(const char *x, int64_t n, int bytes)
+{
+    double sum = 0;
+    for (int64_t j = 0; j < n; j++)
+        sum += (double)get(x, j, bytes) * get(x, j, bytes);
+    return sum;
+}
+
+INLINE int is_extreme(uint32_t top)
+{
+    return (top > LARGE && top < INF) || (top < SMALL && top > 0);
+}
+
+/* Sum of squares of n elements, and the largest bit pattern of an |element|. */
+INLINE double sum_of_squares(const char *x, int64_t n, int bytes, uint32_t *top)
+{
+    const int64_t part = n / (4 * ROW) * ROW;
+    float sums[4];
+    uint32_t tops[4], most = 0;
+    double sum = 0;
+    for (int64_t i = 0; i < part; i += ROW) {
+        sum_four(x + i * bytes, part, ROW, bytes, sums, tops);
+        for (int k = 0; k < 4; k++) {
+            sum += sums[k];
+            most = tops[k] > most ? tops[k] : most;
+        }
+    }
+    for (int64_t i = 4 * part; i < n; i += ROW) {
+        sum += sum_one(x + i * bytes, n - i < ROW ? n - i : ROW, bytes, tops);
+        most = tops[0] > most ? tops[0] : most;
+    }
+    *top = most;
+    return is_extreme(most) ? sum_in_double(x, n, bytes) : sum;
+}
+
+EVERY_CPU void gradclip_measure(
+    int64_t first, int64_t last, const int64_t *address_S, const int64_t *numel_S, const int32_t *kind_S,
+    const int32_t *first_S, const int32_t *segment_C, const int32_t *bytes_K, int64_t chunk, double *sumsq_C, float *max_C)
+{
+    for (int64_t c = first; c < last; c++) {
+        const int64_t s = segment_C[c], start = (c - first_S[s]) * chunk, left = numel_S[s] - start;
+        const int64_t n = left < chunk ? left : chunk;
+        uint32_t top;
+        if (bytes_K[kind_S[s]] == 4)
+            sumsq_C[c] = sum_of_squares((const char *)address_S[s] + start * 4, n, 4, &top);
+        else
+            sumsq_C[c] = sum_of_squares((const char *)address_S[s] + start * 2, n, 2, &top);
+        max_C[c] = number(top < INF ? top : INF);
+    }
+}
+
+EVERY_CPU void gradclip_finish(
+    int64_t segments, const int32_t *first_S, const double *sumsq_C, const float *max_C, double *sumsq_S, double *max_S)
+{
+    for (int64_t s = 0; s < segments; s++) {
+        sumsq_S[s] = max_S[s] = 0;
+        for (int64_t c = first_S[s]; c < first_S[s + 1]; c++) {
+            sumsq_S[s] += sumsq_C[c];
+            max_S[s] = max_C[c] > max_S[s] ? max_C[c] : max_S[s];
+        }
+    }
+}
+
+INLINE void write_run(char *x, int64_t n, int bytes, float scale, float bound, int bounded)
+{
+    for (int64_t j = 0; j < n; j++) {
+        float value = get(x, j, bytes) * scale;
+        set(x, j, bytes, bounded ? clamped(value, bound) : value);
+    }
+}
+
+INLINE void write(char *x, int64_t n, int bytes, float scale, float bound, int bounded)
+{
+    const int64_t part = n / (4 * BLOCK) * BLOCK;
+    for (int64_t i = 0; i < part; i += BLOCK)
+        for (int k = 0; k < 4; k++)
+            write_run(x + (k * part + i) * bytes, BLOCK, bytes, scale, bound, bounded);
+    write_run(x + 4 * part * bytes, n - 4 * part, bytes, scale, bound, bounded);
+}
+
+INLINE void scale_and_clamp(char *x, int64_t n, int bytes, float scale, float bound)
+{
+    if (bytes == 4 && bound == number(INF))
+        write(x, n, 4, scale, bound, 0);
+    else if (bytes == 4)
+        write(x, n, 4, scale, bound, 1);
+    else if (bound == number(INF))
+        write(x, n, 2, scale, bound, 0);
+    else
+        write(x, n, 2, scale, bound, 1);
+}
+
+EVERY_CPU void gradclip_apply(
+    int64_t first, int64_t last, const int64_t *address_S, const int64_t *numel_S, const int32_t *kind_S,
+    const int32_t *first_S, const int32_t *segment_C, const int32_t *bytes_K, int64_t chunk,
+    const float *scale_S, int64_t scale_stride, const float *bound_S, int64_t bound_stride)
+{
+    for (int64_t c = first; c < last; c++) {
+        const int64_t s = segment_C[c], start = (c - first_S[s]) * chunk, left = numel_S[s] - start;
+        const float scale = scale_S[s * scale_stride], bound = bound_S ? bound_S[s * bound_stride] : number(INF);
+        const int bytes = bytes_K[kind_S[s]];
+        if (scale != 1 || bound < number(INF))
+            scale_and_clamp((char *)address_S[s] + start * bytes, left < chunk ? left : chunk, bytes, scale, bound);
+    }
+}
+
+/* What one program has of a block: `count` lines, or a stretch of `width` units of every line of a matrix. */
+typedef struct {
+    char *x;
+    int64_t unit, count, length, columns, width;
+} Part;
+
+INLINE Part part_of(
+    int64_t c, const int64_t *address_S, const int32_t *first_S, int64_t s, const int64_t *place_S, int bytes)
+{
+    const int64_t j = c - first_S[s], programs = first_S[s + 1] - first_S[s];
+    const int64_t unit = place_S[4 * s], matrices = place_S[4 * s + 1];
+    const int64_t length = place_S[4 * s + 2], columns = place_S[4 * s + 3];
+    if (columns == 0) {
+        const int64_t each = (matrices + programs - 1) / programs, line = j * each, left = matrices - line;
+        const Part lines = {
+            (char *)address_S[s] + line * length * bytes, unit + line, left < each ? left : each, length, 0, 0};
+        return lines;
+    }
+    const int64_t stretches = programs / matrices, each = (columns + stretches - 1) / stretches;
+    const int64_t matrix = j / stretches, column = j % stretches * each, left = columns - column;
+    const Part stretch = {
+        (char *)address_S[s] + (matrix * length * columns + column) * bytes, unit + matrix * columns + column, 0, length,
+        columns, left < each ? left : each};
+    return stretch;
+}
+
+INLINE void sum_lines(Part part, int bytes, double *sum)
+{
+    const int64_t n = part.length, quarter = n > ROW ? 0 : part.count / 4;
+    float sums[4];
+    uint32_t tops[4];
+    for (int64_t r = 0; r < quarter; r++) {
+        sum_four(part.x + r * n * bytes, quarter * n, n, bytes, sums, tops);
+        for (int k = 0; k < 4; k++)
+            sum[k * quarter + r] = sums[k];
+    }
+    for (int64_t line = 4 * quarter; line < part.count; line++)
+        sum[line] = sum_of_squares(part.x + line * n * bytes, n, bytes, tops);
+}
+
+/* Adds the squares of `rows` lines, four at a time where that divides them, to `some`. */
+INLINE void add_rows(const char *x, int64_t rows, Part part, int bytes, float *some)
+{
+    const int64_t quarter = rows % 4 ? 0 : rows / 4, apart = quarter * part.columns;
+    for (int64_t r = 0; r < quarter; r++) {
+        const char *line = x + r * part.columns * bytes;
+        for (int64_t i = 0; i < part.width; i++) {
+            const float a = get(line, i, bytes), b = get(line, i + apart, bytes);
+            const float c = get(line, i + 2 * apart, bytes), d = get(line, i + 3 * apart, bytes);
+            some[i] += (a * a + b * b) + (c * c + d * d);
+        }
+    }
+    for (int64_t r = 4 * quarter; r < rows; r++)
+        for (int64_t i = 0; i < part.width; i++) {
+            const float value = get(x, r * part.columns + i, bytes);
+            some[i] += value * value;
+        }
+}
+
+INLINE void sum_columns(Part part, int bytes, double *sum)
+{
+    float some[STRETCH];
+    for (int64_t i = 0; i < part.width; i++)
+        sum[i] = 0;
+    for (int64_t r = 0; r < part.length; r += FLUSH) {
+        const int64_t left = part.length - r;
+        memset(some, 0, sizeof some);
+        add_rows(part.x + r * part.columns * bytes, left < FLUSH ? left : FLUSH, part, bytes, some);
+        for (int64_t i = 0; i < part.width; i++)
+            sum[i] += some[i];
+    }
+}
+
+EVERY_CPU void gradclip_unit_sums(
+    int64_t first, int64_t last, const int64_t *address_S, const int32_t *kind_S, const int32_t *first_S,
+    const int32_t *segment_C, const int32_t *bytes_K, const int64_t *place_S, double *sum_U)
+{
+    for (int64_t c = first; c < last; c++) {
+        const int64_t s = segment_C[c];
+        const int bytes = bytes_K[kind_S[s]];
+        const Part part = part_of(c, address_S, first_S, s, place_S, bytes);
+        if (part.columns == 0 && bytes == 4)
+            sum_lines(part, 4, sum_U + part.unit);
+        else if (part.columns == 0)
+            sum_lines(part, 2, sum_U + part.unit);
+        else if (bytes == 4)
+            sum_columns(part, 4, sum_U + part.unit);
+        else
+            sum_columns(part, 2, sum_U + part.unit);
+    }
+}
+
+INLINE void write_lines(Part part, int bytes, const float *scale, const float *bound)
+{
+    const int64_t quarter = (part.count + 3) / 4;
+    for (int64_t r = 0; r < quarter; r++)
+        for (int64_t line = r; line < part.count; line += quarter) {
+            const float limit = bound ? bound[line] : number(INF);
+            if (scale[line] != 1 || limit < number(INF))
+                scale_and_clamp(part.x + line * part.length * bytes, part.length, bytes, scale[line], limit);
+        }
+}
+
+INLINE void write_line(char *x, int64_t n, int bytes, const float *scale, const float *bound, int bounded)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const float value = get(x, i, bytes) * scale[i];
+        set(x, i, bytes, bounded ? clamped(value, bound[i]) : value);
+    }
+}
+
+INLINE void write_columns(Part part, int bytes, const float *scale, const float *bound)
+{
+    const int64_t quarter = (part.length + 3) / 4;
+    int asked = 0;
+    for (int64_t i = 0; i < part.width; i++)
+        asked |= scale[i] != 1 || (bound && bound[i] < number(INF));
+    for (int64_t r = 0; asked && r < quarter; r++)
+        for (int64_t row = r; row < part.length; row += quarter) {
+            char *line = part.x + row * part.columns * bytes;
+            if (bound)
+                write_line(line, part.width, bytes, scale, bound, 1);
+            else
+                write_line(line, part.width, bytes, scale, 0, 0);
+        }
+}
+
+EVERY_CPU void gradclip_unit_apply(
+    int64_t first, int64_t last, const int64_t *address_S, const int32_t *kind_S, const int32_t *first_S,
+    const int32_t *segment_C, const int32_t *bytes_K, const int64_t *place_S, const float *scale_U, const float *bound_U)
+{
+    for (int64_t c = first; c < last; c++) {
+        const int64_t s = segment_C[c];
+        const int bytes = bytes_K[kind_S[s]];
+        const Part part = part_of(c, address_S, first_S, s, place_S, bytes);
+        const float *scale = scale_U + part.unit, *bound = bound_U ? bound_U + part.unit : 0;
+        if (part.columns == 0)
+            write_lines(part, bytes, scale, bound);
+        else if (bytes == 4)
+            write_columns(part, 4, scale, bound);
+        else
+            write_columns(part, 2, scale, bound);
+    }
+}
