@@ -189,7 +189,13 @@ def _compiled() -> bool:
 
 
 def give_up(error: Exception, device: torch.device) -> None:
-    """Plain torch from here on, in the place of the kernels of this device."""
+    """Plain torch from here on, in the place of the kernels of this device.
+
+    Raises:
+        OutOfMemoryError: where that is the error.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error  # plain torch needs more; and one rank alone must not go on with other numbers
     language = language_of(device)
     if language is None:
         return

@@ -17,7 +17,10 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { ROW = 1024, BLOCK = 64, STRETCH = 1024, FLUSH = 64 };
+/* Counts changes of a function's arguments; native.py compares it with its own. */
+const int32_t gradclip_interface = 1;
+
+enum { LANES = 16, ROW = 1024, BLOCK = 64, STRETCH = 1024, FLUSH = 64 };
 
 static const uint32_t INF = 0x7f800000, LARGE = 0x58800000 /* 2^50 */, SMALL = 0x26800000 /* 2^-50 */;
 
@@ -57,39 +60,54 @@ INLINE float clamped(float value, float bound)
     return value < -bound ? -bound : value;
 }
 
-/* Sums of squares of four runs of n elements, ROW at most, and the largest bit pattern of an |element| of each, of which
-   NaN has the highest. */
-INLINE void sum_four(const char *x, int64_t apart, int64_t n, int bytes, float sum[4], uint32_t top[4])
+/* Adds the squares of n elements, each to the lane that it is in, and raises its largest bit pattern of an |element|, of
+   which NaN has the highest. Lanes make the sum the same, and as close, whatever a compiler makes of the loop. */
+INLINE void add_to_lanes(const char *x, int64_t n, int bytes, float sum[LANES], uint32_t top[LANES])
 {
-    const char *a = x, *b = a + apart * bytes, *c = b + apart * bytes, *d = c + apart * bytes;
-    float s = 0, t = 0, u = 0, v = 0;
-    uint32_t top_a = 0, top_b = 0, top_c = 0, top_d = 0;
-#pragma omp simd reduction(+ : s, t, u, v) reduction(max : top_a, top_b, top_c, top_d)
-    for (int64_t j = 0; j < n; j++) {
-        float p = get(a, j, bytes), q = get(b, j, bytes), r = get(c, j, bytes), w = get(d, j, bytes);
-        uint32_t e = bits(p) & 0x7fffffff, f = bits(q) & 0x7fffffff;
-        uint32_t g = bits(r) & 0x7fffffff, h = bits(w) & 0x7fffffff;
-        s += p * p, t += q * q, u += r * r, v += w * w;
-        top_a = e > top_a ? e : top_a, top_b = f > top_b ? f : top_b;
-        top_c = g > top_c ? g : top_c, top_d = h > top_d ? h : top_d;
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const float value = get(x, k, bytes);
+        const uint32_t word = bits(value) & 0x7fffffff;
+        sum[k] += value * value;
+        top[k] = word > top[k] ? word : top[k];
     }
-    sum[0] = s, sum[1] = t, sum[2] = u, sum[3] = v;
-    top[0] = top_a, top[1] = top_b, top[2] = top_c, top[3] = top_d;
 }
 
-INLINE float sum_one(const char *x, int64_t n, int bytes, uint32_t *top)
+INLINE double over_lanes(const float sum[LANES], const uint32_t top[LANES], uint32_t *most)
 {
-    float sum = 0;
-    uint32_t most = 0;
-#pragma omp simd reduction(+ : sum) reduction(max : most)
-    for (int64_t j = 0; j < n; j++) {
-        float value = get(x, j, bytes);
-        uint32_t word = bits(value) & 0x7fffffff;
-        sum += value * value;
-        most = word > most ? word : most;
+    double total = 0;
+    *most = 0;
+    for (int k = 0; k < LANES; k++) {
+        total += sum[k];
+        *most = top[k] > *most ? top[k] : *most;
     }
-    *top = most;
-    return sum;
+    return total;
+}
+
+/* Sums of squares of four runs of n elements, ROW at most, and the largest bit pattern of an |element| of each. */
+INLINE void sum_four(const char *x, int64_t apart, int64_t n, int bytes, double sum[4], uint32_t top[4])
+{
+    float sums[4][LANES] = {{0}};
+    uint32_t tops[4][LANES] = {{0}};
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES)
+        for (int k = 0; k < 4; k++)
+            add_to_lanes(x + (k * apart + j) * bytes, LANES, bytes, sums[k], tops[k]);
+    for (int k = 0; k < 4; k++) {
+        add_to_lanes(x + (k * apart + j) * bytes, n - j, bytes, sums[k], tops[k]);
+        sum[k] = over_lanes(sums[k], tops[k], &top[k]);
+    }
+}
+
+INLINE double sum_one(const char *x, int64_t n, int bytes, uint32_t *top)
+{
+    float sums[LANES] = {0};
+    uint32_t tops[LANES] = {0};
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES)
+        add_to_lanes(x + j * bytes, LANES, bytes, sums, tops);
+    add_to_lanes(x + j * bytes, n - j, bytes, sums, tops);
+    return over_lanes(sums, tops, top);
 }
 
 /* Where squares may overflow in float32, or lose digits. */
@@ -110,7 +128,7 @@ INLINE int is_extreme(uint32_t top)
 INLINE double sum_of_squares(const char *x, int64_t n, int bytes, uint32_t *top)
 {
     const int64_t part = n / (4 * ROW) * ROW;
-    float sums[4];
+    double sums[4];
     uint32_t tops[4], most = 0;
     double sum = 0;
     for (int64_t i = 0; i < part; i += ROW) {
@@ -228,7 +246,7 @@ INLINE Part part_of(
 INLINE void sum_lines(Part part, int bytes, double *sum)
 {
     const int64_t n = part.length, quarter = n > ROW ? 0 : part.count / 4;
-    float sums[4];
+    double sums[4];
     uint32_t tops[4];
     for (int64_t r = 0; r < quarter; r++) {
         sum_four(part.x + r * n * bytes, quarter * n, n, bytes, sums, tops);

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_gradclip.kernels.table import Kind, Table, table_of
 
+INTERFACE = 1  # of native.c, with which it changes
 CHUNK = 1 << 16  # elements that a program takes
 SHARE = 16  # programs that are worth a thread
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -118,12 +119,15 @@ def library() -> ctypes.CDLL:
     """The compiled functions.
 
     Raises:
-        ImportError: if the package was installed where no C compiler could make them.
+        ImportError: if the package was installed where no C compiler could make them, or they are of another version.
     """
     found = importlib.util.find_spec("hf_gradclip.kernels._native")
     if found is None or found.origin is None:
         raise ImportError("hf_gradclip was installed without a C compiler, or with one that is neither GCC nor Clang")
-    return ctypes.CDLL(found.origin)
+    compiled = ctypes.CDLL(found.origin)
+    if ctypes.c_int32.in_dll(compiled, "gradclip_interface").value != INTERFACE:
+        raise ImportError("native.c has changed since it was compiled: install hf_gradclip again")
+    return compiled
 
 
 @functools.cache

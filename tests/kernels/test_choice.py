@@ -109,12 +109,32 @@ def test_what_was_not_compiled_is_no_fault(monkeypatch, caplog, by_torch) -> Non
     assert caplog.text == ""
 
 
+def test_a_library_of_another_version_is_said(monkeypatch, caplog, by_torch) -> None:
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "INTERFACE", 0)
+    assert all(map(torch.equal, clipped(), by_torch))
+    assert caplog.text.count("native.c has changed since it was compiled: install hf_gradclip again") == 1
+
+
 def test_c_that_disagrees_is_not_used(monkeypatch, caplog, by_torch) -> None:
     names = used(monkeypatch)
     monkeypatch.setattr(native, "statistics", off_by_a_bit)
     assert all(map(torch.equal, clipped(), by_torch))
     assert set(names) == {"torch"}
     assert caplog.text.count("The kernels in C are not used: their sum of squares is") == 1
+
+
+def test_too_little_memory_is_no_reason_to_go_on_with_something_else(monkeypatch) -> None:
+    """Which needs more memory; and one rank alone would go on with other numbers than the rest."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    clipped()
+    monkeypatch.setattr(native, "statistics", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        clipped()
+    assert kernels._given_up == {}
 
 
 def test_torch_serves_where_it_is_asked_for(monkeypatch) -> None:

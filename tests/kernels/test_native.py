@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_gradclip.kernels import native, units_native
+from hf_gradclip.kernels import native, table, units_native
 from tests.kernels import tensors
 from tests.kernels.guards import Guards
 from tests.kernels.tensors import CPU, Axes, guarded, randn, segments, units, wanted
@@ -252,6 +252,15 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+def test_addresses_are_handed_over_once_for_gradients_and_weights(monkeypatch):
+    grads, weights = ([randn(300, seed=i + start) for i in range(3)] for start in (0, 9))
+    first = [native.statistics(tensors, torch.float64, CPU)[0] for tensors in (grads, weights)]
+    monkeypatch.setattr(table, "upload", lambda *_: pytest.fail("uploaded"))
+    again = [native.statistics(tensors, torch.float64, CPU)[0] for tensors in (grads, weights)]
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(*first)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
