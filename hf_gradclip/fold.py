@@ -50,6 +50,7 @@ class Fold:
         if self.scale:
             optimizer.grad_scale = plan.scale_S.reciprocal().float()
         if self.skip:
+            _start_momentum(optimizer)
             optimizer.found_inf = skip.float()
 
     def _refuse(self, optimizer: Any, view: GradientView, strategy: Strategy) -> None:
@@ -71,6 +72,11 @@ class Fold:
                 f"{word} with {kind.__module__}.{kind.__qualname__}: must be torch.optim's {known} with fused=True "
                 f"(optim='adamw_torch_fused' in the Trainer), which read it on the device. Use {instead}."
             )
+        if self.skip and any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
+            raise UnsupportedBackendError(
+                f"{word} with SGD(momentum=..., dampening=...): torch leaves the momentum undefined where the first "
+                f"step is skipped, and with dampening it cannot begin at 0. Set dampening=0, or use {instead}."
+            )
         if view.guarded:
             raise UnsupportedBackendError(
                 f"{word} under a GradScaler: it sets the same attributes of the optimizer. Use bf16, or {instead}."
@@ -82,6 +88,16 @@ class Fold:
                 f"{word}: the optimizer steps {len(mine)} parameters and the gradient is of {len(theirs)}. One "
                 f"optimizer must hold all trainable parameters. Use {instead}."
             )
+
+
+def _start_momentum(optimizer: Any) -> None:
+    """Let momentum begin at 0, which is what torch's first step makes of it: one that is skipped there leaves it as
+    whatever was in the memory."""
+    if type(optimizer) is torch.optim.SGD:
+        for group in optimizer.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def _take_back(optimizer: Any, *_: Any) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradclip import kernels
-from hf_gradclip.strategy import Needs, limit_scale
-from hf_gradclip.types import Layout
+from hf_gradclip.strategy import limit_scale
+from hf_gradclip.types import statistics_dtype
 from hf_gradclip.views.parameters import gradients_of, measure
 
 
@@ -64,13 +64,13 @@ def clip_grad_norm_(
 
     grads = gradients_of(present)
     device = next(p.grad.device for p in present if p.grad is not None)
-    layout = Layout.of_parameters(tuple(map(str, range(len(grads)))), [p.numel() for p in present], device)
+    dtype = statistics_dtype(device)
     if order == 2.0:
-        norm = measure(grads, layout, Needs(), rescale=False).total
+        norm = measure(grads, dtype, device, max_abs=False, rescale=False)[0].sum().sqrt()
         if device.type == "cpu" and not norm.isfinite():
-            norm = measure(grads, layout, Needs(), rescale=True).total
+            norm = measure(grads, dtype, device, max_abs=False, rescale=True)[0].sum().sqrt()
     else:
-        norm = kernels.largest_of(grads, layout.dtype, device).amax()
+        norm = kernels.largest_of(grads, dtype, device).amax()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_(norm_type={norm_type}): the norm of the gradients is {float(norm)}, so they cannot be "

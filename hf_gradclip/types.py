@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no float64 (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Layout:
     """The segments of a model: the same, in the same order, on every rank.
@@ -74,8 +79,8 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the statistics: float64, or float32 where the device has no float64 (MPS)."""
-        return torch.float32 if self.device.type == "mps" else torch.float64
+        """Of the statistics."""
+        return statistics_dtype(self.device)
 
 
 @dataclass(frozen=True)

@@ -352,6 +352,8 @@ def run(
     """Measure and print every table, and write them all with `--out`; the report."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events are recorded on the current device
     stopwatch = Stopwatch(device, args.threads)
     report = {**circumstances(theme, args.argv, device, stopwatch.name), "tables": []}
     for name, shapes in workloads.items():

@@ -57,8 +57,11 @@ def test_folded_equals_written(name, spec) -> None:
 @pytest.mark.parametrize("spec", ["zclip:warmup_steps=4,z_threshold=0.5", SkipThird()])
 @pytest.mark.parametrize("name", FUSED)
 def test_an_unread_skip_moves_nothing(name, spec) -> None:
-    """The flag and the early return of the step give the same weights, moments and counters, bit for bit."""
-    poison = (7, 11) if isinstance(spec, str) else ()
+    """The flag and the early return of the step give the same weights, moments and counters, bit for bit.
+
+    The first step is skipped too, in which torch's fused SGD would leave its momentum as whatever was in the memory.
+    """
+    poison = (0, 7, 11) if isinstance(spec, str) else ()
     read, clipper, one = fit(name, spec, poison)
     unread, other, two = fit(name, spec, poison, skip_sync=False)
     assert torch.equal(read, unread)
@@ -127,6 +130,9 @@ def test_optimizers_that_cannot_are_refused() -> None:
     some = FUSED["AdamW"](list(model.parameters())[:3])
     with pytest.raises(UnsupportedBackendError, match="steps 3 parameters and the gradient is of 21"):
         Clipper.for_model(model, "zclip", optimizer=some, fold=True)
+    damped = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+    with pytest.raises(UnsupportedBackendError, match=r"with SGD\(momentum=\.\.\., dampening=.*Set dampening=0"):
+        Clipper.for_model(model, "zclip", optimizer=damped, skip_sync=False)
     guarded = Clipper(ClipConfig.parse("zclip", fold=True), view_of(model, guarded=True))
     with pytest.raises(UnsupportedBackendError, match="fold=True under a GradScaler"):
         guarded.fold_into(FUSED["AdamW"](model.parameters()))

@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from hf_gradclip.clipper import CLIP, Clipper, Decision
@@ -133,6 +134,8 @@ class ZeroSeams:
 
     def _install_stage3(self) -> None:
         def get_norm_groups(_: Any) -> list[Tensor]:
+            if self._zero.offload_optimizer:
+                get_accelerator().synchronize()  # gradients are measured on the host, and may be on their way there
             return [self._decide()]
 
         def unscale_and_clip_grads(_: Any, sub_group_id: int, total_norm: Tensor) -> None:
@@ -196,7 +199,7 @@ class ZeroSeams:
             self._decision, self.norm = None, None
             step(closure)
             if self.norm is None:  # a loss scaler dropped the step before its norm was asked for
-                self.norm = torch.tensor(float("inf"), device=self.clipper.report.device)
+                self.norm = torch.full((), float("inf"), device=self.clipper.report.device)
                 self.stepped = True
                 self._loss()
                 self.clipper.count_overflow()

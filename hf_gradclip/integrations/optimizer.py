@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_gradclip.clipper import CLIP, NONFINITE, Clipper, NonFiniteError
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.kernels.table import moved
 from hf_gradclip.optim.clipped import PLACES, ClippedOptimizer, local
 from hf_gradclip.report import announce, logger
 from hf_gradclip.strategy import describe, parts_of
@@ -155,6 +156,7 @@ class WeightDifference:
         """Copy the weights that will move, into memory that is kept."""
         self._stepping = {}
         for group in optimizer.param_groups:
+            rates = float(group["lr"]), decay_of(optimizer, group)
             for p in group["params"]:
                 if p.grad is None or not p.requires_grad:
                     continue
@@ -162,7 +164,7 @@ class WeightDifference:
                 if id(p) not in self._copies:
                     self._copies[id(p)] = torch.empty_like(weight)
                 self._copies[id(p)].copy_(weight)
-                self._stepping[id(p)] = (float(group["lr"]), decay_of(optimizer, group))
+                self._stepping[id(p)] = rates
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
@@ -266,13 +268,15 @@ def correct_(
     apply_: Callable[[ClipPlan], None],
 ) -> None:
     """w' <- w' + lr (u - clip(u)) where the plan clips; a weight that it does not clip keeps every bit."""
-    rate = torch.tensor(lrs, dtype=torch.float32).to(segments.device, non_blocking=True)
+    rate = moved(torch.tensor(lrs, dtype=torch.float32, device="cpu"), segments.device)
     rates = torch.where(plan.clipped_S.expand(size)[segments], rate, 0.0)
-    for weight, update, lr in zip(weights, updates, rates, strict=True):
-        weight.addcmul_(update, lr.to(weight.device, weight.dtype, non_blocking=True))
+    there = {device: moved(rates, device) for device in {weight.device for weight in weights}}
+    factors = [there[weight.device][i].to(weight.dtype) for i, weight in enumerate(weights)]
+    for weight, update, factor in zip(weights, updates, factors, strict=True):
+        weight.addcmul_(update, factor)
     apply_(plan)
-    for weight, update, lr in zip(weights, updates, rates, strict=True):
-        weight.addcmul_(update, lr.to(weight.device, weight.dtype, non_blocking=True), value=-1)
+    for weight, update, factor in zip(weights, updates, factors, strict=True):
+        weight.addcmul_(update, factor, value=-1)
 
 
 def like(parameter: Tensor, memory: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_gradclip.kernels.table import moved
+from hf_gradclip.types import statistics_dtype
+
 ROW = 4096
 HALF_ROW = 1024
 SMALL = 1 << 16
@@ -51,13 +54,13 @@ def sumsq(grads: Sequence[Tensor | None], divisors: Tensor | None, dtype: torch.
         if grad is None or grad.numel() == 0:
             continue
         if divisors is not None:
-            sums[i] = _divided(grad, divisors[i].to(grad.device), dtype).to(device, non_blocking=True)
+            sums[i] = moved(_divided(grad, moved(divisors[i], grad.device), dtype), device)
         else:
             groups.setdefault((grad.device, grad.dtype), []).append((i, grad))
     for group in groups.values():
-        places = torch.tensor([i for i, _ in group]).to(device, non_blocking=True)
         values = _sums([grad for _, grad in group])
-        sums.index_copy_(0, places, values.to(device=device, dtype=dtype, non_blocking=True))
+        places = moved(torch.tensor([i for i, _ in group], device="cpu"), device)
+        sums.index_copy_(0, places, moved(values, device, dtype))
     return sums
 
 
@@ -75,7 +78,7 @@ def _sums(grads: list[Tensor]) -> Tensor:
     device, dtype = grads[0].device, grads[0].dtype
     if device.type == "cpu" and dtype.itemsize < 4:
         return _half(grads)
-    double = torch.float32 if device.type == "mps" else torch.float64
+    double = statistics_dtype(device)
     norm_dtype = torch.float32 if dtype.itemsize < 4 else None
     if max(map(Tensor.numel, grads)) <= SMALL:
         return torch.stack(torch._foreach_norm(grads, 2, dtype=norm_dtype)).to(double).square()
@@ -215,11 +218,10 @@ def largest_of(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch
     largest = torch.zeros(len(grads), dtype=dtype, device=device)
     for found in ends.values():
         lows, highs = zip(*found.values(), strict=True)
-        values = torch.maximum(-torch.stack(lows), torch.stack(highs))
-        values = values.to(device=device, dtype=dtype, non_blocking=True)
+        values = moved(torch.maximum(-torch.stack(lows), torch.stack(highs)), device, dtype)
         if len(found) == len(grads):  # the usual case needs no places, and so no copy from the host
             return values
-        places = torch.tensor(list(found), device="cpu").to(device, non_blocking=True)
+        places = moved(torch.tensor(list(found), device="cpu"), device)
         largest.index_copy_(0, places, values)
     return largest
 
@@ -233,8 +235,8 @@ def scale_(grads: Sequence[Tensor | None], scale_S: Tensor) -> None:
     """Multiply each gradient by its factor, shape (len(grads),) or 0-d. On the CPU a factor of 1 writes nothing."""
     if scale_S.device.type == "cpu":
         if scale_S.ndim == 0:
-            factor = float(scale_S)  # the early exit on CPU: a read that costs nothing there
-            if factor == 1.0:
+            number = float(scale_S)  # the early exit on CPU: a read that costs nothing there
+            if number == 1.0:
                 return
             present = [grad for grad in grads if grad is not None]
             if here := [grad for grad in present if grad.is_cpu]:
@@ -242,16 +244,16 @@ def scale_(grads: Sequence[Tensor | None], scale_S: Tensor) -> None:
                 torch._foreach_mul_(here, scale_S.to(wide))  # a number it would round to the 16 bits of a gradient
             for other in present:
                 if not other.is_cpu:
-                    other.mul_(factor)
+                    other.mul_(number)
             return
-        for grad, factor in zip(grads, scale_S.tolist(), strict=True):
-            if grad is not None and factor != 1.0:
-                grad.mul_(factor)
+        for grad, number in zip(grads, scale_S.tolist(), strict=True):
+            if grad is not None and number != 1.0:
+                grad.mul_(number)
         return
-    for grad, scale in zip(grads, scale_S.float().expand(len(grads)), strict=True):
+    for grad, scale in zip(grads, scale_S.expand(len(grads)), strict=True):
         if grad is None:
             continue
-        factor = scale.to(grad.device, non_blocking=True)
+        factor = moved(scale, grad.device, torch.promote_types(grad.dtype, torch.float32))
         if grad.element_size() < 4:
             grad.copy_(grad.float() * factor)  # a 0-d factor would be rounded to 16 bits with the gradient
         else:
@@ -265,7 +267,7 @@ def clamp_(grads: Sequence[Tensor | None], bound_S: Tensor) -> None:
             if grad is not None and bound != float("inf"):
                 grad.clamp_(-bound, bound)
         return
-    for grad, bound in zip(grads, bound_S.float(), strict=True):
+    for grad, bound in zip(grads, bound_S, strict=True):
         if grad is not None:
-            limit = bound.to(grad.device, non_blocking=True)
+            limit = moved(bound, grad.device, torch.promote_types(grad.dtype, torch.float32))
             torch.clamp(grad, -limit, limit, out=grad)

@@ -104,7 +104,8 @@ def capture(function: Callable[[], Tree], device: torch.device) -> tuple[Replay,
             function()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may load data meanwhile
+        # other threads may load data meanwhile; torch's own stream for this is of the device that captured first
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             result = function()
     return graph.replay, result
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-TABLES = 64  # sets of tensors whose tables are kept; an optimizer needs one per group
+TABLES = 64  # tables that are kept; an optimizer needs one per group
+KNOWN = 2  # sets of addresses that are kept in each
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Column = Sequence[Tensor | None]
@@ -28,7 +29,6 @@ Kind = tuple[torch.dtype | None, ...]
 class Table:
     """What a kernel is given. Only `address_RS` depends on more than sizes and dtypes."""
 
-    addresses: list[int]
     address_RS: Tensor
     numel_S: Tensor
     kind_S: Tensor  # index into `kinds`
@@ -36,6 +36,7 @@ class Table:
     segment_C: Tensor  # the segment that each chunk belongs to
     place_S: Tensor  # what the caller gave
     kinds: tuple[Kind, ...]
+    known: list[tuple[list[int], Tensor]] = field(default_factory=list)  # addresses, and where they were uploaded
 
     @property
     def chunks(self) -> int:
@@ -60,7 +61,8 @@ def table_of(
 ) -> Table:
     """The table of these tensors; what has not changed since the last call is not built or uploaded again.
 
-    One table per stream: a table is replaced only in the order of the launches that read it.
+    Two sets of tensors of the same sizes, gradients and weights say, have a place each. One table per stream: addresses
+    are replaced only in the order of the launches that read them.
 
     Args:
         columns: R of them, of equal length; the tensors of a segment are of one size. Without its first, it is empty.
@@ -78,17 +80,19 @@ def table_of(
     stream = 0 if device.type == "cpu" else torch.get_device_module(device).current_stream(device).stream_id
     key = (device, stream, chunk, places, sizes, dtypes)
     table = _tables.get(key)
-    if table is None or table.addresses != addresses:
+    known = None if table is None else next((there for seen, there in table.known if seen == addresses), None)
+    if table is None or known is None:
         for column in columns:
             for i, tensor in enumerate(column):
                 _check(f"{what} {i}", tensor, device)
-        address_RS = upload(addresses, torch.int64, device)
+        known = upload(addresses, torch.int64, device)
         if table is None:
             kinds = list(zip(*dtypes, strict=True))
-            table = _tables[key] = _build([max(size, 0) for size in sizes], kinds, addresses, address_RS, chunk, places)
+            table = _tables[key] = _build([max(size, 0) for size in sizes], kinds, known, chunk, places)
             if len(_tables) > TABLES:
                 _tables.popitem(last=False)
-        table.addresses, table.address_RS = addresses, address_RS
+        table.known = [(addresses, known), *table.known[: KNOWN - 1]]
+    table.address_RS = known
     _tables.move_to_end(key)
     return table
 
@@ -96,7 +100,6 @@ def table_of(
 def _build(
     sizes: list[int],
     dtypes: list[Kind],
-    addresses: list[int],
     address_RS: Tensor,
     chunk: int | tuple[int, ...],
     places: tuple[int, ...],
@@ -108,7 +111,6 @@ def _build(
     chunks_S = torch.tensor(chunks, dtype=torch.int64, device="cpu")
     owner_C = torch.arange(len(sizes), device="cpu").repeat_interleave(chunks_S)
     return Table(
-        addresses=addresses,
         address_RS=address_RS,
         numel_S=upload(sizes, torch.int64, device),
         kind_S=upload(codes, torch.int32, device),
@@ -141,6 +143,11 @@ def upload(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.d
     """Copy to the device without waiting; torch keeps pinned memory from reuse until its copy has ended."""
     host = torch.as_tensor(values, dtype=dtype, device="cpu")
     return host.to(device) if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """On another device, without waiting; only the host waits, which would read the copy before it has arrived."""
+    return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:

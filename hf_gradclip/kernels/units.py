@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_gradclip.kernels import eager
-from hf_gradclip.kernels.table import Table, table_of
+from hf_gradclip.kernels.table import Table, moved, table_of
+from hf_gradclip.types import statistics_dtype
 
 AT_ONCE = 64
 SHORT = 64
@@ -51,10 +52,10 @@ def sums(
         elif lines and block.dtype.itemsize >= 4 and not _are_short(block, count):
             norms[block.device][i] = torch.linalg.vector_norm(block.view(count, -1), dim=1)
         else:
-            found[i] = sumsq(block, axes).to(device, dtype, non_blocking=True)
+            found[i] = moved(sumsq(block, axes), device, dtype)
 
     def place(places: Iterable[int], sums_U: Tensor) -> None:
-        values = sums_U.to(device, dtype, non_blocking=True).split([counts[i] for i in places])
+        values = moved(sums_U, device, dtype).split([counts[i] for i in places])
         found.update(zip(places, values, strict=True))
 
     for (_, length), group in small.items():  # copied together: less than a call for each
@@ -224,8 +225,8 @@ def _count(block: Tensor, kept: Axes) -> int:
 def _spread(value_U: Tensor, block: Tensor, kept: Axes) -> Tensor:
     """One number per unit in a shape that broadcasts over the block; float32, or the block's dtype if that is wider."""
     shape = [size if axis in kept else 1 for axis, size in enumerate(block.shape)]
-    return value_U.to(block.device, torch.promote_types(block.dtype, torch.float32), non_blocking=True).view(shape)
+    return moved(value_U, block.device, torch.promote_types(block.dtype, torch.float32)).view(shape)
 
 
 def _wide(block: Tensor) -> torch.dtype:
-    return torch.float32 if block.device.type == "mps" else torch.float64
+    return statistics_dtype(block.device)

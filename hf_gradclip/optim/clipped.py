@@ -40,9 +40,9 @@ class Direction(NamedTuple):
 class ClippedOptimizer(Optimizer, ABC):
     """An optimizer that clips its gradients and its updates.
 
-    After a step `.grad` holds the clipped gradient, or the clipped update. With HF_GRADCLIP_KERNELS=triton on a GPU the
-    step clips what it reads and writes neither, so that `.grad` still holds the gradient as it came; then a step that
-    is skipped because of its update leaves the moments as they were too. See hf_gradclip.optim.fused.
+    After a step `.grad` holds the clipped gradient, or the clipped update. On a GPU with Triton the step clips what it
+    reads and writes neither, so that `.grad` still holds the gradient as it came; then a step that is skipped because
+    of its update leaves the moments as they were too. See hf_gradclip.optim.fused.
 
     Args:
         params: as in torch.optim; named parameters (`model.named_parameters()`) keep their names in the clip state.

@@ -63,7 +63,8 @@ class Recorder:
     def add_overflow(self, layout: Layout) -> None:
         """Keep a step that a loss scaler dropped before anything was measured."""
         unknown = torch.full((len(layout.names),), float("nan"), dtype=layout.dtype, device=layout.device)
-        small = torch.tensor([float("inf"), float("nan"), 0.0, 1.0, 0.0], dtype=layout.dtype).to(layout.device)
+        values = (float("inf"), float("nan"), 0.0, 1.0, 0.0)
+        small = torch.stack([unknown.new_full((), value) for value in values])  # filled there: nobody waits for a copy
         self._append(layout.by_param, (unknown, torch.ones_like(unknown), small))
 
     def _append(self, layout: Layout, row: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from hf_gradclip.kernels.table import upload
 from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from hf_gradclip.views.parameters import Parameters, Watched, spread_of
@@ -102,8 +103,8 @@ class DTensorView(GradientView):
                 isinstance(p, DTensor) and p.device_mesh == mesh and p.placements[dim].is_replicate()
                 for p in self.parameters.trainable
             ]
-            mine_S = torch.tensor(mine_P, device=self._local_S.device)[self.layout.param_S]
-            norm = self._local_S[mine_S].sum().sqrt()
+            mine_S = upload(mine_P, torch.bool, self._local_S.device)[self.layout.param_S]
+            norm = torch.where(mine_S, self._local_S, 0.0).sum().sqrt()
             spreads.append(spread_of(norm, mesh.get_group(dim), self._device))
         return torch.stack(spreads).amax() if spreads else None
 

@@ -104,7 +104,9 @@ class Parameters:
         if self._held is not None:
             weights = [_shaped(p.detach()) for p in self.trainable] if needs.weights else None
             return self._held.measure(self._blocks(), weights, needs, rescale)
-        return measure(self.gradients(), self.layout, needs, rescale)
+        layout = self.layout
+        sumsq_S, max_abs_S = measure(self.gradients(), layout.dtype, layout.device, needs.max_abs, rescale)
+        return NormStats(sumsq_S, layout, max_abs_S)
 
     def apply_(self, plan: ClipPlan) -> None:
         """Scale, then bound."""
@@ -147,15 +149,15 @@ def _registrations() -> list[int]:
     return count
 
 
-def measure(grads: list[Tensor | None], layout: Layout, needs: Needs, rescale: bool) -> NormStats:
-    """The statistics of flat gradients, one per segment of the layout, of this process alone."""
+def measure(
+    grads: list[Tensor | None], dtype: torch.dtype, device: torch.device, max_abs: bool, rescale: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of squares and, if asked for or for `rescale`, largest element of flat gradients of this process alone."""
     if not rescale:
-        sumsq_S, max_abs_S = kernels.statistics(grads, layout.dtype, layout.device, needs.max_abs)
-        return NormStats(sumsq_S, layout, max_abs_S)
-    max_abs_S = eager.max_abs(grads, layout.dtype, layout.device)
+        return kernels.statistics(grads, dtype, device, max_abs)
+    max_abs_S = eager.max_abs(grads, dtype, device)
     divisor_S = eager.divisors(max_abs_S)
-    sumsq_S = eager.sumsq(grads, divisor_S, layout.dtype, layout.device) * divisor_S.square()
-    return NormStats(sumsq_S, layout, max_abs_S)
+    return eager.sumsq(grads, divisor_S, dtype, device) * divisor_S.square(), max_abs_S
 
 
 def _shaped(tensor: Tensor) -> Tensor:

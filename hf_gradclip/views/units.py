@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_gradclip import kernels
 from hf_gradclip.kernels import eager
 from hf_gradclip.kernels import units as by_unit
+from hf_gradclip.kernels.table import moved
 from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
@@ -178,7 +179,7 @@ class Held:
                 if block is None:
                     found.append(torch.zeros_like(divisor_U))
                 else:
-                    found.append(by_unit.sumsq(block, kept, divisor_U).to(device, dtype, non_blocking=True))
+                    found.append(moved(by_unit.sumsq(block, kept, divisor_U), device, dtype))
         sums = torch.cat(found)
         if self._order is not None:
             return sums.index_select(0, self._order)
@@ -193,7 +194,7 @@ class Held:
             if block is None:
                 found.append(torch.zeros(count, dtype=dtype, device=device))
             else:
-                found.append(by_unit.max_abs(block, kept).to(device, dtype, non_blocking=True))
+                found.append(moved(by_unit.max_abs(block, kept), device, dtype))
         largest = torch.cat(found).nan_to_num(nan=float("inf"), posinf=float("inf"))
         return self._zeros().scatter_reduce(0, self._segments, largest, "amax")
 

@@ -126,6 +126,8 @@ class TestForeach:
         a, b = pair(monkeypatch, name, [SHAPES], clip="param_norm:max_norm=30", update_clip=spec, **options)
         same(a, b)
         assert len(launches) == STEPS
+        changes = [[p._version for p in optimizer.param_groups[0]["params"]] for optimizer in (a, b)]
+        assert min(changes[0]) >= STEPS <= min(changes[1])  # autograd sees a write, whoever made it
         for place in ("clipper", "update_clipper"):
             mine, theirs = (getattr(optimizer, place).report.summary() for optimizer in (a, b))
             assert mine["clipped"] == theirs["clipped"]
