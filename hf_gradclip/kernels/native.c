@@ -110,6 +110,14 @@ INLINE double sum_one(const char *x, int64_t n, int bytes, uint32_t *top)
     return over_lanes(sums, tops, top);
 }
 
+INLINE float sum_of_few(const char *x, int64_t n, int bytes)
+{
+    float sum = 0;
+    for (int64_t k = 0; k < n; k++)
+        sum += get(x, k, bytes) * get(x, k, bytes);
+    return sum;
+}
+
 /* Where squares may overflow in float32, or lose digits. */
 INLINE double sum_in_double(const char *x, int64_t n, int bytes)
 {
@@ -248,6 +256,11 @@ INLINE void sum_lines(Part part, int bytes, double *sum)
     const int64_t n = part.length, quarter = n > ROW ? 0 : part.count / 4;
     double sums[4];
     uint32_t tops[4];
+    if (n <= LANES) {
+        for (int64_t line = 0; line < part.count; line++)
+            sum[line] = sum_of_few(part.x + line * n * bytes, n, bytes);
+        return;
+    }
     for (int64_t r = 0; r < quarter; r++) {
         sum_four(part.x + r * n * bytes, quarter * n, n, bytes, sums, tops);
         for (int k = 0; k < 4; k++)

@@ -6,6 +6,7 @@ count units, in order; a unit is everything along the other axes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -183,6 +184,7 @@ def clamp_(block: Tensor, kept: Axes, bound_U: Tensor) -> None:
     torch.clamp(block, -limit, limit, out=block)
 
 
+@functools.lru_cache(maxsize=4096)
 def matrices_of(shape: tuple[int, ...], kept: Axes) -> tuple[int, int, int] | None:
     """(lines, elements of each, 0) where units are lines; (matrices, lines of each, units in a line) where they lie
     side by side; None for what is neither."""
@@ -211,7 +213,7 @@ def unit_table(
     places: list[int] = []
     shares, first = [], 0
     for block, axes, count in zip(blocks, kept, counts, strict=True):
-        found = matrices_of(tuple(block.shape), axes) if block is not None and block.numel() else None
+        found = matrices_of(block.shape, axes) if block is not None and block.numel() else None
         places += (first, *(found or (0, 0, 0)))
         shares.append(programs(*found) if found else 0)
         first += count

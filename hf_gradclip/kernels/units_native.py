@@ -16,7 +16,7 @@ STRETCH = 1024  # units side by side that a program takes at most; as in native.
 
 def serves(block: Tensor, kept: Axes) -> bool:
     """Whether the units of this block are its lines, or lie side by side in them."""
-    return block.dtype in native.BYTES and block.is_contiguous() and matrices_of(tuple(block.shape), kept) is not None
+    return block.dtype in native.BYTES and block.is_contiguous() and matrices_of(block.shape, kept) is not None
 
 
 def sumsq(

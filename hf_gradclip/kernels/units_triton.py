@@ -26,7 +26,7 @@ WARPS = 4
 
 def serves(block: Tensor, kept: tuple[int, ...]) -> bool:
     """Whether the units of this block are its lines, or lie side by side in them."""
-    return block.dtype in TRITON and block.is_contiguous() and matrices_of(tuple(block.shape), kept) is not None
+    return block.dtype in TRITON and block.is_contiguous() and matrices_of(block.shape, kept) is not None
 
 
 def sumsq(
