@@ -5,7 +5,8 @@
    same bits.
 
    Memory is float32 (4 bytes an element) or bfloat16 (2). Arithmetic is in float32, and what is stored is rounded once,
-   to nearest. Four parts of a program's memory are read side by side: one alone does not keep the memory busy. */
+   to nearest. Four parts of a program's memory are read side by side, and asked for AHEAD bytes before: one alone, or
+   what the processor itself foresees, does not keep the memory busy. */
 
 #include <stdint.h>
 #include <string.h>
@@ -20,7 +21,7 @@
 /* Counts changes of a function's arguments; native.py compares it with its own. */
 const int32_t gradclip_interface = 1;
 
-enum { LANES = 16, ROW = 1024, BLOCK = 64, STRETCH = 1024, FLUSH = 64 };
+enum { LANES = 16, ROW = 1024, BLOCK = 64, STRETCH = 1024, FLUSH = 64, AHEAD = 1024 };
 
 static const uint32_t INF = 0x7f800000, LARGE = 0x58800000 /* 2^50 */, SMALL = 0x26800000 /* 2^-50 */;
 
@@ -91,8 +92,11 @@ INLINE void sum_four(const char *x, int64_t apart, int64_t n, int bytes, double 
     uint32_t tops[4][LANES] = {{0}};
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES)
-        for (int k = 0; k < 4; k++)
-            add_to_lanes(x + (k * apart + j) * bytes, LANES, bytes, sums[k], tops[k]);
+        for (int k = 0; k < 4; k++) {
+            const char *run = x + (k * apart + j) * bytes;
+            __builtin_prefetch(run + AHEAD);
+            add_to_lanes(run, LANES, bytes, sums[k], tops[k]);
+        }
     for (int k = 0; k < 4; k++) {
         add_to_lanes(x + (k * apart + j) * bytes, n - j, bytes, sums[k], tops[k]);
         sum[k] = over_lanes(sums[k], tops[k], &top[k]);
@@ -194,8 +198,12 @@ INLINE void write(char *x, int64_t n, int bytes, float scale, float bound, int b
 {
     const int64_t part = n / (4 * BLOCK) * BLOCK;
     for (int64_t i = 0; i < part; i += BLOCK)
-        for (int k = 0; k < 4; k++)
-            write_run(x + (k * part + i) * bytes, BLOCK, bytes, scale, bound, bounded);
+        for (int k = 0; k < 4; k++) {
+            char *run = x + (k * part + i) * bytes;
+            for (int64_t line = 0; line < BLOCK * bytes; line += 64)
+                __builtin_prefetch(run + line + AHEAD);
+            write_run(run, BLOCK, bytes, scale, bound, bounded);
+        }
     write_run(x + 4 * part * bytes, n - 4 * part, bytes, scale, bound, bounded);
 }
 
@@ -253,7 +261,7 @@ INLINE Part part_of(
 
 INLINE void sum_lines(Part part, int bytes, double *sum)
 {
-    const int64_t n = part.length, quarter = n > ROW ? 0 : part.count / 4;
+    const int64_t n = part.length, quarter = part.count / 4;
     double sums[4];
     uint32_t tops[4];
     if (n <= LANES) {
@@ -261,11 +269,12 @@ INLINE void sum_lines(Part part, int bytes, double *sum)
             sum[line] = sum_of_few(part.x + line * n * bytes, n, bytes);
         return;
     }
-    for (int64_t r = 0; r < quarter; r++) {
-        sum_four(part.x + r * n * bytes, quarter * n, n, bytes, sums, tops);
-        for (int k = 0; k < 4; k++)
-            sum[k * quarter + r] = sums[k];
-    }
+    for (int64_t r = 0; r < quarter; r++)
+        for (int64_t i = 0; i < n; i += ROW) {
+            sum_four(part.x + (r * n + i) * bytes, quarter * n, n - i < ROW ? n - i : ROW, bytes, sums, tops);
+            for (int k = 0; k < 4; k++)
+                sum[k * quarter + r] = sums[k] + (i ? sum[k * quarter + r] : 0);
+        }
     for (int64_t line = 4 * quarter; line < part.count; line++)
         sum[line] = sum_of_squares(part.x + line * n * bytes, n, bytes, tops);
 }
