@@ -90,7 +90,10 @@ def _bytes(kinds: tuple[Kind, ...]) -> Tensor:
 
 def share(name: str, programs: int, *given: Argument) -> None:
     """Call a function for all programs, a range of them in each of torch's threads; without the interpreter's lock."""
-    threads = max(1, min(torch.get_num_threads(), programs // SHARE))
+    threads = min(torch.get_num_threads(), programs // SHARE)
+    if threads <= 1:
+        call(name, 0, programs, *given)
+        return
     cuts = [programs * i // threads for i in range(threads + 1)]
     others = [_pool(threads - 1).submit(call, name, *ends, *given) for ends in pairwise(cuts[1:])]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -43,7 +44,7 @@ class Parameters:
         self._read()
 
     def _read(self) -> None:
-        self._counted = _registrations()[0]
+        self._counted = registrations().watch(self._source) if isinstance(self._source, nn.Module) else 0
         named = list(named_parameters(self._source) if isinstance(self._source, nn.Module) else self._source)
         self.trainable = [p for _, p in named if p.requires_grad]
         self._frozen: list[Tensor] = [p for _, p in named if not p.requires_grad]
@@ -86,11 +87,11 @@ class Parameters:
 
         Where FSDP2 shows whole parameters for a while, in the place of its shards, nobody looks until they are back.
         """
-        if self._counted != _registrations()[0] and isinstance(self._source, nn.Module):
+        if isinstance(self._source, nn.Module) and self._counted != registrations().count:
             known, shown = {id(p) for p in self.trainable}, list(self._source.parameters())
             sharded = [p for p in (*self.trainable, *self._frozen) if hasattr(p, "device_mesh")]
             if {id(p) for p in sharded} <= {id(p) for p in shown}:
-                self._counted = _registrations()[0]
+                self._counted = registrations().watch(self._source)
                 self._frozen = [p for p in shown if id(p) not in known]
         if any(p.requires_grad for p in self._frozen):
             self._read()
@@ -132,21 +133,32 @@ class Parameters:
             parameter.grad = None
 
 
-@functools.cache
-def _registrations() -> list[int]:
-    """How many parameters and modules were put into any module since the first call.
+class Registrations:
+    """Counts what is put into watched modules: one look instead of a walk through the model in every step.
 
-    One look instead of a walk through the model, but where a wrapper registers anew in every step, as FSDP1 does.
+    Where a wrapper registers anew in every step, as FSDP1 does, it is a walk still; a container that a forward makes of
+    some layers, as those of transformers do, is not watched.
     """
-    count = [0]
 
-    def add(*_: object) -> None:
-        if not torch.compiler.is_compiling():  # a compiled forward would be compiled again for every count
-            count[0] += 1
+    def __init__(self) -> None:
+        self.count = 0
+        self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        torch_module.register_module_parameter_registration_hook(self._add)
+        torch_module.register_module_module_registration_hook(self._add)
 
-    torch_module.register_module_parameter_registration_hook(add)
-    torch_module.register_module_module_registration_hook(add)
-    return count
+    def watch(self, model: nn.Module) -> int:
+        """Count what is put into this model from here on; the count so far."""
+        self._watched.update(model.modules())
+        return self.count
+
+    def _add(self, module: nn.Module, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            return  # a compiled forward would be compiled again for every count
+        if module in self._watched:
+            self.count += 1
+
+
+registrations = functools.cache(Registrations)
 
 
 def measure(

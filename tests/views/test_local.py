@@ -270,6 +270,17 @@ class TestNewParameters:
         assert int(clipper.state.seen) == 4
         assert not caplog.messages
 
+    def test_a_forward_that_makes_containers_costs_no_walk(self, monkeypatch):
+        """Those of transformers slice their list of layers, which registers each in a list of its own."""
+        model = tiny_llama()
+        clipper = Clipper.for_model(model, "none")
+        batch = torch.arange(12).view(2, 6)
+        for step in range(3):
+            model(input_ids=batch, labels=batch).loss.backward()
+            clipper.step()
+            if step == 0:
+                monkeypatch.setattr(model, "parameters", lambda *_: pytest.fail("walked through the model"))
+
     def test_a_frozen_part_that_is_replaced_is_let_go(self):
         model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3).requires_grad_(False))
         clipper = Clipper.for_model(model, "none")
