@@ -37,7 +37,7 @@ class Decision:
         stats: what was measured.
         plan: what to do; it touches nothing where the norm is not finite.
         finite: whether the total norm is finite, 0-d bool.
-        action: LEAVE, CLIP, SKIP or NONFINITE, 0-d uint8: the one number that a step may read.
+        action: LEAVE, CLIP, SKIP or NONFINITE, 0-d int64: the one number that a step may read.
         local: what the caller measured of this process, instead of the view.
     """
 
@@ -379,11 +379,11 @@ class Clipper:
 def judge(strategy: Strategy, stats: NormStats, state: State) -> tuple[ClipPlan, Tensor, Tensor, State]:
     """A step's plan, whether its norm is finite, its action, and the state to keep; see Decision. Pure."""
     plan, new = strategy.update(stats, state)
-    finite = stats.total.isfinite()
+    finite = stats.total < float("inf")  # a norm is not negative, and NaN is below nothing; isfinite is four launches
     scale_S = torch.where(finite, plan.scale_S, 1.0)
     bound_S = None if plan.bound_S is None else torch.where(finite, plan.bound_S, float("inf"))
     plan = replace(plan, scale_S=scale_S, bound_S=bound_S)
-    action = plan.clipped_S.any().to(torch.uint8) * CLIP
+    action = plan.clipped_S.any()  # as a number LEAVE or CLIP
     if plan.skip is not None:
         action = torch.where(plan.skip, SKIP, action)
     return plan, finite, torch.where(finite, action, NONFINITE), where(finite, new, state)

@@ -64,13 +64,16 @@ class ClipReport:
         self._clear()
 
     def _clear(self) -> None:
-        self._sums = dict.fromkeys(("steps", "clipped", "tensors", "tensor_steps", "skipped", "nonfinite"), self._zero)
+        self._steps = self._tensor_steps = 0
+        self._sums = dict.fromkeys(("clipped", "tensors", "skipped", "nonfinite"), self._zero)
         self._at = {key: torch.full_like(self._zero, float("nan")) for key in self._at}
         self._norms = []
 
     def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor) -> None:
         """Count one step. All arguments are on the device; `finite` and `skipped` are 0-d bools."""
         self.last = stats
+        self._steps += 1
+        self._tensor_steps += len(stats.layout.names)
         self._sums, self._at, norm = self._added(self._sums, self._at, stats, plan, finite, skipped)
         self._norms.append(norm)
         if len(self._norms) >= _FOLD:
@@ -78,21 +81,23 @@ class ClipReport:
 
     def add_overflow(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""
-        for key in ("steps", "skipped", "nonfinite"):
+        self._steps += 1
+        for key in ("skipped", "nonfinite"):
             self._sums[key] = self._sums[key] + 1
         self._norms.append(torch.full_like(self._zero, float("nan")))
 
     def scalars(self) -> dict[str, float]:
         """The keys above, since the last call; empty if no step was counted. One host read."""
+        steps, tensor_steps = self._steps, self._tensor_steps
         sums = self._drain()
-        if not sums or not sums["steps"]:
+        if not steps:
             return {}
         shown = {"norm_mean": sums["norm_mean"], "norm_max": sums["norm_max"], "norm_post": sums.get("norm_post")}
         if sums.get("norm_in"):
             shown["scale"] = sums["norm_post"] / sums["norm_in"]
         shown["threshold"] = sums.get("threshold")
-        shown["rate"] = sums["clipped"] / sums["steps"]
-        shown["tensor_rate"] = sums["tensors"] / max(sums["tensor_steps"], 1)
+        shown["rate"] = sums["clipped"] / steps
+        shown["tensor_rate"] = sums["tensors"] / max(tensor_steps, 1)
         shown["skipped"], shown["nonfinite"] = sums["skipped"], sums["nonfinite"]
         return {f"{self._prefix}/{k}": v for k, v in shown.items() if v is not None and v == v}
 
@@ -130,8 +135,9 @@ class ClipReport:
         values = torch.cat([small, norms]).tolist()
         read = dict(zip(keys, values[: len(keys)], strict=True))
         finite = [norm for norm in values[len(keys) :] if norm == norm]
-        for key in self._run:
+        for key in ("clipped", "skipped", "nonfinite"):
             self._run[key] += int(read[key])
+        self._run["steps"] += self._steps
         self._last |= {key: read[key] for key in self._at if read[key] == read[key]}
         self._check_zero(finite)
         self._all_norms += finite
@@ -161,15 +167,14 @@ def added(
 ) -> tuple[Meters, Meters, Tensor]:
     """The counts with one more step, what is kept of the last steps, and the step's norm, NaN if not finite. Pure."""
     applied = finite & ~skipped
-    layout, zero = stats.layout, torch.zeros_like(stats.total)
+    layout = stats.layout
     clipped_P = clipped_S = (plan.clipped_S & applied).expand(len(layout))
     if layout.unit_S is not None:
-        clipped_P = layout.over_params(clipped_S.to(zero), "max") > 0
+        clipped_P = layout.over_params(clipped_S.to(stats.total), "max") > 0
+    tensors = clipped_P.sum()
     sums = {
-        "steps": sums["steps"] + 1,
-        "clipped": sums["clipped"] + clipped_P.any(),
-        "tensors": sums["tensors"] + clipped_P.sum(),
-        "tensor_steps": sums["tensor_steps"] + len(layout.names),
+        "clipped": sums["clipped"] + (tensors > 0),
+        "tensors": sums["tensors"] + tensors,
         "skipped": sums["skipped"] + skipped,
         "nonfinite": sums["nonfinite"] + ~finite,
     }
@@ -179,6 +184,5 @@ def added(
     now = {"norm_in": (stats.total, applied), "norm_post": (post, applied)}
     if plan.threshold is not None:
         now["threshold"] = (plan.threshold, finite)
-    unknown = torch.full_like(zero, float("nan"))
-    kept = {key: torch.where(when, value, at.get(key, unknown)) for key, (value, when) in now.items()}
+    kept = {key: torch.where(when, value, at.get(key, float("nan"))) for key, (value, when) in now.items()}
     return sums, at | kept, torch.where(finite, stats.total, float("nan"))

@@ -85,7 +85,8 @@ class ZClip(Strategy):
         collected = self._collect(norm, state)
         new = ZClipState(*(torch.where(warm, a, b) for a, b in zip(collected, after, strict=True)))
         if self.mode == "safe":
-            new = ZClipState(*(torch.where(norm > 0, a, b) for a, b in zip(new, state, strict=True)))
+            present = norm > 0
+            new = ZClipState(*(torch.where(present, a, b) for a, b in zip(new, state, strict=True)))
         limit = torch.where(warm, self.max_norm, plan.limit)
         threshold = torch.where(warm, self.max_norm, plan.threshold)
         return ClipPlan(limit_scale(limit, norm), threshold=threshold), new
