@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from hf_gradclip.kernels import check, eager
@@ -155,7 +155,8 @@ def _fused(grads: Sequence[Tensor | None], device: torch.device, what: str) -> M
     present = [g for g in grads if g is not None]
     dtypes = {g.dtype for g in present}
     elsewhere = set(map(Tensor.get_device, present)) - {-1 if device.type == "cpu" else device.index}
-    if not dtypes or not dtypes.issubset(TAKEN[language]) or elsewhere:
+    wrapped = set(map(type, present)) - {Tensor, nn.Parameter}  # their memory is not what they stand for
+    if not dtypes or not dtypes.issubset(TAKEN[language]) or elsewhere or wrapped:
         return None
     try:
         name = FILES[language][what]

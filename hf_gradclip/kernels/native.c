@@ -85,7 +85,8 @@ INLINE double over_lanes(const float sum[LANES], const uint32_t top[LANES], uint
     return total;
 }
 
-/* Sums of squares of four runs of n elements, ROW at most, and the largest bit pattern of an |element| of each. */
+/* Sums of squares of four runs of n elements, ROW at most, and the largest bit pattern of an |element| of each. The
+   first elements of two runs are `apart` elements apart. */
 INLINE void sum_four(const char *x, int64_t apart, int64_t n, int bytes, double sum[4], uint32_t top[4])
 {
     float sums[4][LANES] = {{0}};
@@ -114,6 +115,7 @@ INLINE double sum_one(const char *x, int64_t n, int bytes, uint32_t *top)
     return over_lanes(sums, tops, top);
 }
 
+/* LANES at most. */
 INLINE float sum_of_few(const char *x, int64_t n, int bytes)
 {
     float sum = 0;

@@ -110,11 +110,9 @@ def call(name: str, *given: Argument) -> None:
 
 
 def _passed(value: Argument) -> ctypes.c_int64 | ctypes.c_void_p:
-    return (
-        ctypes.c_int64(value)
-        if isinstance(value, int)
-        else ctypes.c_void_p(value if value is None else value.data_ptr())
-    )
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
 
 
 @functools.cache
@@ -138,4 +136,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="hf_gradclip")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

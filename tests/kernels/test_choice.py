@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from hf_gradclip import Clipper, kernels
 from hf_gradclip.kernels import eager, native
@@ -100,6 +101,17 @@ def test_dtypes_that_c_does_not_take_go_to_torch(monkeypatch, caplog, dtype) -> 
     names = used(monkeypatch)
     clipped(dtype)
     assert set(names) == {"torch"}
+    assert caplog.text == ""
+
+
+def test_tensors_without_memory_of_their_own_go_to_torch(monkeypatch, caplog) -> None:
+    """A wrapper, or a tensor that is fake: at its address there is something else, or nothing."""
+    names = used(monkeypatch)
+    with FakeTensorMode():
+        sums, _ = kernels.statistics([torch.empty(5, 3)], torch.float64, torch.device("cpu"), max_abs=True)
+        assert sums.shape == (1,)
+    clipped()
+    assert set(names) == {"C"}
     assert caplog.text == ""
 
 
