@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from hf_gradclip.kernels.table import table_of
+
 CPU = torch.device("cpu")
 Axes = tuple[int, ...]
 
@@ -29,6 +31,35 @@ def segments(sizes: list[int], dtype: torch.dtype, start: int = 0) -> tuple[Tens
 
 def wanted(grad: Tensor, scale: Tensor, bound: float = math.inf) -> Tensor:
     return (grad.float() * scale.float()).clamp(-bound, bound).to(grad.dtype)
+
+
+def assert_nan_stays(kernels: ModuleType, dtype: torch.dtype) -> None:
+    grad = torch.tensor([math.nan, math.inf, -math.inf, 3.0, -0.5], dtype=dtype)
+    kernels.apply_([grad], torch.tensor(0.5), torch.tensor([1.0]))
+    assert grad[0].isnan()
+    assert grad[1:].tolist() == [1.0, -1.0, 1.0, -0.25]
+    kernels.apply_([grad], torch.tensor(math.nan), None)
+    assert grad.isnan().all()
+
+
+def assert_untouched(kernels: ModuleType) -> None:
+    """A gradient of which nothing is asked: its address is 0, so that a read or a write would end the process."""
+    grads = [randn(3000), randn(3000, seed=1)]
+    want = [grads[0].clone(), wanted(grads[1], torch.tensor(0.5))]
+    table_of([grads], CPU, kernels.CHUNK).address_RS[0] = 0
+    kernels.apply_(grads, torch.tensor([1.0, 0.5]), None)
+    kernels.apply_(grads, torch.ones((), dtype=torch.float64), torch.full((2,), math.inf))
+    assert all(map(torch.equal, grads, want))
+
+
+def assert_nan_stays_in_its_unit(kernels: ModuleType, kept: Axes, bad: float) -> None:
+    block, _ = guarded((20, 24), torch.float32, 0)
+    block[3, 5] = bad
+    got = kernels.sumsq([block], [kept], [units((20, 24), kept)], torch.float64, CPU)
+    assert (~got.isfinite()).nonzero().flatten().tolist() == [(3, 5)[kept[0]]]
+    kernels.apply_([block], [kept], [len(got)], torch.full_like(got, 0.5), torch.full_like(got, 9.0))
+    assert block[3, 5].isnan() if math.isnan(bad) else block[3, 5] == 9.0
+    assert int((~block.isfinite()).sum()) == (1 if math.isnan(bad) else 0)
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, start: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -154,22 +154,11 @@ class TestApply:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_nan_and_inf(self, dtype):
-        grad = torch.tensor([math.nan, math.inf, -math.inf, 3.0, -0.5], dtype=dtype)
-        native.apply_([grad], torch.tensor(0.5), torch.tensor([1.0]))
-        assert grad[0].isnan()
-        assert grad[1:].tolist() == [1.0, -1.0, 1.0, -0.25]
-        native.apply_([grad], torch.tensor(math.nan), None)
-        assert grad.isnan().all()
+        tensors.assert_nan_stays(native, dtype)
 
     def test_nothing_asked_is_neither_read_nor_written(self):
         """Its address is 0, so that either would end the process."""
-        grads = [randn(3000), randn(3000, seed=1)]
-        want = [grads[0].clone(), wanted(grads[1], torch.tensor(0.5))]
-        native.table_of([grads], CPU, native.CHUNK).address_RS[0] = 0
-        native.apply_(grads, torch.tensor([1.0, 0.5]), None)
-        native.apply_(grads, torch.ones((), dtype=torch.float64), torch.full((2,), math.inf))
-        assert_same(grads[0], want[0])
-        assert_same(grads[1], want[1])
+        tensors.assert_untouched(native)
 
     @pytest.mark.parametrize("chunk", [1 << 12, 1 << 16])
     @pytest.mark.parametrize("offset", [0, 1, 3])
@@ -221,13 +210,7 @@ class TestUnits:
     @pytest.mark.parametrize("kept", [(0,), (1,)])
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_nan_and_inf_stay_in_their_unit(self, kept, bad):
-        block, _ = guarded((20, 24), torch.float32, 0)
-        block[3, 5] = bad
-        got = units_native.sumsq([block], [kept], [units((20, 24), kept)], torch.float64, CPU)
-        assert (~got.isfinite()).nonzero().flatten().tolist() == [(3, 5)[kept[0]]]
-        units_native.apply_([block], [kept], [len(got)], torch.full_like(got, 0.5), torch.full_like(got, 9.0))
-        assert block[3, 5].isnan() if math.isnan(bad) else block[3, 5] == 9.0
-        assert int((~block.isfinite()).sum()) == (1 if math.isnan(bad) else 0)
+        tensors.assert_nan_stays_in_its_unit(units_native, kept, bad)
 
     def test_not_served(self):
         block, _ = guarded((4, 6), torch.float32, 0)

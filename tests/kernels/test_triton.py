@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels import tensors
 from tests.kernels.guards import Guards, Torch
 from tests.kernels.tensors import CPU, randn, segments, wanted
 
@@ -215,22 +216,11 @@ class TestApply:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_nan_and_inf(self, dtype):
-        grad = torch.tensor([math.nan, math.inf, -math.inf, 3.0, -0.5], dtype=dtype)
-        fused_triton.apply_([grad], torch.tensor(0.5), torch.tensor([1.0]))
-        assert grad[0].isnan()
-        assert grad[1:].tolist() == [1.0, -1.0, 1.0, -0.25]
-        fused_triton.apply_([grad], torch.tensor(math.nan), None)
-        assert grad.isnan().all()
+        tensors.assert_nan_stays(fused_triton, dtype)
 
     def test_nothing_asked_is_neither_read_nor_written(self):
         """Its address is 0, so that either would end the process."""
-        grads = [randn(3000), randn(3000, seed=1)]
-        want = [grads[0].clone(), wanted(grads[1], torch.tensor(0.5))]
-        table.table_of([grads], CPU, fused_triton.CHUNK).address_RS[0] = 0
-        fused_triton.apply_(grads, torch.tensor([1.0, 0.5]), None)
-        fused_triton.apply_(grads, torch.ones((), dtype=torch.float64), torch.full((2,), math.inf))
-        assert_same(grads[0], want[0])
-        assert_same(grads[1], want[1])
+        tensors.assert_untouched(fused_triton)
 
 
 @pytest.mark.parametrize(("chunk", "offset"), [*((1 << 12, offset) for offset in range(10)), (1 << 16, 5)])

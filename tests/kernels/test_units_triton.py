@@ -86,13 +86,7 @@ class TestBlocks:
     @pytest.mark.parametrize("kept", [(0,), (1,)])
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_nan_and_inf_stay_in_their_unit(self, kept, bad):
-        block, _ = guarded((20, 24), torch.float32, 0)
-        block[3, 5] = bad
-        got = units_triton.sumsq([block], [kept], [units((20, 24), kept)], torch.float64, CPU)
-        assert (~got.isfinite()).nonzero().flatten().tolist() == [(3, 5)[kept[0]]]
-        units_triton.apply_([block], [kept], [len(got)], torch.full_like(got, 0.5), torch.full_like(got, 9.0))
-        assert block[3, 5].isnan() if math.isnan(bad) else block[3, 5] == 9.0
-        assert int((~block.isfinite()).sum()) == (1 if math.isnan(bad) else 0)
+        tensors.assert_nan_stays_in_its_unit(units_triton, kept, bad)
 
     def test_nothing_asked_is_neither_read_nor_written(self):
         """Its address is 0, so that either would end the process."""
