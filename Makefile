@@ -27,3 +27,4 @@ bench:
 
 wheel:
 	python -m build --wheel
+	python -m zipfile -l dist/*.whl | grep -q kernels/_native || { echo "native.c was not compiled: no C compiler?"; exit 1; }

@@ -2,7 +2,8 @@
 
 Before the kernels of a file are trusted, they are checked against plain torch on the device, once. Where they fail or
 disagree, plain torch serves, and this is said once; a dtype that they do not take goes to plain torch in silence, and
-so does a CPU for which nothing was compiled. `HF_GRADCLIP_KERNELS=eager` asks for plain torch; `triton` also takes
+so does a CPU for which nothing was compiled. Nothing here is traced by torch.compile: an address is not a number of a
+graph. `HF_GRADCLIP_KERNELS=eager` asks for plain torch; `triton` also takes
 Triton's interpreter on the CPU (`TRITON_INTERPRET=1`), which is for tests.
 """
 
@@ -16,12 +17,13 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from hf_gradclip.kernels import check, eager
 from hf_gradclip.kernels import units as by_unit
-from hf_gradclip.kernels.table import DTYPES
+from hf_gradclip.kernels.table import DTYPES, are_plain
 
 VARIABLE = "HF_GRADCLIP_KERNELS"
 GPUS = ("cuda", "xpu")
@@ -37,6 +39,7 @@ _given_up: dict[str, str] = {}
 _checked: set[tuple[str, torch.device, frozenset[torch.dtype]]] = set()
 
 
+@_disable_dynamo
 def statistics(
     grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device, max_abs: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -54,6 +57,7 @@ def statistics(
     return eager.sumsq(grads, None, dtype, device), eager.max_abs(grads, dtype, device) if max_abs else None
 
 
+@_disable_dynamo
 def largest_of(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Largest absolute element per gradient, where NaN stays NaN; see `eager.largest_of`."""
     if (fused := _fused(grads, device, "whole")) is not None:
@@ -65,6 +69,7 @@ def largest_of(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch
     return eager.largest_of(grads, dtype, device)
 
 
+@_disable_dynamo
 def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | None) -> None:
     """g <- clamp(g * scale, -bound, +bound), in place; see `eager.scale_` and `eager.clamp_`."""
     if (fused := _fused(grads, scale_S.device, "whole")) is not None:
@@ -80,6 +85,7 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
         eager.clamp_(grads, bound_S)
 
 
+@_disable_dynamo
 def unit_sums(
     blocks: Sequence[Tensor | None],
     kept: Sequence[by_unit.Axes],
@@ -96,6 +102,7 @@ def unit_sums(
     return by_unit.sums(blocks, kept, counts, dtype, device)
 
 
+@_disable_dynamo
 def unit_apply_(
     blocks: Sequence[Tensor | None],
     kept: Sequence[by_unit.Axes],
@@ -155,7 +162,7 @@ def _fused(grads: Sequence[Tensor | None], device: torch.device, what: str) -> M
     present = [g for g in grads if g is not None]
     dtypes = {g.dtype for g in present}
     elsewhere = set(map(Tensor.get_device, present)) - {-1 if device.type == "cpu" else device.index}
-    wrapped = set(map(type, present)) - {Tensor, nn.Parameter}  # their memory is not what they stand for
+    wrapped = what != "step" and not are_plain(present)  # a step is of the memory in them, and looks at that itself
     if not dtypes or not dtypes.issubset(TAKEN[language]) or elsewhere or wrapped:
         return None
     try:

@@ -277,8 +277,11 @@ INLINE void sum_lines(Part part, int bytes, double *sum)
             for (int k = 0; k < 4; k++)
                 sum[k * quarter + r] = sums[k] + (i ? sum[k * quarter + r] : 0);
         }
-    for (int64_t line = 4 * quarter; line < part.count; line++)
-        sum[line] = sum_of_squares(part.x + line * n * bytes, n, bytes, tops);
+    for (int64_t line = 4 * quarter; line < part.count; line++) {
+        sum[line] = 0;
+        for (int64_t i = 0; i < n; i += ROW)
+            sum[line] += sum_one(part.x + (line * n + i) * bytes, n - i < ROW ? n - i : ROW, bytes, tops);
+    }
 }
 
 /* Adds the squares of `rows` lines, four at a time where that divides them, to `some`. */

@@ -10,9 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import os
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import torch
@@ -22,7 +21,7 @@ from hf_gradclip.kernels.table import Kind, Table, table_of
 
 INTERFACE = 1  # of native.c, with which it changes
 CHUNK = 1 << 16  # elements that a program takes
-SHARE = 16  # programs that are worth a thread
+SHARE = 64  # programs that are worth a thread
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
 """The dtypes that are taken, and how the library tells them apart."""
 
@@ -70,12 +69,16 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
         ValueError: if a gradient is not contiguous.
     """
     table = table_of([grads], scale_S.device, CHUNK)
-    share("gradclip_apply", table.chunks, *arguments(table), CHUNK, *_plan(scale_S), *_plan(bound_S))
+    plan = (*_plan(scale_S, len(grads)), *_plan(bound_S, len(grads)))
+    share("gradclip_apply", table.chunks, *arguments(table), CHUNK, *plan)
 
 
-def _plan(number_S: Tensor | None) -> tuple[Tensor | None, int]:
-    """Numbers per gradient in float32, and the distance between two of them, which is 0 where one serves all."""
-    return (None, 0) if number_S is None else (number_S.float().contiguous(), min(number_S.ndim, 1))
+def _plan(number_S: Tensor | None, count: int) -> tuple[Tensor | None, int]:
+    """So many numbers in float32, and the distance between two of them, which is 0 where one serves all."""
+    if number_S is None:
+        return None, 0
+    number_S = number_S.float().expand(count)
+    return number_S, number_S.stride(0)
 
 
 def arguments(table: Table) -> tuple[Tensor, ...]:
@@ -89,19 +92,28 @@ def _bytes(kinds: tuple[Kind, ...]) -> Tensor:
 
 
 def share(name: str, programs: int, *given: Argument) -> None:
-    """Call a function for all programs, a range of them in each of torch's threads; without the interpreter's lock."""
+    """Call a function for all programs, a range of them in each of as many threads as torch has.
+
+    The threads are of this call: what they cost is little beside SHARE programs, and nothing is left for a fork.
+    """
     threads = min(torch.get_num_threads(), programs // SHARE)
     if threads <= 1:
         call(name, 0, programs, *given)
         return
     cuts = [programs * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(call, name, *ends, *given) for ends in pairwise(cuts[1:])]
+    others: list[threading.Thread] = []
     try:
+        for ends in pairwise(cuts[1:]):
+            other = threading.Thread(target=call, args=(name, *ends, *given))
+            try:
+                other.start()
+                others.append(other)
+            except RuntimeError:  # the system has no thread left
+                call(name, *ends, *given)
         call(name, *cuts[:2], *given)
     finally:
-        wait(others)  # also after an interruption: they use this call's memory
-    for other in others:
-        other.result()
+        for other in others:
+            other.join()
 
 
 def call(name: str, *given: Argument) -> None:
@@ -129,12 +141,3 @@ def library() -> ctypes.CDLL:
     if ctypes.c_int32.in_dll(compiled, "gradclip_interface").value != INTERFACE:
         raise ImportError("native.c has changed since it was compiled: install hf_gradclip again")
     return compiled
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="hf_gradclip")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_gradclip.kernels.fused_triton import INF_BITS, TRITON, WORD, bits_of, clamped, finish
 from hf_gradclip.kernels.rule import Memory, Rule
-from hf_gradclip.kernels.table import Table, dense, on, table_of, upload
+from hf_gradclip.kernels.table import Table, are_plain, dense, on, table_of, upload
 from hf_gradclip.types import ClipPlan
 
 CHUNK = 1 << 14  # elements that a program takes
@@ -36,6 +36,8 @@ def serves(memory: Memory) -> bool:
     device = memory.weights[0].device
     for weight, *others in zip(*memory, strict=True):
         same = [weight, *(tensor for tensor in others if tensor is not None)]
+        if not are_plain(same):
+            return False
         if not all(t.dtype in TRITON and t.device == device and t.shape == weight.shape for t in same):
             return False
         if not all(t.is_contiguous() for t in same) and not (

@@ -7,13 +7,14 @@ segment is cut into chunks and one program takes one chunk, so the number of lau
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TABLES = 64  # tables that are kept; an optimizer needs one per group
 KNOWN = 2  # sets of addresses that are kept in each
@@ -50,6 +51,7 @@ class Table:
 
 
 _tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
+_lock = threading.Lock()
 
 
 def table_of(
@@ -79,22 +81,22 @@ def table_of(
     dtypes = tuple([tuple([None if tensor is None else tensor.dtype for tensor in column]) for column in columns])
     stream = 0 if device.type == "cpu" else torch.get_device_module(device).current_stream(device).stream_id
     key = (device, stream, chunk, places, sizes, dtypes)
-    table = _tables.get(key)
-    known = None if table is None else next((there for seen, there in table.known if seen == addresses), None)
-    if table is None or known is None:
-        for column in columns:
-            for i, tensor in enumerate(column):
-                _check(f"{what} {i}", tensor, device)
-        known = upload(addresses, torch.int64, device)
-        if table is None:
-            kinds = list(zip(*dtypes, strict=True))
-            table = _tables[key] = _build([max(size, 0) for size in sizes], kinds, known, chunk, places)
-            if len(_tables) > TABLES:
-                _tables.popitem(last=False)
-        table.known = [(addresses, known), *table.known[: KNOWN - 1]]
-    table.address_RS = known
-    _tables.move_to_end(key)
-    return table
+    with _lock:  # threads with tensors of the same sizes share a table, and have addresses of their own
+        table = _tables.get(key)
+        known = None if table is None else next((there for seen, there in table.known if seen == addresses), None)
+        if table is None or known is None:
+            for column in columns:
+                for i, tensor in enumerate(column):
+                    _check(f"{what} {i}", tensor, device)
+            known = upload(addresses, torch.int64, device)
+            if table is None:
+                kinds = list(zip(*dtypes, strict=True))
+                table = _tables[key] = _build([max(size, 0) for size in sizes], kinds, known, chunk, places)
+                if len(_tables) > TABLES:
+                    _tables.popitem(last=False)
+            table.known = [(addresses, known), *table.known[: KNOWN - 1]]
+        _tables.move_to_end(key)
+        return replace(table, address_RS=known)
 
 
 def _build(
@@ -126,12 +128,17 @@ def _check(name: str, tensor: Tensor | None, device: torch.device) -> None:
         return
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(f"{name} is {tensor.dtype}: the Triton kernels take {known}. Use kernels.eager.")
+        raise ValueError(f"{name} is {tensor.dtype}: the kernels take {known}. Use kernels.eager.")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, not on {device}. Call once per device.")
     if not dense(tensor):
         layout = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
         raise ValueError(f"{name} has {layout}: it must be contiguous. Pass eager.flat of it.")
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether the memory of all is what they stand for, which it is not for a wrapper or a fake tensor."""
+    return set(map(type, tensors)) <= {Tensor, nn.Parameter}
 
 
 def dense(tensor: Tensor) -> bool:

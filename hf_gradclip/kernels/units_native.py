@@ -1,4 +1,4 @@
-"""The kernels in C by unit, for memory of a CPU: rows and columns as in units_triton.py, arithmetic as in native.py."""
+"""The kernels in C by unit, for memory of a CPU: rows and columns as in units_triton.py, run as in native.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sumsq(
         blocks: which `serves`, on `device`, a CPU; None where missing.
         kept: per block the axes that count units.
         counts: per block its units.
-        dtype: of the result.
+        dtype: of the result; each unit is added up in float32 rows, so that squares may overflow to inf.
         device: of the result.
     """
     sums_U = torch.zeros(sum(counts), dtype=torch.float64, device=device)
@@ -56,7 +56,7 @@ def apply_(
         bound_U: largest absolute element per unit, of the same shape; inf or None bounds nothing.
     """
     table = unit_table(blocks, kept, counts, scale_U.device, _programs)
-    plan = (None if numbers is None else numbers.float().contiguous() for numbers in (scale_U, bound_U))
+    plan = (None if n_U is None else n_U.float().expand(sum(counts)).contiguous() for n_U in (scale_U, bound_U))
     native.share("gradclip_unit_apply", table.chunks, *_arguments(table), *plan)
 
 

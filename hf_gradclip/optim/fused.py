@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from hf_gradclip import kernels
 from hf_gradclip.clipper import Clipper
@@ -62,6 +63,7 @@ def kernels_of(optimizer: Steps) -> ModuleType | None:
     return found if len(devices) == 1 else None
 
 
+@_disable_dynamo  # an address is not a number of a graph
 def step_(optimizer: Steps, found: ModuleType, plan: ClipPlan | None) -> tuple[list[dict[str, Any]], ClipPlan | None]:
     """Step every group that the kernels serve, unless the updates' clipper skips the step.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_gradclip import kernels
 from hf_gradclip.kernels import eager
@@ -42,6 +43,10 @@ class Parameters:
         self._units: Units | None = None
         self._held: Held | None = None
         self._read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks through its model once, whose modules nobody has watched."""
+        return {**self.__dict__, "_counted": -1}
 
     def _read(self) -> None:
         self._counted = registrations().watch(self._source) if isinstance(self._source, nn.Module) else 0
@@ -134,27 +139,31 @@ class Parameters:
 
 
 class Registrations:
-    """Counts what is put into watched modules: one look instead of a walk through the model in every step.
+    """Counts what may have been put into a watched model: one look instead of a walk through it in every step.
 
-    Where a wrapper registers anew in every step, as FSDP1 does, it is a walk still; a container that a forward makes of
-    some layers, as those of transformers do, is not watched.
+    A parameter counts wherever it is registered, for the module it is in may find its way into a model unseen; a module
+    counts where it is put into a watched one, so that a list that a forward makes of some layers, as those of
+    transformers do, does not. Where a wrapper registers anew in every step, as FSDP1 does, it is a walk still.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        torch_module.register_module_parameter_registration_hook(self._add)
-        torch_module.register_module_module_registration_hook(self._add)
+        self._watched: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        torch_module.register_module_parameter_registration_hook(self._add_parameter)
+        torch_module.register_module_module_registration_hook(self._add_module)
 
     def watch(self, model: nn.Module) -> int:
         """Count what is put into this model from here on; the count so far."""
-        self._watched.update(model.modules())
+        for module in model.modules():
+            self._watched[module] = None
         return self.count
 
-    def _add(self, module: nn.Module, *_: object) -> None:
-        if torch.compiler.is_compiling():
-            return  # a compiled forward would be compiled again for every count
-        if module in self._watched:
+    def _add_parameter(self, *_: object) -> None:
+        if not torch.compiler.is_compiling():  # a compiled forward would be compiled again for every count
+            self.count += 1
+
+    def _add_module(self, module: nn.Module, *_: object) -> None:
+        if not torch.compiler.is_compiling() and module in self._watched:
             self.count += 1
 
 

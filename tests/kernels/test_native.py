@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_gradclip import clip_grad_norm_
 from hf_gradclip.kernels import native, table, units_native
 from tests.kernels import tensors
 from tests.kernels.guards import Guards
@@ -235,6 +237,65 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+def test_threads_of_python_do_not_meet():
+    """Two that clip tensors of the same sizes at the same time."""
+
+    def clip(value: float, wrong: list[float]) -> None:
+        grads = [torch.full((size,), value) for size in (3, 40, 500)]
+        for _ in range(1000):
+            sumsq_S, _ = native.statistics(grads, torch.float64, CPU)
+            wrong += [x for x in (sumsq_S / value**2).tolist() if x not in (3.0, 40.0, 500.0)]
+
+    wrong: list[float] = []
+    threads = [threading.Thread(target=clip, args=(value, wrong)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_where_no_thread_can_be_had_everything_is_done_once(monkeypatch):
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(native, "SHARE", 1)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        grad = torch.ones(1_000_000)
+        native.apply_([grad], torch.tensor(0.5), None)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(grad, torch.full_like(grad, 0.5))
+
+
+@pytest.mark.parametrize("kernels", [native, units_native])
+@pytest.mark.parametrize(
+    ("scale", "bound"), [(torch.full((2,), 0.5), None), (torch.tensor(0.5), torch.full((5,), 0.1))]
+)
+def test_numbers_that_do_not_fit_are_refused(kernels, scale, bound):
+    grads, kept = [torch.ones(4, 5) for _ in range(3)], ([(0,)] * 3, [4] * 3) if kernels is units_native else ()
+    with pytest.raises(RuntimeError, match="expand"):
+        kernels.apply_(grads, *kept, scale, bound)
+    assert all(torch.equal(grad, torch.ones(4, 5)) for grad in grads)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_uses_the_addresses_of_its_own_gradients(backend):
+    torch.compiler.reset()
+    p = torch.nn.Parameter(torch.ones(5000))
+    step = torch.compile(lambda: clip_grad_norm_([p], 1.0), backend=backend)
+    kept = []
+    for factor in (1.0, 3.0, 0.001):
+        kept.append(p.grad)
+        p.grad = torch.full((5000,), factor)
+        norm = factor * math.sqrt(5000)
+        assert step().item() == pytest.approx(norm, rel=1e-6)
+        assert p.grad.norm().item() == pytest.approx(min(norm, 1.0), rel=1e-5)
 
 
 def test_addresses_are_handed_over_once_for_gradients_and_weights(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import weakref
@@ -229,6 +230,9 @@ class TestNewParameters:
     def replaced_parameter(self, model: nn.Sequential) -> None:
         model[0].weight = nn.Parameter(torch.ones(5, 2))
 
+    def inserted(self, model: nn.Sequential) -> None:
+        model.insert(1, nn.Linear(3, 3))
+
     def added_frozen_and_unfrozen(self, model: nn.Sequential) -> None:
         model.append(nn.Linear(2, 2).requires_grad_(False))
         Clipper.for_model(model, "none").step()  # somebody else looks in between
@@ -237,7 +241,7 @@ class TestNewParameters:
     @pytest.mark.parametrize(
         "change",
         ["added_module", "added_deep_inside", "added_parameter", "replaced", "replaced_parameter",
-         "added_frozen_and_unfrozen"],
+         "inserted", "added_frozen_and_unfrozen"],
     )  # fmt: skip
     @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "wrapped"])
     def test_they_are_clipped(self, change, wrap, caplog):
@@ -269,6 +273,30 @@ class TestNewParameters:
                 model.append(nn.Linear(3, 3).requires_grad_(False))
         assert int(clipper.state.seen) == 4
         assert not caplog.messages
+
+    def test_a_copy_notices_too(self):
+        model = nn.Sequential(nn.Linear(2, 3))
+        model, clipper = copy.deepcopy((model, Clipper.for_model(model, "none")))
+        model.append(nn.Linear(3, 3))
+        for p in model.parameters():
+            p.grad = random(*p.shape)
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+        assert float(clipper.step()) == pytest.approx(norm, rel=1e-6)
+
+    def test_a_module_of_another_kind_of_equality_is_left_alone(self):
+        """Its hash is of what it does not have before it is built."""
+
+        class Named(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Linear(2, 2)
+                self.name = "a"
+
+            def __hash__(self) -> int:
+                return hash(self.name)
+
+        Clipper.for_model(nn.Linear(2, 2), "none")
+        assert hash(Named()) == hash("a")
 
     def test_a_forward_that_makes_containers_costs_no_walk(self, monkeypatch):
         """Those of transformers slice their list of layers, which registers each in a list of its own."""
