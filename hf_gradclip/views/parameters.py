@@ -141,9 +141,9 @@ class Parameters:
 class Registrations:
     """Counts what may have been put into a watched model: one look instead of a walk through it in every step.
 
-    A parameter counts wherever it is registered, for the module it is in may find its way into a model unseen; a module
-    counts where it is put into a watched one, so that a list that a forward makes of some layers, as those of
-    transformers do, does not. Where a wrapper registers anew in every step, as FSDP1 does, it is a walk still.
+    A parameter counts wherever it is registered, for the module it is in may find its way into a model unseen. A module
+    counts where it is put into a watched one, so a list that a forward makes of some layers, as Llama's does, costs
+    nothing. Where a wrapper registers anew in every step, as FSDP1 does, it is a walk still.
     """
 
     def __init__(self) -> None:

@@ -299,7 +299,7 @@ class TestNewParameters:
         assert hash(Named()) == hash("a")
 
     def test_a_forward_that_makes_containers_costs_no_walk(self, monkeypatch):
-        """Those of transformers slice their list of layers, which registers each in a list of its own."""
+        """That of Llama slices its list of layers, which registers each in another list."""
         model = tiny_llama()
         clipper = Clipper.for_model(model, "none")
         batch = torch.arange(12).view(2, 6)
