@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     elements = sum(p.numel() for p in model.parameters())
     tensors = len(list(model.parameters()))
     what = f"{elements:,} parameters in {tensors} tensors, batches of {size} x {data_args.block_size}"
-    report = {**circumstances("job", argv, torch.device("cpu"), "time.perf_counter"), "job": what, "rows": rows}
+    report = {**circumstances("bench_job", argv, torch.device("cpu"), "time.perf_counter"), "job": what, "rows": rows}
     print(f"\n{what}\n\n{table_of(rows)}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

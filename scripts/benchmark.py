@@ -310,7 +310,7 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def circumstances(theme: str, argv: Sequence[str], device: torch.device, clock: str) -> dict[str, Any]:
+def circumstances(script: str, argv: Sequence[str], device: torch.device, clock: str) -> dict[str, Any]:
     """What a reader must know to judge the numbers. No folder and no name of a machine is in it."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -318,7 +318,7 @@ def circumstances(theme: str, argv: Sequence[str], device: torch.device, clock: 
     return {
         "hardware": hardware(device)[0],
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", f"scripts/bench_{theme}.py", *words]),
+        "command": shlex.join(["python", f"scripts/{script}.py", *words]),
         "commit": commit or "unknown",
         "threads": torch.get_num_threads(),
         "clock": clock,
@@ -355,7 +355,7 @@ def run(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current device
     stopwatch = Stopwatch(device, args.threads)
-    report = {**circumstances(theme, args.argv, device, stopwatch.name), "tables": []}
+    report = {**circumstances(f"bench_{theme}", args.argv, device, stopwatch.name), "tables": []}
     for name, shapes in workloads.items():
         for dtype in args.dtype:
             work = None  # so that the memory of the last one is free
