@@ -29,7 +29,7 @@ VARIABLE = "HF_GRADCLIP_KERNELS"
 GPUS = ("cuda", "xpu")
 FILES = {
     "Triton": {"whole": "fused_triton", "units": "units_triton", "step": "step_triton"},
-    "C": {"whole": "native", "units": "units_native"},
+    "C": {"whole": "native", "units": "units_native", "step": "native_step"},
 }
 """The files of this folder by language, and by what they do."""
 TAKEN = {"Triton": frozenset(DTYPES), "C": frozenset({torch.float32, torch.bfloat16})}
@@ -151,7 +151,9 @@ def step_kernels(params: Sequence[Tensor]) -> ModuleType | None:
     Args:
         params: one at least. Of those with a dtype that the kernels do not take, the caller keeps the step.
     """
-    return _fused([p for p in params if p.dtype in DTYPES], params[0].device, "step")
+    device = params[0].device
+    taken = TAKEN.get(language_of(device) or "", frozenset())
+    return _fused([p for p in params if p.dtype in taken], device, "step")
 
 
 def _fused(grads: Sequence[Tensor | None], device: torch.device, what: str) -> ModuleType | None:

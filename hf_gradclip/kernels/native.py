@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_gradclip.kernels.table import Kind, Table, table_of
 
-INTERFACE = 1  # of native.c, with which it changes
+INTERFACE = 2  # of native.c, with which it changes
 CHUNK = 1 << 16  # elements that a program takes
 SHARE = 64  # programs that are worth a thread
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -88,7 +88,7 @@ def arguments(table: Table) -> tuple[Tensor, ...]:
 
 @functools.cache
 def _bytes(kinds: tuple[Kind, ...]) -> Tensor:
-    return torch.tensor([BYTES[dtype] for (dtype,) in kinds if dtype is not None], dtype=torch.int32, device="cpu")
+    return torch.tensor([BYTES[kind[0]] for kind in kinds if kind[0] is not None], dtype=torch.int32, device="cpu")
 
 
 def share(name: str, programs: int, *given: Argument) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from hf_gradclip.kernels.table import Column
+from hf_gradclip.kernels.table import Column, are_plain, dense
+
+Places = tuple[tuple[int, int], ...]
+"""Per parameter its segment in the plan for the gradients and in that for the updates."""
 
 
 class Memory(NamedTuple):
@@ -57,3 +61,19 @@ class Rule:
     fresh2: float = 0.0
     eps: float = 0.0
     terms: Sequence[tuple[float, float]] | None = None
+
+
+def are_alike(memory: Memory, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether all tensors of a parameter are there with one size and one order of elements, on one device."""
+    device = memory.weights[0].device
+    for weight, *others in zip(*memory, strict=True):
+        same = [weight, *(tensor for tensor in others if tensor is not None)]
+        if not are_plain(same):
+            return False
+        if not all(t.dtype in dtypes and t.device == device and t.shape == weight.shape for t in same):
+            return False
+        if not all(t.is_contiguous() for t in same) and not (
+            dense(weight) and all(t.stride() == weight.stride() for t in same)
+        ):
+            return False
+    return True

@@ -16,16 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_gradclip.kernels.fused_triton import INF_BITS, TRITON, WORD, bits_of, clamped, finish
-from hf_gradclip.kernels.rule import Memory, Rule
-from hf_gradclip.kernels.table import Table, are_plain, dense, on, table_of, upload
+from hf_gradclip.kernels.rule import Memory, Places, Rule, are_alike
+from hf_gradclip.kernels.table import Table, on, table_of, upload
 from hf_gradclip.types import ClipPlan
 
 CHUNK = 1 << 14  # elements that a program takes
 STEP = 1 << 10  # elements that it moves at a time
 WARPS = 4  # eight elements in a thread, a word of the narrowest dtype
-
-Places = tuple[tuple[int, int], ...]
-"""Per parameter its segment in the plan for the gradients and in that for the updates."""
 
 _LANES = tl.constexpr(8)  # elements of the narrowest dtype in a word
 _ABSENT = tl.constexpr(tl.int1)  # in the place of the dtype of a moment that a rule does not keep
@@ -33,18 +30,7 @@ _ABSENT = tl.constexpr(tl.int1)  # in the place of the dtype of a moment that a 
 
 def serves(memory: Memory) -> bool:
     """Whether all tensors of a parameter are there with one size and one order of elements, on one device."""
-    device = memory.weights[0].device
-    for weight, *others in zip(*memory, strict=True):
-        same = [weight, *(tensor for tensor in others if tensor is not None)]
-        if not are_plain(same):
-            return False
-        if not all(t.dtype in TRITON and t.device == device and t.shape == weight.shape for t in same):
-            return False
-        if not all(t.is_contiguous() for t in same) and not (
-            dense(weight) and all(t.stride() == weight.stride() for t in same)
-        ):
-            return False
-    return True
+    return are_alike(memory, TRITON)
 
 
 def step_(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, after: ClipPlan | None) -> None:

@@ -77,8 +77,8 @@ class _Moments(ClippedOptimizer):
 class AdamW(_Moments):
     """torch.optim.AdamW, arguments, state and arithmetic, with `clip=` and `update_clip=`.
 
-    w <- w (1 - lr weight_decay) - lr clip(u), u = m_hat / (sqrt(v_hat) + eps). Weight decay is outside the clip. After
-    `step()` with `update_clip`, `.grad` holds the clipped update; after one in Triton, the gradient as it was.
+    w <- w (1 - lr weight_decay) - lr clip(u), u = m_hat / (sqrt(v_hat) + eps). Weight decay is outside the clip.
+    What `.grad` holds after a step: see ClippedOptimizer.
 
     Args:
         params: parameters, groups of them, or named parameters.

@@ -40,9 +40,10 @@ class Direction(NamedTuple):
 class ClippedOptimizer(Optimizer, ABC):
     """An optimizer that clips its gradients and its updates.
 
-    After a step `.grad` holds the clipped gradient, or the clipped update. On a GPU with Triton the step clips what it
-    reads and writes neither, so that `.grad` still holds the gradient as it came; then a step that is skipped because
-    of its update leaves the moments as they were too. See hf_gradclip.optim.fused.
+    A step in Triton (on a GPU) or in C (on a CPU) clips what it reads, so that `.grad` still holds the gradient as it
+    came, and a step that is skipped because of its update leaves the moments as they were too; see
+    hf_gradclip.optim.fused. The foreach form, which serves elsewhere, leaves the clipped gradient, or the clipped
+    update, in `.grad`.
 
     Args:
         params: as in torch.optim; named parameters (`model.named_parameters()`) keep their names in the clip state.
@@ -114,7 +115,7 @@ class ClippedOptimizer(Optimizer, ABC):
         """
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory] | None:
-        """The same for a step in Triton, where moments and counters do not move yet; None has the foreach form only."""
+        """The same for a step in Triton or C, where moments and counters do not move yet; None has the foreach form."""
         return None
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The step of an optimizer of this folder in Triton: clip, moments and weights of a group in one launch.
+"""The step of an optimizer of this folder in Triton or in C: clip, moments and weights of a group in one call.
 
 The clippers decide as ever; what they decided is done to each gradient as the step reads it, and to each update before
 it is added to its weight. The gradients are not written. What the kernels do not serve is left to the foreach form.
@@ -51,6 +51,8 @@ class Job:
 def kernels_of(optimizer: Steps) -> ModuleType | None:
     """The kernels, if they can clip as this optimizer's clippers do: with numbers per parameter, on one device."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if any(p.grad is not None and (p.grad.is_sparse or p.grad.is_complex()) for p in params):
+        return None  # refused there, before anything has changed
     if not params or (found := kernels.step_kernels(params)) is None:
         return None
     devices = {p.device for p in params}

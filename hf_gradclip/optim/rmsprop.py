@@ -17,8 +17,8 @@ class RMSprop(ClippedOptimizer):
 
     w <- w - lr clip(u), u = g / (sqrt(v) + eps), or a momentum buffer of it. v starts at 0 and is not corrected for it,
     so the first update is sign(g) / sqrt(1 - alpha): 10 times a usual one for 0.99, and 3.2 times after ten steps. An
-    update clip binds there; `bias_correction=True` removes it by v / (1 - alpha^t). After `step()` with `update_clip`,
-    `.grad` holds the clipped update; after one in Triton, the gradient as it was.
+    update clip binds there; `bias_correction=True` removes it by v / (1 - alpha^t). What `.grad` holds after a
+    step: see ClippedOptimizer.
 
     Args:
         params: parameters, groups of them, or named parameters.

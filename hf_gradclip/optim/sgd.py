@@ -16,8 +16,8 @@ class SGD(ClippedOptimizer):
     """torch.optim.SGD, arguments, state and arithmetic, with `clip=` and `update_clip=`.
 
     w <- w - lr clip(u), u = b with b <- momentum b + (1 - dampening) g, or g + momentum b for Nesterov. With clipped
-    gradients of norm c a step is at most lr c / (1 - momentum) long, with clipped updates lr c. After `step()` with
-    `update_clip`, `.grad` holds the clipped update; after one in Triton, the gradient as it was.
+    gradients of norm c a step is at most lr c / (1 - momentum) long, with clipped updates lr c. What `.grad` holds
+    after a step: see ClippedOptimizer.
 
     Args:
         params: parameters, groups of them, or named parameters.

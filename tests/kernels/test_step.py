@@ -1,4 +1,7 @@
-"""The fused step against float64, run by Triton's interpreter: how, and its faults, are in test_triton.py."""
+"""The fused step against float64: in C here, in Triton in the process that `test_under_the_interpreter` starts.
+
+How, and the faults of the interpreter, are in test_triton.py.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,15 @@ from torch import Tensor
 
 from hf_gradclip.kernels.rule import Memory, Rule
 from hf_gradclip.types import ClipPlan
+from tests.kernels import tensors
 from tests.kernels.guards import Guards, Torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    from hf_gradclip.kernels import step_triton
+    from hf_gradclip.kernels import step_triton as step
+else:
+    from hf_gradclip.kernels import native
+    from hf_gradclip.kernels import native_step as step
 
 SIZES = [1, 9, 300]
 DECAY = 0.1
@@ -30,6 +37,12 @@ SCALE = torch.tensor([0.25, 1.0, 0.5], dtype=torch.float64)
 BOUND = torch.tensor([math.inf, 0.7, 0.6], dtype=torch.float64)
 TERMS = [(1 / (1 - 0.9**t), (1 - 0.99**t) ** 0.5) for t in (1, 2, 7)]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    if not INTERPRETED:
+        tensors.library()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")
@@ -99,22 +112,22 @@ CASES = [
     ((F32, BF16, F32, BF16), (2, 6, 2, 6)),
     ((F32, F16, F32, F32), (0, 1, 0, 0)),
 ]
+if not INTERPRETED:
+    CASES = [case for case in CASES if len(set(case[0])) == 1 and F16 not in case[0]]
 
 
 @pytest.mark.parametrize(("dtypes", "starts"), CASES)
 class TestSteps:
     """Tensors that can be cut on 16 bytes together and tensors that cannot, of one dtype and of several."""
 
-    __test__ = INTERPRETED
-
     def test_step(self, dtypes, starts, monkeypatch):
         """In several chunks."""
-        monkeypatch.setattr(step_triton, "CHUNK", 128)
+        monkeypatch.setattr(step, "CHUNK", 128)
         buffers, memory = made(dtypes, starts)
         guards = [int(buffer.isnan().sum()) for buffer in buffers]
         grads = buffers[1].clone()
         weights, means, squares, updates = adamw(memory)
-        step_triton.step_(rule(), memory, PLACES, ClipPlan(SCALE, BOUND), AFTER)
+        step.step_(rule(), memory, PLACES, ClipPlan(SCALE, BOUND), AFTER)
         for i, (_, place) in enumerate(PLACES):
             limit = float(AFTER.bound_S[place])
             weights[i] -= LR * (updates[i] * AFTER.scale_S[place]).clamp(-limit, limit)
@@ -128,7 +141,7 @@ class TestSteps:
         buffers, memory = made(dtypes, starts)
         before = [buffer.clone() for buffer in buffers]
         *_, updates = adamw(memory)
-        sumsq_S, max_S = step_triton.measure(rule(), memory, PLACES, ClipPlan(SCALE, BOUND))
+        sumsq_S, max_S = step.measure(rule(), memory, PLACES, ClipPlan(SCALE, BOUND))
         torch.testing.assert_close(sumsq_S, torch.stack([u.square().sum() for u in updates]), rtol=1e-5, atol=0)
         torch.testing.assert_close(max_S, torch.stack([u.abs().max() for u in updates]), rtol=1e-5, atol=0)
         for buffer, old in zip(buffers, before, strict=True):
@@ -141,27 +154,27 @@ def plain(grads: list[Tensor], weights: list[Tensor] | None = None) -> Memory:
 
 
 class TestMeasure:
-    __test__ = INTERPRETED
-
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_not_finite(self, bad):
         grads = [torch.ones(30), torch.ones(3)]
         grads[0][7] = bad
-        sumsq_S, max_S = step_triton.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 2, None)
+        sumsq_S, max_S = step.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 2, None)
         assert sumsq_S[0].isnan() if math.isnan(bad) else sumsq_S[0].isposinf()
         assert max_S[0].isposinf()
         assert (sumsq_S[1], max_S[1]) == (3, 1)
 
     def test_squares_neither_overflow_nor_vanish(self):
         grads = [torch.full((20,), 1e30), torch.full((20,), 1e-30), torch.zeros(4), torch.zeros(0)]
-        sumsq_S, max_S = step_triton.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 4, None)
+        sumsq_S, max_S = step.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 4, None)
         want = torch.stack([g.double().square().sum() for g in grads])
         torch.testing.assert_close(sumsq_S, want, rtol=1e-6, atol=0)
         assert max_S.tolist() == [float(grads[0][0]), float(grads[1][0]), 0, 0]
 
 
-KINDS = [(F32,) * 5, (BF16,) * 5, (BF16, BF16, F32, F32, F32)]
+KINDS = [(F32,) * 5, (BF16,) * 5, *([(BF16, BF16, F32, F32, F32)] if INTERPRETED else [])]
 """Of weight, gradient and moments."""
+OTHER = F16 if INTERPRETED else BF16
+"""A dtype beside float32."""
 
 
 @pytest.mark.parametrize(("chunk", "offset"), [*((1 << 12, offset) for offset in range(10)), (1 << 14, 5)])
@@ -171,8 +184,6 @@ class TestGuards:
     From size to size dtypes change, and whether the tensors begin at one place in a word or each at another, where they
     do not move in words.
     """
-
-    __test__ = INTERPRETED
 
     def made(self, guards: Guards, chunk: int, offset: int) -> Memory:
         rows = []
@@ -185,38 +196,38 @@ class TestGuards:
     def arguments(self, memory: Memory) -> tuple[Rule, Memory, tuple[tuple[int, int], ...], ClipPlan]:
         """Of a step that would change 7 wherever it stood."""
         count = len(memory.weights)
-        return rule(terms=[TERMS[1]] * count), memory, ((0, 0),) * count, ClipPlan(torch.tensor(0.5))
+        return rule(terms=[TERMS[1]] * count, lr=0.5), memory, ((0, 0),) * count, ClipPlan(torch.tensor(0.5))
 
     def test_nothing_else_is_written(self, chunk, offset, monkeypatch):
-        monkeypatch.setattr(step_triton, "CHUNK", chunk)
+        monkeypatch.setattr(step, "CHUNK", chunk)
         guards = Guards(7.0)
         memory = self.made(guards, chunk, offset)
         before = [tensor.clone() for tensor in memory.weights]
-        step_triton.step_(*self.arguments(memory), None)
+        step.step_(*self.arguments(memory), None)
         guards.assert_kept()
         for weight, old in zip(memory.weights, before, strict=True):
             assert (weight < old).all()
 
     def test_nothing_else_is_counted(self, chunk, offset, monkeypatch):
         """The results too, and what they are added up from, lie between guards."""
-        monkeypatch.setattr(step_triton, "CHUNK", chunk)
+        monkeypatch.setattr(step, "CHUNK", chunk)
         guards = Guards(math.nan)
         memory = self.made(guards, chunk, offset)
         tensors = guards.placed
-        monkeypatch.setattr(step_triton, "torch", Torch(guards))
-        found = step_triton.measure(*self.arguments(memory))
+        monkeypatch.setattr(step, "torch", Torch(guards))
+        found = step.measure(*self.arguments(memory))
         assert all(vector_S.isfinite().all() and (vector_S > 0).all() for vector_S in found)
         assert guards.placed == tensors + 4
         guards.assert_kept()
 
 
 class TestNumbers:
-    __test__ = INTERPRETED
-
     def test_one_number_for_all_sign_and_coupled_decay(self):
-        memory = plain([torch.ones(5), torch.ones(2, dtype=F16)], [torch.full((5,), 2.0), torch.full((2,), 4.0).half()])
+        memory = plain(
+            [torch.ones(5), torch.ones(2, dtype=OTHER)], [torch.full((5,), 2.0), torch.full((2,), 4.0).to(OTHER)]
+        )
         numbers = rule(terms=None, name="sgd", lr=1.0, decay=0.25, decoupled=False, maximize=True)
-        step_triton.step_(numbers, memory, ((0, 0),) * 2, ClipPlan(torch.tensor(0.5)), None)
+        step.step_(numbers, memory, ((0, 0),) * 2, ClipPlan(torch.tensor(0.5)), None)
         assert memory.weights[0].tolist() == [2.0 + 0.5 - 0.5] * 5
         assert memory.weights[1].tolist() == [4.0 + 0.5 - 1.0] * 2
 
@@ -224,20 +235,18 @@ class TestNumbers:
         ones = [torch.ones(3)]
         largest = torch.tensor([math.nan, 5.0, 0.0])
         memory = Memory([torch.ones(3)], ones, [torch.zeros(3)], [torch.zeros(3)], [largest])
-        step_triton.step_(rule(terms=TERMS[:1]), memory, ((0, 0),), None, None)
+        step.step_(rule(terms=TERMS[:1]), memory, ((0, 0),), None, None)
         assert largest[0].isnan()
         assert largest[1] == 5
         assert largest[2].item() == pytest.approx(0.01)
 
 
 class TestServes:
-    __test__ = INTERPRETED
-
     def test_what_fits(self):
         grad = torch.ones(4, 3)
-        assert step_triton.serves(plain([grad]))
-        assert step_triton.serves(plain([grad.half()], [grad]))
-        assert step_triton.serves(plain([grad.t()], [grad.clone().t()]))
+        assert step.serves(plain([grad]))
+        assert step.serves(plain([grad.half()], [grad])) == INTERPRETED
+        assert step.serves(plain([grad.t()], [grad.clone().t()]))
 
     @pytest.mark.parametrize(
         ("grad", "weight"),
@@ -250,4 +259,22 @@ class TestServes:
         ],
     )
     def test_what_does_not(self, grad, weight):
-        assert not step_triton.serves(plain([grad], [weight]))
+        assert not step.serves(plain([grad], [weight]))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a GPU has no threads to choose")
+class TestThreads:
+    @pytest.mark.parametrize("dtype", [F32, BF16])
+    def test_any_number_gives_the_same_bits(self, dtype, monkeypatch):
+        monkeypatch.setattr(native, "SHARE", 1)
+        monkeypatch.setattr(step, "CHUNK", 1000)
+        before, found = torch.get_num_threads(), []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            columns = [segments(dtype, 1, seed, [7, 9001, 2500])[1] for seed in range(4)]
+            memory = Memory(*columns, [None] * 3)
+            found.append([*step.measure(rule(), memory, PLACES, ClipPlan(SCALE, BOUND))])
+            step.step_(rule(), memory, PLACES, ClipPlan(SCALE, BOUND), AFTER)
+            found[-1] += [*memory.weights, *memory.first, *memory.second]
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

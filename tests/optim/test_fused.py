@@ -1,7 +1,7 @@
-"""Clip and step in Triton against the foreach form, float64 and float32 rounded by hand, run by Triton's interpreter.
+"""Clip and step in C and in Triton against the foreach form, float64 and float32 rounded by hand.
 
-As in tests/kernels/test_triton.py the classes are collected only in the process that
-`test_under_the_interpreter` starts, and bfloat16 is truncated there where a GPU rounds to nearest.
+In C here, in Triton in the process that `test_under_the_interpreter` starts; there, as in tests/kernels/test_triton.py,
+bfloat16 is truncated where a GPU rounds to nearest.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradclip import kernels, optim
+from tests.kernels import tensors
 from tests.optim import reference, sequence
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    from hf_gradclip.kernels import step_triton
+    from hf_gradclip.kernels import step_triton as fused
+else:
+    from hf_gradclip.kernels import native_step as fused
 
+FORM = "triton" if INTERPRETED else "auto"
 SHAPES = [(13, 27)]
 STEPS = 20
 LOUD = {4: 5.0, 9: 8.0, 10: 3.0, 15: 6.0}
@@ -58,18 +62,23 @@ def test_under_the_interpreter() -> None:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_given_up", {})
-    monkeypatch.setenv(kernels.VARIABLE, "triton")
+    monkeypatch.setenv(kernels.VARIABLE, FORM)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    if not INTERPRETED:
+        tensors.library()
 
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
-    """The rule of every step that Triton made."""
+    """The rule of every step that the kernels made."""
     seen: list[str] = []
-    if INTERPRETED:
-        for dtype in (torch.float32, torch.bfloat16):
-            assert kernels.step_kernels([torch.zeros(1, dtype=dtype)]) is step_triton  # the check at first use
-        step = step_triton.step_
-        monkeypatch.setattr(step_triton, "step_", lambda rule, *rest: (step(rule, *rest), seen.append(rule.name)))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert kernels.step_kernels([torch.zeros(1, dtype=dtype)]) is fused  # the check at first use
+    step = fused.step_
+    monkeypatch.setattr(fused, "step_", lambda rule, *rest: (step(rule, *rest), seen.append(rule.name)))
     return seen
 
 
@@ -88,9 +97,9 @@ def give(params: list[nn.Parameter], step: int) -> None:
 
 
 def pair(monkeypatch, name: str, groups: list[list[tuple[int, ...]]], **options: Any) -> tuple[Any, Any]:
-    """The optimizer after the run in Triton, and after the foreach form's; a group of parameters for each list."""
+    """The optimizer after the run in the kernels, and after the foreach form's; a group of parameters for each list."""
     found = []
-    for form in ("triton", "eager"):
+    for form in (FORM, "eager"):
         monkeypatch.setenv(kernels.VARIABLE, form)
         params = [parameters(shapes) for shapes in groups]
         rates = [{"params": some, "lr": 0.01 / (1 + i)} for i, some in enumerate(params)]
@@ -117,8 +126,6 @@ def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
 
 class TestForeach:
     """The same as the foreach form, which does not share the arithmetic."""
-
-    __test__ = INTERPRETED
 
     @pytest.mark.parametrize(("name", "options", "limit"), OPTIONS)
     def test_gradients_and_updates_clipped(self, name, options, limit, monkeypatch, launches):
@@ -155,8 +162,6 @@ class TestForeach:
 class TestFloat64:
     """The equations in float64; those of AdamW are in tests/kernels/test_step.py."""
 
-    __test__ = INTERPRETED
-
     @pytest.mark.parametrize("name", ["Adam", "RMSprop", "SGD"])
     def test_update(self, name, launches):
         ours, theirs = sequence.OPTIMIZERS[name]
@@ -171,16 +176,22 @@ class TestFloat64:
 
 
 def cut(x: Tensor) -> Tensor:
-    """To bfloat16, truncated as by the interpreter."""
-    return (x.view(torch.int32) & -65536).view(torch.float32)
+    """To bfloat16: to nearest, or truncated as by the interpreter."""
+    return (x.view(torch.int32) & -65536).view(torch.float32) if INTERPRETED else x.bfloat16().float()
 
 
 class TestBfloat16:
-    __test__ = INTERPRETED
-
-    @pytest.mark.parametrize(("name", "options"), [("AdamW", {}), ("SGD", {"momentum": 0.9})])
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("AdamW", {}),
+            ("SGD", {"momentum": 0.9}),
+            ("RMSprop", {"centered": True, "momentum": 0.5, "eps": 1e-2}),
+            ("AdamW", {"amsgrad": True, "update_clip": "block_rms:max_rms=0.5"}),
+        ],
+    )
     def test_rounded_once(self, name, options, monkeypatch, launches):
-        """As float32 whose weights and moments are truncated after every step."""
+        """As float32 whose weights and moments are rounded after every step; the next begins from ours."""
         ours = [nn.Parameter(p.detach().bfloat16()) for p in parameters(SHAPES)]
         theirs = [nn.Parameter(p.detach().float()) for p in ours]
         a, b = (
@@ -191,23 +202,19 @@ class TestBfloat16:
             for p, q in zip(ours, theirs, strict=True):
                 p.grad = q.grad.bfloat16()
                 q.grad = p.grad.float()
-            monkeypatch.setenv(kernels.VARIABLE, "triton")
+            monkeypatch.setenv(kernels.VARIABLE, FORM)
             a.step()
             monkeypatch.setenv(kernels.VARIABLE, "eager")
             b.step()
-            for q in theirs:
-                for value in (q.data, *(value for key, value in b.state[q].items() if key != "step")):
-                    value.copy_(cut(value))
+            for p, q in zip(ours, theirs, strict=True):
+                mine, other = {"weight": p.data, **a.state[p]}, {"weight": q.data, **b.state[q]}
+                for key in mine.keys() - {"step"}:
+                    torch.testing.assert_close(mine[key].float(), cut(other[key]), rtol=2**-7, atol=1e-6)
+                    other[key].copy_(mine[key])
         assert len(launches) == STEPS
-        for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(p.float(), q, rtol=2**-7, atol=2**-9)
-            for key, value in b.state[q].items():
-                torch.testing.assert_close(a.state[p][key].float(), value, rtol=2**-6, atol=2**-9)
 
 
 class TestSemantics:
-    __test__ = INTERPRETED
-
     def test_the_gradient_is_left_as_it_was(self):
         params = parameters(SHAPES)
         optimizer = optim.AdamW(params, clip="global_norm:max_norm=0.1", update_clip="block_rms:max_rms=0.1")
@@ -260,7 +267,7 @@ class TestSemantics:
         """Served where all tensors of a parameter have it, else by the foreach form."""
         memory = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
         found = []
-        for form in ("triton", "eager"):
+        for form in (FORM, "eager"):
             monkeypatch.setenv(kernels.VARIABLE, form)
             p = nn.Parameter(memory.clone().contiguous(memory_format=torch.channels_last))
             optimizer = optim.AdamW([p], clip="global_norm:max_norm=1")
@@ -275,7 +282,7 @@ class TestSemantics:
     def test_a_group_that_is_not_served(self, update, monkeypatch, launches):
         """float64, beside float32: the foreach form takes it, or both groups if updates are measured."""
         found = []
-        for form in ("triton", "eager"):
+        for form in (FORM, "eager"):
             monkeypatch.setenv(kernels.VARIABLE, form)
             params = [nn.Parameter(torch.ones(20)), nn.Parameter(torch.ones(30, dtype=torch.float64))]
             optimizer = optim.AdamW(
@@ -308,12 +315,10 @@ class TestSemantics:
 
 
 class TestFailure:
-    __test__ = INTERPRETED
-
     @pytest.mark.parametrize(("update", "fails"), [(None, "step_"), (ZCLIP, "measure"), (ZCLIP, "step_")])
     def test_said_once_and_the_foreach_form_goes_on(self, update, fails, monkeypatch, caplog):
         """From the step in which it fails, wherever it fails, and every clipper decides once per step."""
-        calls, works = [], getattr(step_triton, fails)
+        calls, works = [], getattr(fused, fails)
 
         def fail(*args):
             calls.append(1)
@@ -321,7 +326,7 @@ class TestFailure:
                 raise RuntimeError("no such device")
             return works(*args)
 
-        monkeypatch.setattr(step_triton, fails, fail)
+        monkeypatch.setattr(fused, fails, fail)
         caplog.set_level(logging.WARNING, logger="hf_gradclip")
         a, b = pair(monkeypatch, "AdamW", [[(9,)], [(7,)]], clip=ZCLIP, update_clip=update)
         same(a, b)
