@@ -163,6 +163,15 @@ class TestMeasure:
         assert max_S[0].isposinf()
         assert (sumsq_S[1], max_S[1]) == (3, 1)
 
+    @pytest.mark.parametrize("place", [0, 1500, 40_000])
+    def test_the_largest_element_wherever_it_is(self, place, monkeypatch):
+        monkeypatch.setattr(step, "CHUNK", 1 << 14)
+        grad = torch.randn(40_001, generator=torch.Generator().manual_seed(0))
+        grad[place] = -9.0
+        sumsq_S, max_S = step.measure(rule(terms=None, name="sgd"), plain([grad]), ((0, 0),), None)
+        torch.testing.assert_close(sumsq_S[0], grad.double().square().sum(), rtol=1e-6, atol=0)
+        assert max_S.tolist() == [9.0]
+
     def test_squares_neither_overflow_nor_vanish(self):
         grads = [torch.full((20,), 1e30), torch.full((20,), 1e-30), torch.zeros(4), torch.zeros(0)]
         sumsq_S, max_S = step.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 4, None)
