@@ -58,7 +58,7 @@ class ClippedOptimizer(Optimizer, ABC):
 
     Raises:
         SpecError: for a wrong spec.
-        ValueError: for an option that only torch's own implementation has.
+        ValueError: for an option that only torch's own implementation has, or a learning rate on another device.
     """
 
     clipper: Clipper | None = None
@@ -77,6 +77,12 @@ class ClippedOptimizer(Optimizer, ABC):
                 raise ValueError(f"{name}({key}={defaults[key]}): must be {text}.")
         self._specs = self._configs(clip, update_clip)
         super().__init__(params, defaults)
+        for lr in (group["lr"] for group in self.param_groups):
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                raise ValueError(
+                    f"{name}(lr=<tensor on {lr.device}>): every step would wait for the device to read it. Give a "
+                    "number, or a tensor on the CPU."
+                )
         self._make_clippers()
 
     @property
@@ -239,6 +245,8 @@ class ClippedOptimizer(Optimizer, ABC):
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].cpu()  # as below
         for entry in self.state.values():
             if torch.is_tensor(step := entry.get("step")):
                 entry["step"] = step.cpu()  # a fused or capturable optimizer keeps it on the device

@@ -58,6 +58,18 @@ def test_bad_numbers(name: str, bad: dict[str, Any], rule: str) -> None:
     assert str(caught.value) == f"{name}({key}={value}): must be {rule}."
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_learning_rate_that_is_not_on_the_host(name: str) -> None:
+    there = torch.tensor(0.1, device="meta")
+    with pytest.raises(ValueError, match=r"\(lr=<tensor on meta>\): every step would wait .* a tensor on the CPU"):
+        getattr(optim, name)([{"params": [weight()], "lr": there}], lr=0.1)
+    p = weight()
+    optimizer = getattr(optim, name)([p], lr=torch.tensor(0.5))
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert (p != 1).all()
+
+
 @pytest.mark.parametrize("bad", [{}, {"momentum": 0.9, "dampening": 0.1}])
 def test_nesterov_without_what_it_needs(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"SGD\(nesterov=True, .*: needs momentum > 0 and dampening = 0"):
