@@ -6,8 +6,8 @@
 The tasks are in tasks.py. Runs with the same seed begin with the same weights and see the same batches in the same
 order, so that differences are taken pair by pair. Every way to clip gets every learning rate and is judged at its best
 one. At the learning rate that is best without clipping the runs are repeated on broken data: in one kind a share of the
-batches is noise, in the other the same share has a loss that is far too large. Rows are written as they come, and an
-interrupted comparison goes on where it was.
+batches is noise, in the other the same share has a loss that is far too large. Where a run clips, the guard against NaN
+and inf comes with it. Rows are written as they come, and an interrupted comparison goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,31 +30,27 @@ from tasks import EVALUATED, TASKS, Batch, rows_of
 
 from hf_gradclip import Clipper, optim
 from hf_gradclip.clipper import NonFiniteError
+from hf_gradclip.config import ClipConfig
 
 NOTHING = "none"
 CLIPS = (
     NOTHING,
     "global_norm:max_norm=1",
-    "global_norm:max_norm=0.1",
     "zclip",
     "adagc:warmup_steps=50",
     "autoclip",
     "agc",
-    "skip_step+zclip",
-    "none/value:max_value=1",
-    "none/block_rms",
-    "zclip/block_rms",
 )
 RATES = {
-    "adamw": (2.5e-4, 1e-3, 4e-3, 1.6e-2),
-    "rmsprop": (1e-4, 4e-4, 1.6e-3, 6.4e-3),
-    "momentum": (0.01, 0.04, 0.16, 0.64),
+    "adamw": tuple(1e-3 * 2**i for i in range(-1, 6)),
+    "rmsprop": tuple(1e-3 * 2**i for i in range(-3, 4)),
+    "momentum": tuple(0.01 * 2**i for i in range(7)),
 }
 DATA = ("clean", "noise", "loud")
 BROKEN = 0.05
 LOUD = 100.0
 RAMP = 0.05
-UNBROKEN = 0.2
+UNBROKEN = 0.35  # longer than the warm-ups of CLIPS
 EVALUATED_AT_ONCE = 128
 
 
@@ -67,8 +63,8 @@ class Run:
         optimizer: of RATES.
         clip: how to clip the gradient, or gradient/update.
         lr: the highest learning rate, reached after a RAMP of the steps; a cosine to 0 follows.
-        data: "clean", "noise" (of the batches after the first UNBROKEN of the run a share BROKEN is noise), or "loud"
-            (the same share has LOUD times its loss).
+        data: "clean", "noise" (so many batches as are BROKEN of the run are noise, none of them in its first UNBROKEN),
+            or "loud" (the same batches have LOUD times their loss).
         seed: of weights and batches.
         steps: of the optimizer.
     """
@@ -88,7 +84,8 @@ class Outcome:
 
     Args:
         run: which.
-        half: evaluation loss in the middle; None where it is not finite.
+        start: evaluation loss before the first step.
+        half: the same in the middle; None where it is not finite.
         end: the same at the end.
         clipped: share of the steps whose gradient was clipped.
         update_clipped: share of the steps whose update was.
@@ -96,6 +93,7 @@ class Outcome:
     """
 
     run: Run
+    start: float | None
     half: float | None
     end: float | None
     clipped: float
@@ -104,7 +102,7 @@ class Outcome:
 
 
 def places(clip: str) -> tuple[str, str]:
-    """The spec for the gradient and the one for the update."""
+    """The spec for the gradient and the one for the update; no path can be in either."""
     gradient, _, update = clip.partition("/")
     return gradient, update or NOTHING
 
@@ -136,6 +134,13 @@ def evaluate(model: torch.nn.Module, data: Batch) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
+def broken_steps(run: Run) -> set[int]:
+    """Where its data is broken: the same for all runs of a seed and a length."""
+    first = math.ceil(UNBROKEN * run.steps)
+    order = torch.randperm(run.steps - first, generator=torch.Generator().manual_seed(run.seed))
+    return {first + place for place in order[: round(BROKEN * run.steps)].tolist()}
+
+
 def train(run: Run) -> Outcome:
     """Train, on one thread."""
     torch.set_num_threads(1)
@@ -145,15 +150,16 @@ def train(run: Run) -> Outcome:
     gradient, _ = places(run.clip)
     clipper = None if gradient == NOTHING else Clipper.for_model(model, gradient)
     optimizer = optimizer_of(run, model)
-    drawn = torch.Generator().manual_seed(run.seed)
-    half, end = None, None
+    drawn, broken = torch.Generator().manual_seed(run.seed), broken_steps(run)
+    start, half, end = evaluate(model, data), None, None
     try:
         for step in range(run.steps):
             index = torch.randint(EVALUATED, len(data["labels"]), (task.batch_size,), generator=drawn)
             noise = task.noise(task.batch_size, drawn)
-            broken = float(torch.rand((), generator=drawn)) < BROKEN and step >= UNBROKEN * run.steps
-            loss = model(**(noise if broken and run.data == "noise" else rows_of(data, index))).loss
-            (loss * LOUD if broken and run.data == "loud" else loss).backward()
+            loss = model(**(noise if run.data == "noise" and step in broken else rows_of(data, index))).loss
+            if run.data == "loud" and step in broken:
+                loss = loss * LOUD
+            loss.backward()
             for group in optimizer.param_groups:
                 group["lr"] = run.lr * factor(step, run.steps)
             if clipper is not None:
@@ -168,7 +174,7 @@ def train(run: Run) -> Outcome:
     summary = clipper.report.summary() if clipper is not None else {}
     update = optimizer.update_clipper.report.summary() if optimizer.update_clipper is not None else {}
     skipped = int(summary.get("skipped", 0) + update.get("skipped", 0))
-    return Outcome(run, half, end, summary.get("rate", 0.0), update.get("rate", 0.0), skipped)
+    return Outcome(run, start, half, end, summary.get("rate", 0.0), update.get("rate", 0.0), skipped)
 
 
 class Comparison:
@@ -176,36 +182,45 @@ class Comparison:
 
     Args:
         path: of the rows; those of the same commit count, others stay where they are. None keeps none.
-        commit: of the code.
+        commit: of the code; rows of one that is not committed are not used again.
         workers: processes.
     """
 
     def __init__(self, path: Path | None, commit: str, workers: int) -> None:
         self.outcomes: dict[Run, Outcome] = {}
         self._path, self._commit, self._workers = path, commit, workers
-        for line in path.read_text("utf-8").splitlines() if path is not None and path.exists() else []:
-            row = json.loads(line)
-            if row.pop("commit") == commit:
+        *whole, _ = path.read_text("utf-8").split("\n") if path is not None and path.exists() else [""]
+        for row in map(json.loads, whole):
+            if row.pop("commit") == commit and not commit.endswith(("dirty", "unknown")):
                 run = Run(**row.pop("run"))
                 self.outcomes[run] = Outcome(run, **row)
+        if path is not None:
+            path.write_text("".join(f"{line}\n" for line in whole), "utf-8")  # without what an interruption left
 
     def run(self, runs: Iterable[Run]) -> None:
         """Train what was not trained yet."""
         missing = [run for run in runs if run not in self.outcomes]
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self._workers, mp_context=context) as pool:
-            for i, done in enumerate(as_completed([pool.submit(train, run) for run in missing])):
-                outcome = done.result()
-                self.outcomes[outcome.run] = outcome
-                if self._path is not None:
-                    with self._path.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"commit": self._commit, **asdict(outcome)}) + "\n")
-                print(f"{i + 1} of {len(missing)}: {outcome}", file=sys.stderr)
+            try:
+                for i, done in enumerate(as_completed([pool.submit(train, run) for run in missing])):
+                    self._keep(done.result())
+                    print(f"{i + 1} of {len(missing)}: {done.result()}", file=sys.stderr)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
-    def ends(self, run: Run, seeds: Sequence[int]) -> list[float]:
-        """The last evaluation losses of a run by seed, inf for one that is not finite."""
-        found = (self.outcomes[replace(run, seed=seed)].end for seed in seeds)
-        return [math.inf if end is None else end for end in found]
+    def _keep(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.run] = outcome
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"commit": self._commit, **asdict(outcome)}) + "\n")
+
+    def ends(self, run: Run, seeds: Sequence[int], when: str = "end") -> list[float]:
+        """The last evaluation losses of a run by seed; inf for one that is not below the loss before training."""
+        found = [self.outcomes[replace(run, seed=seed)] for seed in seeds]
+        pairs = [(getattr(outcome, when), outcome.start) for outcome in found]
+        return [math.inf if end is None or start is None or end > start else end for end, start in pairs]
 
     def best(self, run: Run, seeds: Sequence[int], rates: Sequence[float]) -> Run:
         """The run at the learning rate with the lowest mean of the last evaluation losses."""
@@ -213,10 +228,11 @@ class Comparison:
 
 
 def paired(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Mean of the differences, and its standard error."""
+    """Mean of the differences, and its standard error; or which of the two learnt nothing."""
+    for whose, ends in (("", mine), (f"{NOTHING}: ", theirs)):
+        if lost := sum(map(math.isinf, ends)):
+            return f"{whose}no better than at the start in {lost} of {len(ends)}"
     differences = [a - b for a, b in zip(mine, theirs, strict=True)]
-    if not all(map(math.isfinite, differences)):
-        return f"diverged in {sum(not math.isfinite(d) for d in differences)} of {len(differences)}"
     mean = f"{statistics.fmean(differences):+.3f}"
     if len(differences) == 1:
         return mean
@@ -224,9 +240,9 @@ def paired(mine: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 def number(values: Sequence[float]) -> str:
-    """The mean, or a word."""
+    """The mean, or a dash where one of them learnt nothing."""
     mean = statistics.fmean(values)
-    return f"{mean:.3f}" if math.isfinite(mean) else "diverged"
+    return f"{mean:.3f}" if math.isfinite(mean) else "-"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -251,34 +267,36 @@ def detail(found: Comparison, plain: Run, clips: Sequence[str], rates: Sequence[
         mine = replace(plain, clip=clip)
         best = found.best(mine, seeds, rates)
         outcomes = [found.outcomes[replace(best, seed=seed)] for seed in seeds]
-        halves = [math.inf if outcome.half is None else outcome.half for outcome in outcomes]
         shares = [statistics.fmean(o.clipped for o in outcomes), statistics.fmean(o.update_clipped for o in outcomes)]
-        same = replace(mine, lr=stock.lr)
-        harm = [paired(found.ends(replace(same, data=d), seeds), found.ends(same, seeds)) for d in DATA[1:]]
+        broken = [(replace(stock, clip=clip, data=data), replace(stock, data=data)) for data in DATA[1:]]
         rows.append(
             [
                 clip,
                 *(number(found.ends(replace(mine, lr=lr), seeds)) for lr in rates),
-                f"{best.lr:g}",
-                number(halves),
+                f"{best.lr:g}" + " (edge)" * (best.lr in (min(rates), max(rates))),
+                number(found.ends(best, seeds, "half")),
                 paired(found.ends(best, seeds), found.ends(stock, seeds)),
                 " / ".join(f"{share:.0%}" for share in shares[: 1 + ("/" in clip)]),
-                *harm,
+                *(paired(found.ends(one, seeds), found.ends(other, seeds)) for one, other in broken),
             ]
         )
+        if clip == NOTHING:
+            rows[-1][-2:] = [number(found.ends(one, seeds)) for one, _ in broken]
     head = ["clip", *(f"lr {lr:g}" for lr in rates), "best lr", "half-way", f"less {NOTHING}", "clipped", *DATA[1:]]
     return markdown(head, rows)
 
 
 LEGEND = f"""\
-- Losses are of evaluation, on examples held out, at the end of the run; a mean over the seeds.
-- best lr: where that loss is lowest. half-way: the loss after half of the steps, there.
+- Losses are of evaluation, on examples held out, at the end of the run: a mean over the seeds, or a dash where a run \
+ends no better than it began.
+- best lr: where that loss is lowest; chosen on these seeds and examples. (edge): none beyond it was tried.
+- half-way: the loss after half of the steps, there.
 - less {NOTHING}: the loss at its best lr less that of `{NOTHING}` at its own best lr, seed by seed: mean and standard \
 error. Below 0 is better than not to clip.
 - clipped: share of the steps at the best lr; gradient / update.
-- noise, loud: what broken data cost, at the learning rate that is best for `{NOTHING}` on clean data: the loss less \
-that of the same run on clean data. noise: {BROKEN:.0%} of the batches after the first {UNBROKEN:.0%} of the run are \
-random inputs with random labels. loud: the loss of as many batches is {LOUD:g} times too large."""
+- noise, loud: on broken data, at the learning rate that is best for `{NOTHING}` on clean data: its loss, and that of \
+the others less it. noise: as many batches as are {BROKEN:.0%} of the run, after the first {UNBROKEN:.0%}, are random \
+inputs with random labels. loud: the loss of the same batches is {LOUD:g} times too large."""
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -294,6 +312,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.argv = argv
     args.clip = list(dict.fromkeys([NOTHING, *args.clip]))  # which the others are compared with
+    for clip in args.clip:
+        gradient, update = places(clip)
+        ClipConfig.parse(gradient, update=update)  # a word that is not known is refused now
     return args
 
 
@@ -303,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     torch.set_num_threads(1)
     cpu, seeds = torch.device("cpu"), range(args.seeds)
     facts = circumstances("compare_strategies", args.argv, cpu, "none: nothing is timed")
-    stem = f"compare_{'-'.join(args.optimizer)}_{hardware(cpu)[1]}_{facts['date']}"
-    path = None if args.out is None else args.out / f"{stem}.jsonl"
+    name = f"compare_{'-'.join(args.optimizer)}_{hardware(cpu)[1]}"
+    path = None if args.out is None else args.out / f"{name}.jsonl"
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
     found = Comparison(path, facts["commit"], args.workers)
@@ -319,17 +340,18 @@ def main(argv: Sequence[str] | None = None) -> str:
         replace(plain, clip=clip, lr=best[plain], data=data, seed=seed)
         for seed, plain, clip, data in product(seeds, plains, args.clip, DATA[1:])
     )
-    keep = ("hardware", "date", "command", "commit", "versions")
-    lines = [f"- {key}: {facts[key]}" for key in keep[:-1]]
+    lines = [f"- {key}: {facts[key]}" for key in ("hardware", "date", "command", "commit")]
     lines.append("- versions: " + ", ".join(f"{name} {facts['versions'][name]}" for name in ("python", "torch")))
-    parts = [f"# {stem}", "\n".join([*lines, f"- {args.seeds} seeds, {args.steps} steps each"]), LEGEND]
+    parts = [f"# {name}", "\n".join([*lines, f"- {args.seeds} seeds, {args.steps} steps each"]), LEGEND]
     for plain in plains:
         task, rates = TASKS[plain.task], RATES[plain.optimizer]
-        parts += [f"## {task.name}, {plain.optimizer}: {task.what}", detail(found, plain, args.clip, rates, seeds)]
+        start = statistics.fmean(found.outcomes[replace(plain, lr=rates[0], seed=s)].start or math.nan for s in seeds)
+        title = f"## {task.name}, {plain.optimizer}: {task.what}; {start:.3f} at the start"
+        parts += [title, detail(found, plain, args.clip, rates, seeds)]
     text = "\n\n".join(parts) + "\n"
     print(text)
     if args.out is not None:
-        (args.out / f"{stem}.md").write_text(text, "utf-8")
+        (args.out / f"{name}.md").write_text(text, "utf-8")
     return text
 
 

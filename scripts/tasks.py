@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutput
 Batch = dict[str, Tensor]
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib")
-PACKAGE_BYTES = 140_000
+PACKAGE_CHARACTERS = 140_000
 VOCABULARY = 1024
 TOKENS, CHARACTERS, PIXELS = 64, 64, 32
 IMAGES = 4096
@@ -81,7 +81,7 @@ def sources() -> list[str]:
     joined = (
         "\n".join(p.read_text("utf-8", "replace") for p in sorted((folder / name).glob("*.py"))) for name in PACKAGES
     )
-    return [text[:PACKAGE_BYTES] for text in joined]
+    return [text[:PACKAGE_CHARACTERS] for text in joined]
 
 
 def shuffled(data: Batch) -> Batch:

@@ -29,7 +29,7 @@ INLINE float advance(int rule, int kept, float g, float *a, float *b, float *c, 
     }
     if (rule == RMSPROP) {
         *a = of.past2 * *a + of.fresh2 * g * g;
-        *b = of.past2 * *b + of.fresh2 * g;
+        *b += of.fresh2 * (g - *b); /* settles at g, so that the variance does not fall below 0 */
         const float u = g / (__builtin_sqrtf(kept & B ? *a - *b * *b : *a) / own.root + of.eps);
         *c = of.past * *c + u;
         return kept & C ? *c : u;

@@ -33,7 +33,7 @@ class Rule:
 
         adam      a <- past a + fresh g, b <- past2 b + fresh2 g^2, u = a term / (sqrt(b) / root + eps), or with
                   c <- max(c, b) in the place of b
-        rmsprop   a <- past2 a + fresh2 g^2, b <- past2 b + fresh2 g, u = g / (sqrt(a - b^2) / root + eps), or
+        rmsprop   a <- past2 a + fresh2 g^2, b <- b + fresh2 (g - b), u = g / (sqrt(a - b^2) / root + eps), or
                   c <- past c + u in its place
         sgd       u = g, or a <- past a + term g in its place
         nesterov  a <- past a + term g, u = g + past a
@@ -64,11 +64,11 @@ class Rule:
 
 
 def are_alike(memory: Memory, dtypes: Collection[torch.dtype]) -> bool:
-    """Whether all tensors of a parameter are there with one size and one order of elements, on one device."""
+    """Whether all tensors of a parameter are there, to be written, of one size and one order, on one device."""
     device = memory.weights[0].device
     for weight, *others in zip(*memory, strict=True):
         same = [weight, *(tensor for tensor in others if tensor is not None)]
-        if not are_plain(same):
+        if not are_plain(same) or any(t.is_inference() or (t.numel() and not t.data_ptr()) for t in same):
             return False
         if not all(t.dtype in dtypes and t.device == device and t.shape == weight.shape for t in same):
             return False

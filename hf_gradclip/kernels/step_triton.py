@@ -237,7 +237,7 @@ def _elements(
         a = past2 * a + fresh2 * g * g
         variance = a
         if b_dtype != _ABSENT:
-            b = past2 * b + fresh2 * g
+            b += fresh2 * (g - b)  # settles at g, so that the variance does not fall below 0
             variance = a - b * b
         u = tl.div_rn(g, tl.div_rn(tl.sqrt_rn(variance), root) + eps)
         if c_dtype != _ABSENT:

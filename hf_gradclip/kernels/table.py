@@ -137,8 +137,8 @@ def _check(name: str, tensor: Tensor | None, device: torch.device) -> None:
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether the memory of all is what they stand for, which it is not for a wrapper or a fake tensor."""
-    return set(map(type, tensors)) <= {Tensor, nn.Parameter}
+    """Whether the memory of all is what they stand for: not of a wrapper, a fake tensor, or one with a sign to take."""
+    return set(map(type, tensors)) <= {Tensor, nn.Parameter} and not any(map(Tensor.is_neg, tensors))
 
 
 def dense(tensor: Tensor) -> bool:

@@ -41,9 +41,9 @@ class ClippedOptimizer(Optimizer, ABC):
     """An optimizer that clips its gradients and its updates.
 
     A step in Triton (on a GPU) or in C (on a CPU) clips what it reads, so that `.grad` still holds the gradient as it
-    came, and a step that is skipped because of its update leaves the moments as they were too; see
-    hf_gradclip.optim.fused. The foreach form, which serves elsewhere, leaves the clipped gradient, or the clipped
-    update, in `.grad`.
+    came (where all groups step so), and a step that is skipped because of its update leaves the moments as they were
+    too; see hf_gradclip.optim.fused. The foreach form, which serves elsewhere, leaves the clipped gradient, or the
+    clipped update, in `.grad`.
 
     Args:
         params: as in torch.optim; named parameters (`model.named_parameters()`) keep their names in the clip state.
@@ -190,13 +190,19 @@ class ClippedOptimizer(Optimizer, ABC):
         return loss
 
     def _settle(self) -> None:
-        """Add up over ranks the gradients that are parts of a sum: sequence parallelism leaves some so."""
+        """Add up over ranks the gradients that are parts of a sum: sequence parallelism leaves some so.
+
+        Raises:
+            ValueError: for a gradient that is not taken, before anything has changed.
+        """
         for group in self.param_groups:
             for p in group["params"]:
                 if hasattr(p.grad, "placements"):
                     from hf_gradclip.views.dtensor import settle_placements
 
                     settle_placements(p)
+                if p.grad is not None:
+                    local(p.grad)
 
     def _watches_all(self) -> bool:
         """False after a group was added, or a wrapper (FSDP2 by Accelerate) put other parameters into the groups."""

@@ -51,8 +51,6 @@ class Job:
 def kernels_of(optimizer: Steps) -> ModuleType | None:
     """The kernels, if they can clip as this optimizer's clippers do: with numbers per parameter, on one device."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if any(p.grad is not None and (p.grad.is_sparse or p.grad.is_complex()) for p in params):
-        return None  # refused there, before anything has changed
     if not params or (found := kernels.step_kernels(params)) is None:
         return None
     devices = {p.device for p in params}

@@ -254,7 +254,7 @@ class TestServes:
     def test_what_fits(self):
         grad = torch.ones(4, 3)
         assert step.serves(plain([grad]))
-        assert step.serves(plain([grad.half()], [grad])) == INTERPRETED
+        assert step.serves(plain([grad.bfloat16()], [grad])) == INTERPRETED
         assert step.serves(plain([grad.t()], [grad.clone().t()]))
 
     @pytest.mark.parametrize(
@@ -269,6 +269,16 @@ class TestServes:
     )
     def test_what_does_not(self, grad, weight):
         assert not step.serves(plain([grad], [weight]))
+
+    def test_memory_that_is_not_what_it_stands_for(self):
+        weight, gone = torch.ones(4), torch.ones(4)
+        gone.untyped_storage().resize_(0)
+        with torch.inference_mode():
+            frozen = torch.ones(4)
+        wrapped = torch.ones(4).as_subclass(type("Wrapped", (Tensor,), {}))
+        for other in (torch._neg_view(torch.ones(4)), wrapped, gone, frozen):
+            assert not step.serves(plain([other], [weight]))
+            assert not step.serves(plain([weight], [other]))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a GPU has no threads to choose")

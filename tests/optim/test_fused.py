@@ -263,6 +263,27 @@ class TestSemantics:
         optimizer.step()
         assert torch.equal(p, torch.ones(5))
 
+    def test_a_gradient_whose_sign_is_still_to_be_taken(self):
+        """As autograd leaves behind the conjugate of a complex number."""
+        a, b = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(2.0))
+        optimizer = optim.SGD([a, b], lr=0.1, clip="global_norm:max_norm=100")
+        (torch.complex(a, b).conj() * (1 + 3j)).real.backward()
+        assert b.grad.is_neg()
+        optimizer.step()
+        assert (a.item(), b.item()) == pytest.approx((0.9, 1.7))
+
+    def test_a_variance_that_is_nearly_0_stays_above_it(self, launches):
+        """Of gradients that hardly change, centered RMSprop finds one in the last digits of two averages."""
+        generator = torch.Generator().manual_seed(0)
+        base = torch.randn(100, generator=generator)
+        p = nn.Parameter(torch.zeros(100))
+        optimizer = optim.RMSprop([p], lr=1e-5, centered=True)
+        for _ in range(40 if INTERPRETED else 1500):
+            p.grad = base * (1 + 1e-3 * torch.randn(100, generator=generator))
+            optimizer.step()
+        assert set(launches) == {"rmsprop"}
+        assert p.isfinite().all()
+
     def test_another_order_of_the_elements(self, monkeypatch, launches):
         """Served where all tensors of a parameter have it, else by the foreach form."""
         memory = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))

@@ -115,6 +115,19 @@ def test_sparse_gradients(name: str, clips: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("clips", CLIPS)
 @pytest.mark.parametrize("name", NAMES)
+def test_sparse_gradients_of_a_second_group_change_nothing_in_the_first(name: str, clips: dict[str, Any]) -> None:
+    p, q = weight(), weight()
+    optimizer = getattr(optim, name)([{"params": [p]}, {"params": [q]}], **clips)
+    p.grad, q.grad = torch.full((3,), 9.0), sparse(q)
+    with pytest.raises(ValueError, match="does not take sparse gradients"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+    assert torch.equal(p.grad, torch.full((3,), 9.0))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("clips", CLIPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_complex_parameters(name: str, clips: dict[str, Any]) -> None:
     p = weight(dtype=torch.complex64)
     optimizer = getattr(optim, name)([p], **clips)
