@@ -19,7 +19,7 @@ from bench_clip import BACKENDS, chosen, our_row, parse_args
 from benchmark import Case, Row, Workload, bind, ceilings, run
 from torch.nn.utils import clip_grad_norm_
 
-from hf_gradclip import Clipper, kernels, optim
+from hf_gradclip import Clipper, optim
 
 RATE = 1e-6
 STEP = "whole step"
@@ -58,15 +58,14 @@ def our_rows(work: Workload, case: Case, fused: torch.optim.Optimizer) -> list[R
     named = list(work.named_parameters())
     own = optim.AdamW(named, lr=RATE, clip=spec)
     own_update = optim.AdamW(named, lr=RATE, clip=spec, update_clip=update)
-    by_kernels = kernels.step_kernels(list(work.params)) is not None
     rows = []
     for backend in BACKENDS:
         row = partial(our_row, work, backend=backend)
         rows += [
             row("clipper.step() + fused AdamW", "norm", then(plain.step, fused.step), order=2.0),
             row("clipper.step() fold=True + fused AdamW", "norm", then(fold.step, fused.step), order=2.0),
-            # in kernels these clip as they step, and leave the gradients as they are
-            row("hf_gradclip.optim.AdamW clip", "norm", own.step, grads=backend == "eager" or not by_kernels),
+            # kernels clip as they step, and leave the gradients as they are
+            row("hf_gradclip.optim.AdamW clip", "norm", own.step, grads=backend == "eager"),
             row("hf_gradclip.optim.AdamW clip, update_clip=block_rms", "update", own_update.step, grads=False),
         ]
     return rows
