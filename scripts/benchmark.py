@@ -346,11 +346,25 @@ def write(folder: Path, stem: str, report: dict[str, Any]) -> None:
     print(f"written: {stem}.md and .json")
 
 
+def device_of(word: str) -> torch.device:
+    """The device of `--device`; a GPU without a number is the first.
+
+    Raises:
+        SystemExit: for a GPU where torch sees none.
+    """
+    device = torch.device(word)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise SystemExit(f"--device {word}: torch sees no GPU here. Leave it out to measure the CPU.")
+    return torch.device("cuda", device.index or 0)
+
+
 def run(
     theme: str, workloads: dict[str, Shapes], rows_of: Callable[[Workload, Case], list[Row]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Measure and print every table, and write them all with `--out`; the report."""
-    device = torch.device(args.device)
+    device = device_of(args.device)
     torch.set_num_threads(args.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 READ = "read: sum of one flat buffer"
@@ -137,3 +139,16 @@ def test_the_circumstances_are_said_and_no_folder(written, tmp_path) -> None:
         assert str(ROOT) not in text
         assert str(tmp_path.parent) not in text
         assert str(Path.home()) not in text
+
+
+@pytest.mark.parametrize(("word", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_gpu_is_one_that_torch_can_be_set_to(word, index, monkeypatch) -> None:
+    """`torch.cuda.set_device` takes no device without a number."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    benchmark = importlib.import_module("benchmark")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert benchmark.device_of(word) == torch.device("cuda", index)
+    assert benchmark.device_of("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=rf"--device {word}: torch sees no GPU here"):
+        benchmark.device_of(word)
