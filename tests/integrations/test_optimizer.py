@@ -78,6 +78,8 @@ MAKE = {
     ),
     "Lion": lambda params: Lion(params, lr=1e-2, weight_decay=0.1),
 }
+if not hasattr(torch.optim, "Muon"):  # before torch 2.9
+    del MAKE["Muon"]
 DECOUPLED = ("AdamW fused", "NAdam", "Muon", "Adafactor of transformers", "Lion")
 RULES = {
     "value": lambda u, c: {k: v.clamp(-c, c) for k, v in u.items()},
