@@ -27,4 +27,4 @@ bench:
 
 wheel:
 	python -m build --wheel
-	python -m zipfile -l dist/*.whl | grep -q kernels/_native || { echo "native.c was not compiled: no C compiler?"; exit 1; }
+	python -m zipfile -l dist/*.whl | grep -q kernels/c/_compiled || { echo "the C files were not compiled: no C compiler?"; exit 1; }

@@ -97,13 +97,13 @@ class ClipConfig:
             if part.needs.units is not None:
                 raise SpecError(
                     f"ClipConfig(update={name_of(part)}): it goes by units and their weights, which have moved by the "
-                    "time an update is known. Put it under 'gradient', or use block_rms."
+                    "time the update of most optimizers is known. Put it under 'gradient', or use block_rms."
                 )
             if part.skips:
                 word = name_of(part)
                 raise SpecError(
-                    f"ClipConfig(update={word}): by the time an update is known the moments have moved, so a step "
-                    f"cannot be left out. Put {word} under 'gradient'."
+                    f"ClipConfig(update={word}): by the time the update of most optimizers is known the moments "
+                    f"have moved, so a step cannot be left out. Put {word} under 'gradient'."
                 )
 
     def __str__(self) -> str:

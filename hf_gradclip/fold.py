@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_gradclip.strategy import SpecError, Strategy, name_of, parts_of
 from hf_gradclip.types import ClipPlan
-from hf_gradclip.views.view import GradientView, UnsupportedBackendError
+from hf_gradclip.views.view import UnsupportedBackendError, View
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
 
@@ -34,26 +34,26 @@ class Fold:
         UnsupportedBackendError: for another optimizer, or where something else sets the two attributes.
     """
 
-    def __init__(self, optimizer: Any, view: GradientView, strategy: Strategy, scale: bool, skip: bool) -> None:
+    def __init__(self, optimizer: Any, view: View, strategy: Strategy, scale: bool, skip: bool) -> None:
         self.scale = scale
         self.skip = skip
         self._refuse(optimizer, view, strategy)
         self._optimizer = weakref.ref(optimizer)
         optimizer.register_step_post_hook(_take_back)
 
-    def hand(self, plan: ClipPlan, skip: Tensor) -> None:
-        """Give the optimizer what this step needs. `skip` is a 0-d bool on the device."""
+    def hand(self, plan: ClipPlan, skip: Tensor | None) -> None:
+        """Give the optimizer what this step needs. `skip` is a 0-d bool on the device, None where the host reads it."""
         if self.scale and plan.scale_S.ndim:
             raise SpecError("fold=True: the strategy gave a scale per parameter, where one number is needed.")
         if (optimizer := self._optimizer()) is None:
             return  # nobody is left to step
         if self.scale:
             optimizer.grad_scale = plan.scale_S.reciprocal().float()
-        if self.skip:
+        if self.skip and skip is not None:
             _start_momentum(optimizer)
             optimizer.found_inf = skip.float()
 
-    def _refuse(self, optimizer: Any, view: GradientView, strategy: Strategy) -> None:
+    def _refuse(self, optimizer: Any, view: View, strategy: Strategy) -> None:
         word = "fold=True" if self.scale else "skip_sync=False"
         instead = "fold=False" if self.scale else "skip_sync=True"
         if self.scale:

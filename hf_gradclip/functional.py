@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_gradclip import kernels
 from hf_gradclip.strategy import limit_scale
 from hf_gradclip.types import statistics_dtype
-from hf_gradclip.views.parameters import gradients_of, measure
+from hf_gradclip.views.gradients import gradients_of, measure
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def clip_grad_norm_(
         if device.type == "cpu" and not norm.isfinite():
             norm = measure(grads, dtype, device, max_abs=False, rescale=True)[0].sum().sqrt()
     else:
-        norm = kernels.largest_of(grads, dtype, device).amax()
+        norm = _largest(grads, dtype, device).amax()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_(norm_type={norm_type}): the norm of the gradients is {float(norm)}, so they cannot be "
@@ -79,3 +79,10 @@ def clip_grad_norm_(
     kernels.apply_(grads, limit_scale(float(max_norm), norm), None)
     wide = any(grad is not None and grad.dtype == torch.float64 for grad in grads)
     return norm.to(torch.float64 if wide else torch.float32)
+
+
+def _largest(grads: list[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Largest absolute element per gradient, shape (len(grads),), where NaN stays NaN as in torch."""
+    sumsq_S, max_S = kernels.statistics(grads, dtype, device, max_abs=True)
+    assert max_S is not None
+    return torch.where(sumsq_S.isnan(), sumsq_S, max_S)

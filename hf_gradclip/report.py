@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
-import sys
 
 import torch
 from torch import Tensor
 
-from hf_gradclip.kernels.graphed import Graphed
-from hf_gradclip.types import ClipPlan, NormStats
-
-logger = logging.getLogger("hf_gradclip")
+from hf_gradclip.say import logger
+from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 Meters = dict[str, Tensor]
 
 ZERO_STEPS = 10
 _FOLD = 512
-
-
-def announce(text: str) -> None:
-    """Say something once to the person at the terminal; `logging.getLogger("hf_gradclip")` silences it."""
-    if not logger.handlers and not logger.hasHandlers():
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    logger.info(text)
 
 
 class ClipReport:
@@ -50,41 +36,88 @@ class ClipReport:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, prefix: str = "clip") -> None:
-        self.device = device
         self._prefix = prefix
-        self._zero = torch.zeros((), dtype=dtype, device=device)
         self._at: Meters = {}
-        self._norms: list[Tensor] = []
         self._all_norms: list[float] = []
         self._run = dict.fromkeys(("steps", "clipped", "skipped", "nonfinite"), 0)
         self._last: dict[str, float] = {}
         self._warned_zero = False
-        self._added = Graphed(added)
         self.last: NormStats | None = None
+        self._place(device, dtype)
         self._clear()
+
+    def _place(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self._zero = torch.zeros((), dtype=dtype, device=device)
+        self._nan = torch.full_like(self._zero, float("nan"))
 
     def _clear(self) -> None:
         self._steps = self._tensor_steps = 0
-        self._sums = dict.fromkeys(("clipped", "tensors", "skipped", "nonfinite"), self._zero)
-        self._at = {key: torch.full_like(self._zero, float("nan")) for key in self._at}
-        self._norms = []
+        self._counts = dict.fromkeys(("clipped", "tensors", "skipped", "nonfinite"), 0)
+        self._sums = dict.fromkeys(self._counts, self._zero)
+        self._clipped: list[Tensor] = []
+        self._at = dict.fromkeys(self._at, self._nan)
+        self._applied: tuple[NormStats, ClipPlan] | None = None
+        self._norms: list[Tensor] = []
 
-    def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor) -> None:
-        """Count one step. All arguments are on the device; `finite` and `skipped` are 0-d bools."""
+    def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Go on with the run on another device. One host read."""
+        if device != self.device or dtype != self._zero.dtype:
+            self._drain()
+            self._place(device, dtype)
+            self._at = {}
+            self._clear()
+
+    def add(
+        self,
+        stats: NormStats,
+        plan: ClipPlan,
+        finite: Tensor | bool,
+        skipped: Tensor | bool,
+        clipped: bool | None = None,
+    ) -> None:
+        """Count one step.
+
+        Args:
+            stats: what was measured.
+            plan: what was decided.
+            finite: whether the norm was finite, 0-d bool on the device; or a bool where the host has read it.
+            skipped: whether the step was skipped, in the same way.
+            clipped: whether anything is scaled or bounded; None where the host does not know.
+        """
         self.last = stats
         self._steps += 1
         self._tensor_steps += len(stats.layout.names)
-        self._sums, self._at, norm = self._added(self._sums, self._at, stats, plan, finite, skipped)
-        self._norms.append(norm)
+        if isinstance(finite, Tensor) or isinstance(skipped, Tensor) or clipped is None:
+            finite, skipped = (torch.as_tensor(flag, device=self.device) for flag in (finite, skipped))
+            self._sums, self._at, norm = added(self._sums, self._at, stats, plan, finite, skipped)
+            self._norms.append(norm)
+        else:
+            self._add_known(stats, plan, finite, skipped, clipped)
         if len(self._norms) >= _FOLD:
             self._norms = [torch.cat([norm.view(-1) for norm in self._norms])]
+
+    def _add_known(self, stats: NormStats, plan: ClipPlan, finite: bool, skipped: bool, clipped: bool) -> None:
+        """The same on the host: what only the last step is asked for waits until somebody asks."""
+        self._norms.append(stats.total if finite else self._nan)
+        self._counts["nonfinite"] += not finite
+        self._counts["skipped"] += skipped
+        if finite and plan.threshold is not None:
+            self._at["threshold"] = plan.threshold
+        if finite and not skipped:
+            self._applied = stats, plan
+        if clipped:
+            self._counts["clipped"] += 1
+            self._clipped.append(_tensors(plan.clipped_S, stats.layout))
+            if len(self._clipped) >= _FOLD:
+                self._clipped = [torch.stack(self._clipped).sum()]
 
     def add_overflow(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""
         self._steps += 1
-        for key in ("skipped", "nonfinite"):
-            self._sums[key] = self._sums[key] + 1
-        self._norms.append(torch.full_like(self._zero, float("nan")))
+        self._counts["skipped"] += 1
+        self._counts["nonfinite"] += 1
+        self._norms.append(self._nan)
 
     def scalars(self) -> dict[str, float]:
         """The keys above, since the last call; empty if no step was counted. One host read."""
@@ -129,11 +162,17 @@ class ClipReport:
         """Read everything to the host at once, add it to the run, start anew."""
         if not self._norms:
             return {}
-        keys = [*self._sums, *self._at]
-        small = torch.stack([*self._sums.values(), *self._at.values()])
+        if self._applied is not None:
+            self._at |= _in_and_post(*self._applied)
+        clipped = torch.stack(self._clipped).sum() if self._clipped else self._zero
+        small = torch.stack([clipped.to(self._zero), *self._sums.values(), *self._at.values()])
         norms = torch.cat([norm.view(-1) for norm in self._norms])
-        values = torch.cat([small, norms]).tolist()
-        read = dict(zip(keys, values[: len(keys)], strict=True))
+        tensors, *values = torch.cat([small, norms]).tolist()
+        keys = [*self._sums, *self._at]
+        read = dict(zip(keys, values, strict=False))
+        for key, count in self._counts.items():
+            read[key] += count
+        read["tensors"] += tensors
         finite = [norm for norm in values[len(keys) :] if norm == norm]
         for key in ("clipped", "skipped", "nonfinite"):
             self._run[key] += int(read[key])
@@ -167,22 +206,32 @@ def added(
 ) -> tuple[Meters, Meters, Tensor]:
     """The counts with one more step, what is kept of the last steps, and the step's norm, NaN if not finite. Pure."""
     applied = finite & ~skipped
-    layout = stats.layout
-    clipped_P = clipped_S = (plan.clipped_S & applied).expand(len(layout))
-    if layout.unit_S is not None:
-        clipped_P = layout.over_params(clipped_S.to(stats.total), "max") > 0
-    tensors = clipped_P.sum()
+    tensors = _tensors(plan.clipped_S & applied, stats.layout)
     sums = {
         "clipped": sums["clipped"] + (tensors > 0),
         "tensors": sums["tensors"] + tensors,
         "skipped": sums["skipped"] + skipped,
         "nonfinite": sums["nonfinite"] + ~finite,
     }
-    post = stats.scaled(plan.scale_S).total
-    if plan.bound_S is not None:
-        post = torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)
-    now = {"norm_in": (stats.total, applied), "norm_post": (post, applied)}
+    now = {key: (value, applied) for key, value in _in_and_post(stats, plan).items()}
     if plan.threshold is not None:
         now["threshold"] = (plan.threshold, finite)
     kept = {key: torch.where(when, value, at.get(key, float("nan"))) for key, (value, when) in now.items()}
     return sums, at | kept, torch.where(finite, stats.total, float("nan"))
+
+
+def _tensors(clipped_S: Tensor, layout: Layout) -> Tensor:
+    """How many parameters hold a segment that is clipped, 0-d; `clipped_S` has shape (S,) or is 0-d for all."""
+    if clipped_S.ndim == 0:
+        return clipped_S * len(layout.names)
+    if layout.unit_S is not None:
+        clipped_S = layout.over_params(clipped_S.to(layout.dtype), "max") > 0
+    return clipped_S.sum()
+
+
+def _in_and_post(stats: NormStats, plan: ClipPlan) -> Meters:
+    """The norm before and after; NaN after where elements were bounded."""
+    post = stats.scaled(plan.scale_S).total
+    if plan.bound_S is not None:
+        post = torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)
+    return {"norm_in": stats.total, "norm_post": post}

@@ -81,7 +81,7 @@ class Strategy(ABC):
 
     `bounds` is True for a strategy that sets `ClipPlan.bound_S`: the norms after it are not known. `per_parameter` is
     True for one that treats parameters apart, which FSDP1 cannot. `skips` is True for one that may set
-    `ClipPlan.skip`, which an update, decided on after the moments have moved, cannot honour.
+    `ClipPlan.skip`, which the update of a foreign optimizer, known after the moments have moved, cannot honour.
     """
 
     bounds: ClassVar[bool] = False
@@ -175,10 +175,25 @@ def limit_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
 
 
 def where(ok: Tensor, new: State, old: State) -> State:
-    """`new` where `ok` (0-d bool), else `old`, for every tensor of a state."""
+    """`new` where `ok` (0-d bool), else `old`, for every tensor of a state; on the CPU no copy of either."""
+    if ok.device.type == "cpu":
+        return new if bool(ok) else old
     if isinstance(new, Tensor):
         return torch.where(ok, new, old)
     return rebuild(new, [where(ok, a, b) for a, b in zip(new, old, strict=True)])
+
+
+def choose(ok: Tensor, then: Callable[[], State], other: Callable[[], State]) -> State:
+    """One of two results: on the CPU that one alone is computed, on a device both, since nobody waits there for `ok`.
+
+    Args:
+        ok: 0-d bool.
+        then: gives the result where it is true; a tensor, or (named) tuples of tensors.
+        other: gives the result elsewhere, of the same structure.
+    """
+    if ok.device.type == "cpu":
+        return then() if bool(ok) else other()
+    return where(ok, then(), other())
 
 
 def rebuild(like: State, values: Sequence[State]) -> State:

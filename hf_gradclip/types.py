@@ -72,6 +72,18 @@ class Layout:
         zero_P = vector_S.new_zeros(len(self.names))
         return zero_P.scatter_reduce(0, self.param_S, vector_S, {"sum": "sum", "max": "amax"}[how])
 
+    def changed_from(self, old: Layout) -> str:
+        """In words how these parameters differ from earlier ones; reads sizes to the host."""
+        before = dict(zip(old.names, old.by_param.numel_S.tolist(), strict=True))
+        now = dict(zip(self.names, self.by_param.numel_S.tolist(), strict=True))
+        counts = {
+            "new": len(now.keys() - before.keys()),
+            "gone": len(before.keys() - now.keys()),
+            "resized": sum(before[name] != now[name] for name in now.keys() & before.keys()),
+        }
+        words = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "replaced by others"
+        return f"The trainable parameters changed, from {len(before)} to {len(now)} ({words})"
+
     @property
     def device(self) -> torch.device:
         """Where the statistics live."""

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 import hf_gradclip
-from hf_gradclip import Clipper, kernels
+from hf_gradclip import Clipper
+from hf_gradclip.kernels import choice
 
 STEP = "whole step"
 BACKENDS = ("auto", "eager")  # the kernels that a user gets, and those in plain torch
@@ -90,15 +91,17 @@ def our_row(
     """A row under HF_GRADCLIP_KERNELS=backend; as auto it does not count if plain torch had to serve."""
 
     def choose() -> None:
-        os.environ[kernels.VARIABLE] = backend
+        os.environ[choice.VARIABLE] = backend
+        choice.language_of.cache_clear()  # it reads the variable once
+        choice.language_of(work.flat.device)
         if before is not None:
             before()
 
     def why_not() -> str:
-        language = kernels.language_of(work.flat.device)
-        if backend == "eager" or (language is not None and work.flat.dtype in kernels.TAKEN[language]):
+        dtypes = choice.language_of(work.flat.device).dtypes
+        if backend == "eager" or (dtypes is not None and work.flat.dtype in dtypes):
             return ""
-        return "plain torch serves: " + ("; ".join(kernels._given_up.values()) or "no kernels for this")
+        return "plain torch serves: " + ("; ".join(choice._given_up.values()) or "no kernels for this")
 
     name = name if backend == "auto" else f"{name} [{backend}]"
     return Row(name, "ours", STEP, task, call, before=choose, why_not=why_not, **more)

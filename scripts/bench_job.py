@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator, set_seed
 
 from hf_gradclip import Clipper
-from hf_gradclip.integrations.recording import Recording
+from hf_gradclip.run.recording import Recording
 
 DEFAULT = ("none", "global_norm:max_norm=1", "zclip", "adagc", "agc")
 UNTIMED = 2

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from hf_gradclip import ClipConfig, Clipper, Strategy
 from hf_gradclip.clipper import NonFiniteError
+from hf_gradclip.report import ClipReport
 from hf_gradclip.strategy import Needs, SpecError, Stateless, Units, flatten
-from hf_gradclip.types import ClipPlan
-from hf_gradclip.views.local import LocalView
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views import view_of
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
@@ -214,7 +215,7 @@ class TestRaiseAndPass:
 
     def test_max_grad_norm_passes_like_the_stock_trainer(self):
         model = vector(math.inf)
-        clipper = Clipper(ClipConfig.parse(None, max_grad_norm=1.0), LocalView(model))
+        clipper = Clipper(ClipConfig.parse(None, max_grad_norm=1.0), view_of(model))
         clipper.step()
         assert model.w.grad.item() == math.inf
 
@@ -225,7 +226,7 @@ class TestGradScaler:
         model, twin = mlp(), mlp()
         optimizer, other = (torch.optim.AdamW(m.parameters(), lr=0.01) for m in (model, twin))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-        view = LocalView(model, unscale=lambda: scaler.unscale_(optimizer), guarded=True)
+        view = view_of(model, unscale=lambda: scaler.unscale_(optimizer), guarded=True)
         spec = "zclip:warmup_steps=3,max_norm=0.5"
         clipper = Clipper(ClipConfig.parse(spec, max_consecutive_skips=1), view)
         plain = Clipper.for_model(twin, spec)
@@ -568,6 +569,52 @@ class TestReport:
             "norm_max": pytest.approx(13),
             "threshold": 6.5,
         }
+
+    def test_other_parameters_go_on_with_the_run(self, caplog):
+        """Eight steps, a layer that is unfrozen, three more: the strategy is new, the run is not."""
+        model = mlp()
+        model[0].requires_grad_(False)
+        clipper = Clipper.for_model(model, "zclip:max_norm=0.01")
+        for step in range(11):
+            if step == 8:
+                model[0].requires_grad_(True)
+            model.zero_grad()
+            backward(model, step)
+            clipper.step()
+        assert clipper.state.seen.item() == 3
+        assert clipper.report.scalars()["clip/rate"] == 1
+        summary = clipper.report.summary()
+        assert (summary["steps"], summary["clipped"]) == (11, 11)
+        words = "The trainable parameters changed, from 2 to 4 (2 new): the statistics of zclip start anew."
+        assert caplog.text.count(words) == 1
+
+    @pytest.mark.parametrize("bounded", [False, True])
+    def test_numbers_that_nobody_read_are_counted_alike(self, bounded):
+        """On a device the flags stay there; on the host they are known. The logs are the same."""
+        layout = Layout.of_parameters(("a", "b"), [2, 3], torch.device("cpu"))
+        reports = [ClipReport(layout.device, layout.dtype) for _ in range(2)]
+        for i, (sizes, scales) in enumerate(
+            [
+                ((3.0, 4.0), (1.0, 0.5)),
+                ((1.0, 1.0), (1.0, 1.0)),
+                ((9.0, 1.0), (0.1, 0.2)),
+                ((math.nan, 1.0), (1.0, 1.0)),
+            ]
+        ):
+            stats = NormStats(torch.tensor(sizes, dtype=torch.float64).square(), layout)
+            scale_S = torch.tensor(scales, dtype=torch.float64)
+            bound_S = torch.tensor([math.inf, 0.1 if bounded and i < 2 else math.inf], dtype=torch.float64)
+            plan = ClipPlan(scale_S, bound_S if bounded else None, threshold=torch.tensor(2.0 + i, dtype=torch.float64))
+            finite, skipped = not math.isnan(sizes[0]), i in (2, 3)
+            clipped = finite and not skipped and bool(plan.clipped_S.any())
+            reports[0].add(stats, plan, finite, skipped, clipped)
+            reports[1].add(stats, plan, torch.tensor(finite), torch.tensor(skipped))
+        host, device = (report.scalars() for report in reports)
+        assert host == pytest.approx(device)
+        assert host["clip/rate"] == (0.5 if bounded else 0.25)
+        assert (host["clip/skipped"], host["clip/nonfinite"], host["clip/threshold"]) == (2, 1, 4)
+        assert ("clip/norm_post" in host) != bounded
+        assert reports[0].summary() == reports[1].summary()
 
 
 class TestZeroNorm:

@@ -14,7 +14,7 @@ from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.strategy import SpecError
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import UnsupportedBackendError
-from tests.integrations.test_accelerate import batches
+from tests.integrations.loops import batches
 from tests.tiny import SkipThird, logged, tiny_llama, train, weights_of
 
 FUSED: dict[str, Callable[..., torch.optim.Optimizer]] = {

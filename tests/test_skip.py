@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_gradclip import Clipper, optim
-from tests.integrations.test_accelerate import batches
+from tests.integrations.loops import batches
 from tests.tiny import tiny_llama, weights_of
 
 MAKE: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -1,1 +1,1 @@
-"""Where frameworks call us: thin, and each framework is imported in one file here and nowhere else."""
+"""Where frameworks call us: thin. A framework is imported here and nowhere else."""

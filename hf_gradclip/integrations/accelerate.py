@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable
+from operator import is_
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,10 +13,10 @@ from torch import Tensor, nn
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
-from hf_gradclip.integrations.recording import Recording
-from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
-from hf_gradclip.integrations.wrapping import wrap
-from hf_gradclip.report import announce
+from hf_gradclip.run.recording import Recording
+from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
+from hf_gradclip.run.wrapping import wrap
+from hf_gradclip.say import announce
 from hf_gradclip.strategy import SpecError, name_of
 
 
@@ -69,11 +71,12 @@ class LoopAttachment(Attachment):
     """
 
     def __init__(self, accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
-        super().__init__(accelerator, *args, **kwargs)
+        self._frozen: list[weakref.ref[nn.Module]] = []
         self._said_max_norm = False
+        super().__init__(accelerator, *args, **kwargs)
         accelerator.clip_grad_norm_ = self._clip_call
         self._hook_checkpoints()
-        self._follow_loop()
+        self._start()
 
     def scalars(self) -> dict[str, float]:
         """The `clip/` values since the last call, for `accelerator.log`. One host read.
@@ -93,45 +96,67 @@ class LoopAttachment(Attachment):
 
     def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor | None:
         """In the place of `accelerator.clip_grad_norm_`."""
-        given = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.requires_grad}
-        sizes = []
-        for model in self.accelerator._models:
+        model = self._model_of([parameters] if isinstance(parameters, Tensor) else parameters)
+        if not self._said_max_norm and self._is_main:
+            self._said_max_norm = True
+            announce(f"clip_grad_norm_(max_norm={max_norm}): the strategy decides, this number is not used.")
+        if self._clippers.seams is None and not self.accelerator.sync_gradients:
+            return self.clipper_of(model).view.measure(self.config.gradient.needs).total
+        return self.clip(model)
+
+    def _model_of(self, parameters: Iterable[Tensor]) -> nn.Module:
+        """The prepared model whose trainable parameters these are.
+
+        Raises:
+            ValueError: if they are not all those of one model.
+        """
+        in_order = [p for p in parameters if p.requires_grad]
+        for model, clipper in self._clippers.models:
+            watched = clipper.view.watched()
+            if watched and len(watched) == len(in_order) and all(map(is_, watched, in_order)):
+                return model
+        given, sizes = {*map(id, in_order)}, []
+        for model in self.accelerator._models:  # in another order, or not known to the view
             trainable = {id(p) for p in model.parameters() if p.requires_grad}
             if given == trainable:
-                if not self._said_max_norm and self._is_main:
-                    self._said_max_norm = True
-                    announce(f"clip_grad_norm_(max_norm={max_norm}): the strategy decides, this number is not used.")
-                if self._seams is None and not self.accelerator.sync_gradients:
-                    return self.clipper_of(model).view.measure(self.config.gradient.needs).total
-                return self.clip(model)
+                return model
             sizes.append(len(trainable))
         raise ValueError(
             f"accelerator.clip_grad_norm_({len(given)} trainable parameters): must be all trainable parameters of one "
             f"prepared model, which have {sizes or 'none been prepared'}. Pass model.parameters()."
         )
 
-    def _follow_loop(self) -> None:
+    def _follow(self, accelerator: Accelerator) -> None:
         """Make the clippers for what is prepared now, and for what `prepare` brings later."""
-        for name in ("prepare", "backward"):
-            wrap(self.accelerator, name, then=self._start)
-        wrap(self.accelerator, "free_memory", before=self._let_go)
-        self._start()
+        wrap(accelerator, "prepare", before=self._before_prepare, then=self._start)
+        wrap(accelerator, "backward", before=self._before_backward, then=self._after_backward)
+        wrap(accelerator, "free_memory", before=self._let_go)
 
     def _let_go(self, *_: Any) -> None:
         """Before Accelerate drops its models: write and say what there is of them, and hold them no longer."""
-        if self._clippers and not self._finished:
+        if self._clippers.made and not self._finished:
             self.finish()
         if self.recording is not None:
             self.recording.let_go()
         self.forget()
 
     def _start(self) -> None:
-        """Make the missing clippers and watch the new optimizers; note what DeepSpeed did in backward."""
+        """Make the missing clippers and watch the new optimizers."""
+        self._frozen = []
         for model in self.accelerator._models:
             if any(p.requires_grad for p in model.parameters()):
                 self.clipper_of(model)
+            else:
+                self._frozen.append(weakref.ref(model))
         self.watch_optimizers()
-        self._note_engine()
+
+    def _after_backward(self) -> None:
+        """Start what was prepared by hand, or unfrozen; note what DeepSpeed did in backward."""
+        frozen = (model for ref in self._frozen if (model := ref()) is not None)
+        if self._is_behind() or any(p.requires_grad for model in frozen for p in model.parameters()):
+            self._start()
+        if self._clippers.seams is not None:
+            self._norm_of_engine()
 
     def _hook_checkpoints(self) -> None:
         """State goes with `save_state` and `load_state`, through their pre-hooks: other checkpoints still load."""
@@ -144,13 +169,13 @@ class LoopAttachment(Attachment):
                 self.recording.save_step(output_dir)
             if self._is_main:
                 for i, model in enumerate(self.accelerator._models):
-                    if (clipper := self._known(model)) is not None:
+                    if (clipper := self._clippers.known(model)) is not None:
                         save_state(clipper, os.path.join(output_dir, numbered(STATE_NAME, i)))
                 save_updates(self.updates.clippers, output_dir)
 
         def load(models: list[nn.Module], input_dir: str) -> None:
             for i, model in enumerate(self.accelerator._models):
-                if (clipper := self._known(model)) is not None:
+                if (clipper := self._clippers.known(model)) is not None:
                     path = os.path.join(input_dir, numbered(STATE_NAME, i))
                     load_state(clipper, path, say=self._is_main)
             load_updates(self.updates.clippers, input_dir, say=self._is_main)

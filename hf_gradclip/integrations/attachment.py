@@ -1,6 +1,7 @@
 """The clippers of an accelerator, and the optimizer steps they guard; what a Trainer and a plain loop have in common.
 
-A skipped step, the loss scale and the refusals are handled here, in one place.
+What a step needs to know of models and optimizers is found when they are prepared; a step itself only compares how
+many there are. A skipped step and the loss scale are handled here, in one place.
 """
 
 from __future__ import annotations
@@ -16,19 +17,17 @@ from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.integrations.histogram import Histograms
-from hf_gradclip.integrations.loss import StepLoss
-from hf_gradclip.integrations.marks import Marks
-from hf_gradclip.integrations.optimizer import Updates, innermost
-from hf_gradclip.integrations.recording import Recording
-from hf_gradclip.integrations.refusals import refuse_swap, refuse_unsupported
-from hf_gradclip.integrations.replicas import Replicas
-from hf_gradclip.integrations.startup import in_force, insist_on_one_layout, substitute_for
-from hf_gradclip.integrations.wrapping import weakly, wrap, wrap_step
-from hf_gradclip.report import announce, logger
-from hf_gradclip.views import view_of
-from hf_gradclip.views.parameters import unwrap
-from hf_gradclip.views.view import UnsupportedBackendError
+from hf_gradclip.integrations.clippers import Clippers
+from hf_gradclip.integrations.refusals import refuse_second_record, refuse_swap, refuse_unsupported
+from hf_gradclip.run.histogram import Histograms
+from hf_gradclip.run.loss import StepLoss
+from hf_gradclip.run.marks import Marks, Owners, is_idle
+from hf_gradclip.run.recording import Recording
+from hf_gradclip.run.replicas import Replicas
+from hf_gradclip.run.startup import in_force, substitute_for
+from hf_gradclip.run.updates import Updates, innermost
+from hf_gradclip.run.wrapping import weakly, wrap, wrap_step
+from hf_gradclip.say import announce, logger
 
 
 class Attachment:
@@ -60,22 +59,23 @@ class Attachment:
         self._accelerator = weakref.ref(accelerator)
         self.config = config
         self.auto = auto
-        self._clippers: list[tuple[weakref.ref[nn.Module], Clipper]] = []
-        self._missing = missing
-        self._marks = Marks()
-        self._of_optimizer: weakref.WeakKeyDictionary[Any, tuple[int, list[Clipper]]] = weakref.WeakKeyDictionary()
-        self._seams: Any = None
         self.updates = Updates(config, say=self._is_main)
         self.recording = recording
         self.histograms = Histograms(config.histogram_every)
-        self._replicas = Replicas(config.check_every)
+        self._missing = missing
+        self._hears_loss = config.gradient.needs.loss or recording is not None
+        loss = weakly(self._judged_loss) if self._hears_loss else lambda: None
+        self._clippers = Clippers(config, self.updates, loss)
+        self._owners = Owners()
+        self._marks = Marks()
+        self._prepared: tuple[int, int] | None = None
+        self._replicas = Replicas()
         self._loss = StepLoss()
         self._loss_of_step: Tensor | None = None
-        self._watch_accelerator()
         self._steps = 0
         self._paused = False
         self._finished = False
-        self._said_stranger = False
+        self._follow(accelerator)
 
     @property
     def accelerator(self) -> Accelerator:
@@ -94,12 +94,13 @@ class Attachment:
         Raises:
             ValueError: if no model, or more than one, was prepared.
         """
-        if len(self._clippers) != 1:
+        made = self._clippers.made
+        if len(made) != 1:
             raise ValueError(
-                f"attachment.clipper: there are {len(self._clippers)} prepared models with trainable parameters. "
+                f"attachment.clipper: there are {len(made)} prepared models with trainable parameters. "
                 "Use attachment.clipper_of(model)."
             )
-        return self._clippers[0][1]
+        return made[0]
 
     def scalars_of(self, clipper: Clipper) -> dict[str, float]:
         """The values of one clipper and of the updates since the last call.
@@ -116,43 +117,17 @@ class Attachment:
 
     def clipper_of(self, model: nn.Module) -> Clipper:
         """The clipper of a model, made at the first call. The model may be wrapped or not."""
-        bare = unwrap(model)
-        if (known := self._known(model)) is not None:
+        known = self._clippers.known(model)
+        if known is not None:
             return known
-        if self.recording is not None and self._clippers:
-            raise UnsupportedBackendError("record with two prepared models: one is recorded only. Leave record out.")
-        clipper = self._make(model)
-        insist_on_one_layout(clipper, self.accelerator.device)
-        self._clippers.append((weakref.ref(bare), clipper))
-        self._of_optimizer.clear()
-        self._record(clipper)
+        refuse_second_record(self.recording is not None and bool(self._clippers.made))
+        clipper = self._clippers.make(model, self.accelerator)
+        self._owners.clear()
+        self._prepared = None
+        self._record()
         if self._is_main:
             announce(in_force(clipper, self.accelerator))
         return clipper
-
-    def _record(self, clipper: Clipper) -> None:
-        if self.recording is not None:
-            self.recording.watch(clipper, self.updates.clippers)
-
-    def _known(self, model: nn.Module) -> Clipper | None:
-        bare = unwrap(model)
-        return next((clipper for known, clipper in self._clippers if known() is bare), None)
-
-    def _make(self, model: nn.Module) -> Clipper:
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            from hf_gradclip.integrations.deepspeed import ZeroSeams
-
-            if self._seams is not None:
-                raise UnsupportedBackendError(
-                    "DeepSpeed with two prepared engines: one accelerator clips one of them only. "
-                    "Use an Accelerator per engine."
-                )
-            self._seams = ZeroSeams(model, self.config, self.updates, weakly(self._judged_loss))
-            return self._seams.clipper
-        scaler = self.accelerator.scaler
-        guarded = scaler is not None and scaler.is_enabled()
-        unscale = weakly(self.accelerator.unscale_gradients) if guarded else None
-        return Clipper(self.config, view_of(unwrap(model), unscale, guarded))
 
     def finish(self) -> None:
         """At the end of a run, on every rank: write the rest of the record; rank 0 says what clipping did."""
@@ -160,51 +135,57 @@ class Attachment:
         if self.recording is not None:
             self.recording.finish()
         if self._is_main:
-            for clipper in (*(clipper for _, clipper in self._clippers), *self.updates.clippers):
+            for clipper in (*self._clippers.made, *self.updates.clippers):
                 announce(clipper.report.closing_line())
 
     def forget(self) -> None:
         """Drop all clippers: the next call makes new ones."""
-        self._clippers.clear()
-        self._of_optimizer.clear()
+        self._clippers.forget()
+        self._owners.clear()
+        self._prepared = None
         self._marks.clear()
         self.updates.forget()
         self._loss.forget()
-        self._seams = None
         self._finished = False
 
     def adopt(self, config: ClipConfig) -> None:
         """Go on with another configuration, see `Clipper.adopt`; not under DeepSpeed."""
         self.config = config
-        for _, clipper in self._clippers:
-            clipper.adopt(config)
+        self._clippers.adopt(config)
 
     def clip(self, model: nn.Module) -> Tensor | None:
         """Clip the gradients of one model; the norm before clipping, 0-d, on the device.
 
         Under DeepSpeed the step is done by now, and this is the norm that was decided on in it.
         """
-        return self._clip(self.clipper_of(model))
+        known = self._clippers.of_model.get(model)
+        return self._clip(self.clipper_of(model) if known is None else known)
 
     def _clip(self, clipper: Clipper) -> Tensor | None:
-        if self._seams is not None:
-            self._note_engine()
-            return self._seams.norm  # decided and applied inside backward
+        if self._clippers.seams is not None:
+            return self._norm_of_engine()  # decided and applied inside backward
+        if self._is_behind():
+            self.watch_optimizers()
+        if self.recording is not None:
+            self.recording.before_step()
         self._steps += 1
-        self.watch_optimizers()
-        self._record(clipper)
-        norm = clipper.step(self._judged_loss(clipper))
-        self._note()
-        self._replicas.check(clipper.view, self._steps)
-        self._marks.set(clipper, (o for o in self.accelerator._optimizers if clipper in self._clippers_of(o)))
+        norm = clipper.step(self._judged_loss(clipper) if self._hears_loss else None)
+        if self.recording is not None:
+            self._note()
+        if self.config.check_every and self._steps % self.config.check_every == 0:
+            self._replicas.check(clipper.view)
+        self._marks.set(clipper)
         return norm
 
-    def _note_engine(self) -> None:
-        """Note the step that DeepSpeed took inside backward, once."""
-        if self._seams is not None and self._seams.stepped:
-            self._seams.stepped = False
+    def _norm_of_engine(self) -> Tensor | None:
+        """The norm of DeepSpeed's last step, taken inside backward; the step is noted once."""
+        seams = self._clippers.seams
+        if seams.stepped:
+            seams.stepped = False
             self._steps += 1
-            self._note()
+            if self.recording is not None:
+                self._note()
+        return seams.norm
 
     def _judged_loss(self, clipper: Clipper | None = None) -> Tensor | None:
         """The loss of the step, reduced over ranks, where the strategy judges it; else it is for the record only."""
@@ -213,56 +194,67 @@ class Attachment:
         return self._loss_of_step if judged else None
 
     def _note(self) -> None:
-        if self.recording is not None:
-            groups = innermost(self.accelerator._optimizers[0]).param_groups if self.accelerator._optimizers else []
-            self.recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
+        """Tell the record what it cannot see of the step that was decided on last."""
+        assert self.recording is not None
+        groups = [group for o in self.accelerator._optimizers[:1] for group in innermost(o).param_groups]
+        self.recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
 
-    def _clippers_of(self, optimizer: Any) -> list[Clipper]:
-        """The clippers of the models whose parameters an optimizer steps."""
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        known, clippers = self._of_optimizer.get(optimizer, (-1, []))
-        if known != size:
-            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            clippers = [
-                clipper
-                for model, clipper in self._clippers
-                if any(id(p) in mine for p in getattr(model(), "parameters", list)())
-            ]
-            self._of_optimizer[optimizer] = (size, clippers)
-        return clippers
+    def _record(self) -> None:
+        if self.recording is not None and (made := self._clippers.made):
+            self.recording.watch(made[0], self.updates.clippers)
+
+    def _is_behind(self) -> bool:
+        """Whether something was prepared since, or an optimizer could not be watched yet."""
+        accelerator = self.accelerator
+        now = len(accelerator._models), len(accelerator._optimizers)
+        return now != self._prepared or not self.updates.settled
 
     def watch_optimizers(self) -> None:
         """Wrap the step of every prepared optimizer once: a step must be clipped, and a skip must be seen."""
-        if self._seams is not None:
+        accelerator = self.accelerator
+        self._prepared = len(accelerator._models), len(accelerator._optimizers)
+        if self._clippers.seams is not None:
             return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
-        for optimizer in self.accelerator._optimizers:
+        for optimizer in accelerator._optimizers:
             if not hasattr(optimizer, "_gradclip_attachment"):
                 wrap_step(optimizer, _step)
             optimizer._gradclip_attachment = self
-        self.updates.watch(self.accelerator._optimizers, (m for ref, _ in self._clippers if (m := ref()) is not None))
+        self._watch_updates()
         if self.config.fold or not self.config.skip_sync:
             self._fold()
 
+    def _watch_updates(self) -> None:
+        self.updates.watch(self.accelerator._optimizers, [model for model, _ in self._clippers.models])
+        self._record()
+
     def _fold(self) -> None:
         """Tell every clipper of the one optimizer that takes its numbers."""
-        for _, clipper in self._clippers:
+        models = self._clippers.models
+        for clipper in self._clippers.made:
             if clipper.folds:
                 continue
-            mine = [innermost(o) for o in self.accelerator._optimizers if clipper in self._clippers_of(o)]
+            mine = [innermost(o) for o in self.accelerator._optimizers if clipper in self._owners.find(o, models)]
             if mine:
                 clipper.fold_into(mine[0])
 
-    def _watch_accelerator(self) -> None:
-        """Refuse a swap of our optimizer in `prepare`, and note the loss in `backward` where a strategy judges it."""
-        wrap(self.accelerator, "prepare", before=self._refuse_swap)
-        wrap(self.accelerator, "backward", before=self._before_backward)
+    def _find_clippers(self, optimizer: Any) -> list[Clipper]:
+        """The clippers of an optimizer that is new, or has other parameters; its updates are watched anew too."""
+        self._watch_updates()
+        return self._owners.find(optimizer, self._clippers.models)
 
-    def _refuse_swap(self, *objects: Any, **_: Any) -> None:
+    def _follow(self, accelerator: Accelerator) -> None:
+        """Look at what is prepared before it is, and, where there is something to see, at every backward."""
+        wrap(accelerator, "prepare", before=self._before_prepare)
+        if self._hears_loss or accelerator.distributed_type != DistributedType.DEEPSPEED:
+            wrap(accelerator, "backward", before=self._before_backward)
+
+    def _before_prepare(self, *objects: Any, **_: Any) -> None:
         refuse_swap(self.accelerator, *objects)
 
     def _before_backward(self, loss: Tensor, **_: Any) -> None:
-        self._marks.before_backward()
-        if self.config.gradient.needs.loss or self.recording is not None:
+        if self._clippers.seams is None:
+            self._marks.before_backward()
+        if self._hears_loss:
             self._loss.add(loss, self.accelerator.gradient_accumulation_steps)
         if self.recording is not None:
             self.recording.begin()
@@ -276,48 +268,32 @@ class Attachment:
         finally:
             self._paused = False
 
-    def before_step(self, optimizer: Any) -> bool:
-        """Clip what was not yet clipped if `auto`, else insist that somebody did; whether the step is to be skipped.
-
-        A step with a loss scaler is left to the scaler.
-        """
-        if self._paused:
-            return False
-        clippers = self._clippers_of(optimizer)
-        if not clippers and not self._said_stranger:
-            self._said_stranger = True
-            logger.warning(
-                "optimizer.step() of %s: its parameters belong to no prepared model, so nothing of it is clipped. "
-                "Prepare the model too; under FSDP1 with flat parameters prepare it before the optimizer is made.",
-                type(innermost(optimizer)).__name__,
-            )
-        for clipper in clippers:
-            if self._marks.has(clipper, optimizer) or (len(clippers) > 1 and _is_idle(clipper)):
+    def before_step(self, optimizer: Any) -> list[Clipper]:
+        """Clip what was not yet clipped if `auto`, else insist that somebody did; the clippers of the optimizer."""
+        known = self._owners.known(optimizer)
+        clippers = self._find_clippers(optimizer) if known is None else known
+        if not clippers:
+            self._owners.say_stranger(type(innermost(optimizer)).__name__)
+        for clipper in self._marks.missing(optimizer, clippers):
+            if len(clippers) > 1 and is_idle(clipper):
                 continue
             if self.auto:
                 self._clip(clipper)
             elif self._missing is not None:
                 raise RuntimeError(self._missing)
-        return optimizer.scaler is None and self._marks.skips(optimizer)
-
-    def after_step(self, optimizer: Any) -> None:
-        """Tell Accelerate, and so its schedulers, whether this step was skipped."""
-        skipped = self._marks.take(optimizer)
-        if skipped or optimizer.scaler is None:
-            optimizer._is_overflow = skipped
-
-
-def _is_idle(clipper: Clipper) -> bool:
-    """Whether its model has no gradient: frozen, or not used in this step."""
-    return all(p.grad is None for p in clipper.view.watched())
+        return clippers
 
 
 def _step(optimizer: Any, inner: Callable[..., Any], closure: Any) -> Any:
-    """An optimizer's `step`, clipped before and reported after."""
+    """An optimizer's `step`, clipped before and reported after.
+
+    A step that is skipped is not made; one with a loss scaler is left to the scaler, which must count it.
+    """
     attachment: Attachment = optimizer._gradclip_attachment
-    if not optimizer.gradient_state.sync_gradients:
+    if attachment._paused or not optimizer.gradient_state.sync_gradients:
         return inner(closure)
-    skip = attachment.before_step(optimizer)  # its gradients are gone, yet some optimizers count steps without any
-    result = None if skip else inner(closure)
-    attachment.after_step(optimizer)
+    skips = attachment._marks.take(optimizer, attachment.before_step(optimizer))
+    result = None if skips and optimizer.scaler is None else inner(closure)
+    if skips or optimizer.scaler is None:
+        optimizer._is_overflow = skips  # which Accelerate, and so its schedulers, ask for
     return result

@@ -1,18 +1,22 @@
-"""What an Accelerator is refused for at start-up: by name, with what to use instead."""
+"""What an Accelerator or a Trainer is refused for at start-up: by name, with what to use instead."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
-from hf_gradclip.optim.clipped import ClippedOptimizer
-from hf_gradclip.views.view import UnsupportedBackendError
+from hf_gradclip.optim.optimizer import ClippedOptimizer
+from hf_gradclip.run.refusal import Refusal, refuse
 
 _OWN = "the backend's own clipping: clip=None in the Trainer, or no attach()"
-_REFUSED = {
-    "MEGATRON_LM": "Megatron-LM clips inside its own step. Set its clip_grad, or use FSDP2 or DDP through Accelerate.",
-    "XLA": f"XLA traces the step, and hf_gradclip reads a flag in it. Use {_OWN}.",
-}
+_IN_BACKWARD = (
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adafactor_layerwise",
+    "galore_adamw_8bit_layerwise",
+)
 
 
 def refuse_unsupported(accelerator: Any) -> None:
@@ -21,33 +25,76 @@ def refuse_unsupported(accelerator: Any) -> None:
     Raises:
         UnsupportedBackendError: with the backend's name, the reason and what to use instead.
     """
+    refuse(_of_accelerator(accelerator))
+
+
+def _of_accelerator(accelerator: Any) -> Iterator[Refusal]:
     kind = accelerator.distributed_type
-    if kind.value in _REFUSED or kind.name in _REFUSED:
-        raise UnsupportedBackendError(f"{kind.value}: {_REFUSED[kind.name]}")
+    yield Refusal(
+        kind.name == "MEGATRON_LM",
+        kind.value,
+        "Megatron-LM clips inside its own step.",
+        "Set its clip_grad, or use FSDP2 or DDP through Accelerate.",
+    )
+    yield Refusal(
+        kind.name == "XLA", kind.value, "XLA traces the step, and hf_gradclip reads a flag in it.", f"Use {_OWN}."
+    )
     sizes = getattr(accelerator, "parallelism_config", None)
     for axis, name in (("cp_size", "context"), ("sp_size", "sequence"), ("pp_size", "pipeline")):
-        if getattr(sizes, axis, 1) > 1:
-            raise UnsupportedBackendError(
-                f"ParallelismConfig({axis}={getattr(sizes, axis)}): {name} parallelism is not tested with hf_gradclip. "
-                f"Use {axis}=1, or {_OWN}."
-            )
+        size = getattr(sizes, axis, 1)
+        yield Refusal(
+            size > 1,
+            f"ParallelismConfig({axis}={size})",
+            f"{name} parallelism is not tested with hf_gradclip.",
+            f"Use {axis}=1, or {_OWN}.",
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and accelerator.num_processes == 1:
-        raise UnsupportedBackendError(
-            f"WORLD_SIZE={launched}, but Accelerate sees one process: these would be {launched} separate runs. "
-            "On a machine without GPUs set ACCELERATE_USE_CPU=true, or use_cpu=True in TrainingArguments; "
-            "with DeepSpeed there instead, ddp_backend='gloo' in TrainingArguments, or "
-            "Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')])."
-        )
+    yield Refusal(
+        launched > 1 and accelerator.num_processes == 1,
+        f"WORLD_SIZE={launched}, but Accelerate sees one process",
+        f"these would be {launched} separate runs.",
+        "On a machine without GPUs set ACCELERATE_USE_CPU=true, or use_cpu=True in TrainingArguments; "
+        "with DeepSpeed there instead, ddp_backend='gloo' in TrainingArguments, or "
+        "Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')]).",
+    )
     stock = type(accelerator).clip_grad_norm_.__module__ == "accelerate.accelerator"
-    if not stock or "clip_grad_norm_" in vars(accelerator):
-        raise UnsupportedBackendError(
-            "accelerator.clip_grad_norm_ is already replaced, by another library or by a second attach(). "
-            "One of the two would be inactive: remove the other patch."
+    yield Refusal(
+        not stock or "clip_grad_norm_" in vars(accelerator),
+        "accelerator.clip_grad_norm_ is already replaced, by another library or by a second attach()",
+        "one of the two would be inactive.",
+        "Remove the other patch.",
+    )
+
+
+def refuse_optimizer(name: str, sagemaker: bool) -> None:
+    """Stop a Trainer that would never come to a clip.
+
+    Args:
+        name: what TrainingArguments hold as `optim`.
+        sagemaker: whether SageMaker's model parallelism is on.
+
+    Raises:
+        UnsupportedBackendError: by name, with what to use instead.
+    """
+    refuse(
+        (
+            Refusal(
+                name in _IN_BACKWARD,
+                f"TrainingArguments(optim={name!r})",
+                "steps inside backward, before any gradient can be clipped.",
+                "Use another optim, or clip=None.",
+            ),
+            Refusal(
+                sagemaker,
+                "SageMaker model parallelism",
+                "it clips its own master gradients.",
+                "Use DDP, or clip=None.",
+            ),
         )
+    )
 
 
-def refuse_swap(accelerator: Any, *objects: Any, **_: Any) -> None:
+def refuse_swap(accelerator: Any, *objects: Any) -> None:
     """Stop before Accelerate, under optimizer offload, puts DeepSpeedCPUAdam in the place of our optimizer.
 
     Args:
@@ -62,12 +109,33 @@ def refuse_swap(accelerator: Any, *objects: Any, **_: Any) -> None:
         return
     config = plugin.deepspeed_config
     device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if device == "none" or not config.get("zero_force_ds_cpu_optimizer", True):
-        return
-    for thing in objects:
-        if isinstance(thing, ClippedOptimizer):
-            raise UnsupportedBackendError(
-                f"hf_gradclip.optim.{type(thing).__name__} with offload_optimizer: Accelerate would put "
-                "DeepSpeedCPUAdam in its place. Set zero_force_ds_cpu_optimizer to false in the DeepSpeed "
-                "configuration, or use an optimizer of DeepSpeed; its updates can be clipped too."
-            )
+    swaps = device != "none" and config.get("zero_force_ds_cpu_optimizer", True)
+    refuse(
+        Refusal(
+            swaps and isinstance(thing, ClippedOptimizer),
+            f"hf_gradclip.optim.{type(thing).__name__} with offload_optimizer",
+            "Accelerate would put DeepSpeedCPUAdam in its place.",
+            "Set zero_force_ds_cpu_optimizer to false in the DeepSpeed configuration, or use an optimizer of "
+            "DeepSpeed; its updates can be clipped too.",
+        )
+        for thing in objects
+    )
+
+
+def refuse_second_engine(found: bool) -> None:
+    """Stop where one accelerator has prepared two DeepSpeed engines.
+
+    Raises:
+        UnsupportedBackendError: with what to use instead.
+    """
+    what = "DeepSpeed with two prepared engines"
+    refuse([Refusal(found, what, "one accelerator clips one of them only.", "Use an Accelerator per engine.")])
+
+
+def refuse_second_record(found: bool) -> None:
+    """Stop where two models would be recorded.
+
+    Raises:
+        UnsupportedBackendError: with what to do instead.
+    """
+    refuse([Refusal(found, "record with two prepared models", "one is recorded only.", "Leave record out.")])

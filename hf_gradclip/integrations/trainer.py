@@ -9,31 +9,23 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
-from hf_gradclip.integrations.examples import Collate, Indexed, has_indices, take_indices, text_of
-from hf_gradclip.integrations.optimizer import innermost
-from hf_gradclip.integrations.recording import Recording
-from hf_gradclip.integrations.refusals import refuse_unsupported
-from hf_gradclip.integrations.startup import check_run
-from hf_gradclip.integrations.state import STATE_NAME, load_state, load_updates, save_state, save_updates
-from hf_gradclip.report import announce, logger
+from hf_gradclip.integrations.refusals import refuse_optimizer, refuse_unsupported
+from hf_gradclip.integrations.trainer_recording import RecordCallback, RecordingMixin
+from hf_gradclip.run.examples import take_indices
+from hf_gradclip.run.startup import check_run
+from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, save_state, save_updates
+from hf_gradclip.run.updates import innermost
+from hf_gradclip.say import announce, logger
 from hf_gradclip.views.view import UnsupportedBackendError
 
-_IN_BACKWARD = (
-    "lomo",
-    "adalomo",
-    "galore_adamw_layerwise",
-    "galore_adafactor_layerwise",
-    "galore_adamw_8bit_layerwise",
-)
 
-
-class GradClipMixin:
+class GradClipMixin(RecordingMixin):
     """Clips by strategy in any Trainer subclass: `class MySFTTrainer(GradClipMixin, SFTTrainer)`.
 
     Everything else is the Trainer's: accumulation, mixed precision, callbacks, logging, checkpoints. `grad_norm` in
@@ -53,18 +45,12 @@ class GradClipMixin:
     """
 
     # What the Trainer beside us provides.
-    args: Any
     accelerator: Any
     optimizer: Any
     state: Any
     model_wrapped: nn.Module
-    data_collator: Any
-    train_dataset: Any
-    processing_class: Any
     callback_handler: Any
     is_world_process_zero: Any
-    _remove_unused_columns: Any
-    _get_collator_with_removed_columns: Any
     is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
@@ -97,7 +83,7 @@ class GradClipMixin:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         self._clip_config = self._clip_attachment = self._clip_started = None
         try:
-            self._refuse_optimizers()
+            refuse_optimizer(str(getattr(self.args.optim, "value", self.args.optim)), is_sagemaker_mp_enabled())
             refuse_unsupported(self.accelerator)
         except UnsupportedBackendError:
             if self._clip_spec is not None:
@@ -114,8 +100,8 @@ class GradClipMixin:
             return
         recording = self._make_recording(config)
         self._clip_attachment = Attachment(self.accelerator, config, recording=recording, missing=self._clip_missing())
-        self.pop_callback(_Record)  # type: ignore[attr-defined]
-        self.add_callback(_Record(self))  # type: ignore[attr-defined]
+        self.pop_callback(RecordCallback)  # type: ignore[attr-defined]
+        self.add_callback(RecordCallback(self))  # type: ignore[attr-defined]
 
     def _parse_clip(self) -> ClipConfig:
         self._clip_limit = limit = self.args.max_grad_norm
@@ -141,31 +127,6 @@ class GradClipMixin:
         if self._clip_spec is None and self.args.max_grad_norm != self._clip_limit and not self.is_deepspeed_enabled:
             attachment.adopt(self._parse_clip())
         return attachment.clip(model)
-
-    def _make_recording(self, config: ClipConfig) -> Recording | None:
-        if not config.record:
-            return None
-        words = self._words_of if config.record == "text" else None
-        return Recording(self.args.output_dir, self.args.process_index, together=True, text_of=words)
-
-    def _words_of(self, example: int) -> str:
-        return text_of(self.train_dataset, self.processing_class, example)
-
-    @property
-    def _clip_recording(self) -> Recording | None:
-        return None if self._clip_attachment is None else self._clip_attachment.recording
-
-    def _refuse_optimizers(self) -> None:
-        name = str(getattr(self.args.optim, "value", self.args.optim))
-        if name in _IN_BACKWARD:
-            raise UnsupportedBackendError(
-                f"TrainingArguments(optim={name!r}): steps inside backward, before any gradient can be clipped. "
-                "Use another optim, or clip=None."
-            )
-        if is_sagemaker_mp_enabled():
-            raise UnsupportedBackendError(
-                "SageMaker model parallelism clips its own master gradients. Use DDP, or clip=None."
-            )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._attach()
@@ -204,49 +165,16 @@ class GradClipMixin:
                     self._clip_spec if isinstance(self._clip_spec, ClipConfig) else repr(self._clip_spec),
                 )
 
-    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        if description.lower() == "training" and has_indices(dataset):
-            self._attach()
-            if self._clip_recording is not None:
-                return self._with_indices(dataset, description, *args, **kwargs)
-        return super()._get_dataloader(dataset, description, *args, **kwargs)  # type: ignore[misc]
-
-    def _with_indices(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's dataloader over examples that come with their index; the columns are removed as it would."""
-        collator = self.data_collator
-        if hasattr(dataset, "column_names"):
-            inner, collate = self._remove_unused_columns(dataset, description=description), collator
-        else:
-            inner, collate = dataset, self._get_collator_with_removed_columns(collator, description=description)
-        sample = kwargs.get("sampler_fn")
-        if sample is not None:
-            kwargs["sampler_fn"] = lambda indexed: sample(indexed.dataset)
-        self.data_collator = Collate(collate)
-        try:
-            return super()._get_dataloader(Indexed(inner), description, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.data_collator = collator
-
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; the record keeps the loss, and which examples the batch holds."""
+        attachment = self._clip_attachment
+        recording = None if attachment is None else attachment.recording
+        if recording is None:
+            return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         examples = take_indices(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if self._clip_recording is not None:
-            self._clip_recording.add_batch(loss, examples)
+        recording.add_batch(loss, examples)
         return loss
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; what was not yet recorded is written however it ends."""
-        try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            if self._clip_recording is not None:
-                self._clip_recording.flush(force=True, alone=True)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        if self._clip_recording is not None:
-            self._clip_recording.flush(force=True)  # a checkpoint never holds a step that the record lacks
-        return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         if self._clip_attachment is None:
@@ -290,29 +218,6 @@ class GradClipMixin:
                 runs = [w for callback in callbacks if (w := getattr(callback, "_wandb", None)) is not None]
                 self._clip_attachment.histograms.send(self.clipper, int(self.state.global_step), boards, runs)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-
-class _Record(TrainerCallback):
-    """Tells the record where training starts, and the attachment where it ends.
-
-    Args:
-        trainer: whose record it is.
-    """
-
-    def __init__(self, trainer: GradClipMixin) -> None:
-        self._trainer = weakref.ref(trainer)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step is known now, that of a checkpoint or 0."""
-        trainer = self._trainer()
-        if trainer is not None and trainer._clip_recording is not None:
-            trainer._clip_recording.start_after(state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every rank is here, so that losses can be averaged."""
-        trainer = self._trainer()
-        if trainer is not None and trainer._clip_attachment is not None:
-            trainer._clip_attachment.finish()
 
 
 class GradClipTrainer(GradClipMixin, Trainer):

@@ -6,12 +6,12 @@ Nothing is drawn from a random generator, so that a run that uses the kernels se
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.kernels.operations import ByUnit, Language, Step, Whole
+from hf_gradclip.kernels.rule import Memory, Places, Rule
 from hf_gradclip.types import ClipPlan
 
 SIZES = (3, 4099, 70_001)
@@ -24,12 +24,12 @@ class DisagreementError(RuntimeError):
     """A kernel's result is not that of plain torch."""
 
 
-def check(what: str, kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
+def check(operation: str, language: Language, device: torch.device, dtypes: Dtypes) -> None:
     """Run the kernels of one file on small tensors of these dtypes, on 16 bytes and off.
 
     Args:
-        what: they do, of `kernels.FILES`.
-        kernels: the file.
+        operation: the file: "whole", "units" or "step".
+        language: of the kernels.
         device: to run them on.
         dtypes: of the tensors.
 
@@ -37,13 +37,19 @@ def check(what: str, kernels: ModuleType, device: torch.device, dtypes: Dtypes) 
         DisagreementError: if a sum is off by more than 1e-6, an element by more than its rounding, or memory beside a
             tensor was touched.
     """
-    {"whole": _whole, "units": _units, "step": _step}[what](kernels, device, dtypes)
+    if operation == "whole":
+        _whole(language.whole, device, dtypes)
+    elif operation == "units":
+        _units(language.units, device, dtypes)
+    else:
+        _step(language.step, device, dtypes)
 
 
-def _whole(kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
+def _whole(kernels: Whole, device: torch.device, dtypes: Dtypes) -> None:
     grads = [_wave(size, dtype, device, start) for dtype in dtypes for size in SIZES for start in (1, 8)]
     before = [grad.clone() for grad in grads]
-    sumsq_S, max_S = kernels.statistics([*grads, None], torch.float64, device)
+    sumsq_S, max_S = kernels.statistics([*grads, None], torch.float64, device, max_abs=True)
+    assert max_S is not None
     zero = sumsq_S.new_zeros(1)
     _same("sum of squares", sumsq_S, torch.cat([*(g.double().square().sum().view(1) for g in grads), zero]), 1e-6)
     _same("largest element", max_S, torch.cat([*(g.double().abs().amax().view(1) for g in grads), zero]), 0.0)
@@ -55,7 +61,7 @@ def _whole(kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
         _rounded("scaling", grad, (old.float() * scale).clamp(-bound, bound))
 
 
-def _units(kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
+def _units(kernels: ByUnit, device: torch.device, dtypes: Dtypes) -> None:
     kinds = [((37, 264), (0,)), ((37, 9), (0,)), ((37, 264), (1,)), ((5, 3, 131), (0, 2))]
     blocks = [_wave(math.prod(shape), dtype, device, 8).view(shape) for dtype in dtypes for shape, _ in kinds]
     kept = [axes for _ in dtypes for _, axes in kinds]
@@ -65,19 +71,19 @@ def _units(kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
         for b, axes in zip(blocks, kept, strict=True)
     ]
     counts = [sums.numel() for sums in want]
-    sums_U = kernels.sumsq(blocks, kept, counts, torch.float64, device)
+    sums_U = kernels.unit_sums(blocks, kept, counts, torch.float64, device)
     _same("sum of squares by unit", sums_U, torch.cat([sums.view(-1) for sums in want]), 1e-6)
     scale_U = torch.linspace(0.3, 1.2, len(sums_U), dtype=torch.float64, device=device).clamp(max=1)
-    kernels.apply_(blocks, kept, counts, scale_U, torch.full_like(scale_U, 0.5))
+    kernels.unit_apply_(blocks, kept, counts, scale_U, torch.full_like(scale_U, 0.5))
     for block, old, sums, scale in zip(blocks, before, want, scale_U.float().split(counts), strict=True):
         _rounded("scaling by unit", block, (old.float() * scale.view(sums.shape)).clamp(-0.5, 0.5))
 
 
-def _step(kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
+def _step(kernels: Step, device: torch.device, dtypes: Dtypes) -> None:
     """AdamW's second step, with clipped gradients and clipped updates."""
     lr, eps = 0.1, 1e-8
     rule = Rule(
-        "adam", lr, 0.1, True, False, lambda: None, past=0.9, fresh=0.1, past2=0.99, fresh2=0.01, eps=eps,
+        "adam", lr, 0.1, True, False, past=0.9, fresh=0.1, past2=0.99, fresh2=0.01, eps=eps,
         terms=[(2.0, 0.5)] * len(STEP_SIZES),
     )  # fmt: skip
     for dtype in dtypes:
@@ -92,8 +98,8 @@ def _step(kernels: ModuleType, device: torch.device, dtypes: Dtypes) -> None:
         memory = Memory(weights, grads, first, second, [None] * len(STEP_SIZES))
         scale_S = torch.tensor([1.0, 0.5, 0.25], device=device)
         plan, after = ClipPlan(scale_S), ClipPlan(scale_S.flip(0))
-        places = tuple((i, i) for i in range(len(STEP_SIZES)))
-        sumsq_S, _ = kernels.measure(rule, memory, places, plan)
+        places = Places(tuple(range(len(STEP_SIZES))), tuple(range(len(STEP_SIZES))))
+        sumsq_S, _ = kernels.measure_update(rule, memory, places, plan)
         kernels.step_(rule, memory, places, plan, after)
         for i, (w, g, a, b) in enumerate(zip(*before, strict=True)):
             g = g * scale_S[i]

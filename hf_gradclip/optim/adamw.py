@@ -1,4 +1,4 @@
-"""AdamW and Adam: a direction from two moments, the second one in the denominator."""
+"""AdamW and Adam: an update from two moments, the second one in the denominator."""
 
 from __future__ import annotations
 
@@ -8,35 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_gradclip.kernels.rule import Memory, Rule
-from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local, memory_of
+from hf_gradclip.kernels.rule import Rule
+from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion, memory_of
 
 
 class _Moments(ClippedOptimizer):
     """u = m_hat / (sqrt(v_hat) + eps)."""
 
-    def _direct(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Direction:
-        states = [self._moments_of(p, group["amsgrad"]) for p in params]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        counts = [float(step) for step in steps]
-        beta1, beta2 = group["betas"]
-        means = [local(state["exp_avg"]) for state in states]
-        squares = [local(state["exp_avg_sq"]) for state in states]
-
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        if group["amsgrad"]:
-            largest = [local(state["max_exp_avg_sq"]) for state in states]
-            torch._foreach_maximum_(largest, squares)
-            squares = largest
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, [(1 - beta2**count) ** 0.5 for count in counts])
-        torch._foreach_add_(denominators, group["eps"])
-        return Direction(means, list(denominators), [1 / (1 - beta1**count) for count in counts])
-
-    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory]:
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
         states = [self._moments_of(p, group["amsgrad"]) for p in params]
         steps = [state["step"] for state in states]
         counts = [float(step) + 1 for step in steps]
@@ -51,10 +30,10 @@ class _Moments(ClippedOptimizer):
             fresh2=1 - beta2,
             eps=group["eps"],
             terms=[terms[count] for count in counts],
-            done=lambda: torch._foreach_add_(steps, 1),
         )
         largest = "max_exp_avg_sq" if group["amsgrad"] else None
-        return rule, memory_of(params, states, ("exp_avg", "exp_avg_sq", largest))
+        memory = memory_of(params, states, ("exp_avg", "exp_avg_sq", largest))
+        return Motion(rule, memory, lambda: torch._foreach_add_(steps, 1))
 
     def _moments_of(self, p: Tensor, amsgrad: bool) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -78,7 +57,6 @@ class AdamW(_Moments):
     """torch.optim.AdamW, arguments, state and arithmetic, with `clip=` and `update_clip=`.
 
     w <- w (1 - lr weight_decay) - lr clip(u), u = m_hat / (sqrt(v_hat) + eps). Weight decay is outside the clip.
-    What `.grad` holds after a step: see ClippedOptimizer.
 
     Args:
         params: parameters, groups of them, or named parameters.
@@ -88,7 +66,7 @@ class AdamW(_Moments):
         weight_decay: decoupled, times lr; >= 0.
         amsgrad: use the largest second moment so far.
         maximize: ascend.
-        foreach, capturable, differentiable, fused: as torch writes them into checkpoints; only the foreach form exists.
+        foreach, capturable, differentiable, fused: as torch writes them into checkpoints; they choose nothing here.
         clip: for the gradients; see ClippedOptimizer.
         update_clip: for the updates; see ClippedOptimizer.
 
@@ -147,7 +125,7 @@ class Adam(_Moments):
         eps: added to the denominator; >= 0.
         weight_decay: times the weight, added to the gradient; >= 0.
         amsgrad: use the largest second moment so far.
-        foreach, capturable, differentiable, fused: as torch writes them into checkpoints; only the foreach form exists.
+        foreach, capturable, differentiable, fused: as torch writes them into checkpoints; they choose nothing here.
         maximize: ascend.
         decoupled_weight_decay: decay the weights as AdamW does.
         clip: for the gradients; see ClippedOptimizer.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_gradclip.kernels.rule import Memory, Rule
-from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local, memory_of
+from hf_gradclip.kernels.rule import Rule
+from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion, memory_of
 
 
 class RMSprop(ClippedOptimizer):
@@ -17,8 +17,7 @@ class RMSprop(ClippedOptimizer):
 
     w <- w - lr clip(u), u = g / (sqrt(v) + eps), or a momentum buffer of it. v starts at 0 and is not corrected for it,
     so the first update is sign(g) / sqrt(1 - alpha): 10 times a usual one for 0.99, and 3.2 times after ten steps. An
-    update clip binds there; `bias_correction=True` removes it by v / (1 - alpha^t). What `.grad` holds after a
-    step: see ClippedOptimizer.
+    update clip binds there; `bias_correction=True` removes it by v / (1 - alpha^t).
 
     Args:
         params: parameters, groups of them, or named parameters.
@@ -28,7 +27,7 @@ class RMSprop(ClippedOptimizer):
         weight_decay: times the weight, added to the gradient after it was clipped; >= 0.
         momentum: of the normalised gradient; >= 0.
         centered: subtract the square of the average gradient from the average of squares.
-        capturable, foreach, differentiable: as torch writes them into checkpoints; only the foreach form exists.
+        capturable, foreach, differentiable: as torch writes them into checkpoints; they choose nothing here.
         maximize: ascend.
         bias_correction: divide v by 1 - alpha^t, as Adam does; not with `centered`. torch's has no such option.
         clip: for the gradients; see ClippedOptimizer.
@@ -76,33 +75,7 @@ class RMSprop(ClippedOptimizer):
         }
         super().__init__(params, defaults, clip, update_clip)
 
-    def _direct(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Direction:
-        states = [self._averages_of(p, group) for p in params]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        alpha, ones = group["alpha"], [1.0] * len(params)
-        squares = [local(state["square_avg"]) for state in states]
-        torch._foreach_mul_(squares, alpha)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - alpha)
-
-        if group["centered"]:
-            means = [local(state["grad_avg"]) for state in states]
-            torch._foreach_lerp_(means, grads, 1 - alpha)
-            denominators = torch._foreach_addcmul(squares, means, means, -1)
-            torch._foreach_sqrt_(denominators)
-        else:
-            denominators = torch._foreach_sqrt(squares)
-        if group["bias_correction"]:
-            torch._foreach_div_(denominators, [(1 - alpha ** float(step)) ** 0.5 for step in steps])
-        torch._foreach_add_(denominators, group["eps"])
-        if group["momentum"] == 0:
-            return Direction(grads, list(denominators), ones)
-        buffers = [local(state["momentum_buffer"]) for state in states]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_addcdiv_(buffers, grads, denominators)
-        return Direction(buffers, None, ones)
-
-    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory]:
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
         states = [self._averages_of(p, group) for p in params]
         steps = [state["step"] for state in states]
         alpha = float(group["alpha"])
@@ -115,11 +88,11 @@ class RMSprop(ClippedOptimizer):
             fresh2=1 - alpha,
             eps=group["eps"],
             terms=None if counts is None else [(1.0, (1 - alpha**count) ** 0.5) for count in counts],
-            done=lambda: torch._foreach_add_(steps, 1),
         )
         mean = "grad_avg" if group["centered"] else None
         buffer = "momentum_buffer" if group["momentum"] != 0 else None
-        return rule, memory_of(params, states, ("square_avg", mean, buffer))
+        memory = memory_of(params, states, ("square_avg", mean, buffer))
+        return Motion(rule, memory, lambda: torch._foreach_add_(steps, 1))
 
     def _averages_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_gradclip.kernels.rule import Memory, Rule
-from hf_gradclip.optim.clipped import ClippedOptimizer, Direction, local, memory_of
+from hf_gradclip.kernels.rule import Rule
+from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion, memory_of
 
 
 class SGD(ClippedOptimizer):
     """torch.optim.SGD, arguments, state and arithmetic, with `clip=` and `update_clip=`.
 
     w <- w - lr clip(u), u = b with b <- momentum b + (1 - dampening) g, or g + momentum b for Nesterov. With clipped
-    gradients of norm c a step is at most lr c / (1 - momentum) long, with clipped updates lr c. What `.grad` holds
-    after a step: see ClippedOptimizer.
+    gradients of norm c a step is at most lr c / (1 - momentum) long, with clipped updates lr c.
 
     Args:
         params: parameters, groups of them, or named parameters.
@@ -27,7 +25,7 @@ class SGD(ClippedOptimizer):
         weight_decay: times the weight, added to the gradient after it was clipped; >= 0.
         nesterov: look ahead; needs momentum > 0 and dampening 0.
         maximize: ascend.
-        foreach, differentiable, fused: as torch writes them into checkpoints; only the foreach form exists.
+        foreach, differentiable, fused: as torch writes them into checkpoints; they choose nothing here.
         clip: for the gradients; see ClippedOptimizer.
         update_clip: for the updates; see ClippedOptimizer.
 
@@ -71,38 +69,17 @@ class SGD(ClippedOptimizer):
         }
         super().__init__(params, defaults, clip, update_clip)
 
-    def _direct(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Direction:
-        ones = [1.0] * len(params)
-        if group["momentum"] == 0:
-            return Direction(grads, None, ones)
-        fresh = [self.state[p].get("momentum_buffer") is None for p in params]
-        for p, new in zip(params, fresh, strict=True):
-            if new:
-                self.state[p]["momentum_buffer"] = self._zeros(p)
-        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
-        if group["dampening"] != 0:
-            for buffer, grad, new in zip(buffers, grads, fresh, strict=True):
-                if new:
-                    buffer.copy_(grad)
-        if not group["nesterov"]:
-            return Direction(buffers, None, ones)
-        if self.update_clipper is None:
-            return Direction(list(torch._foreach_add(grads, buffers, alpha=group["momentum"])), None, ones)
-        torch._foreach_add_(grads, buffers, alpha=group["momentum"])
-        return Direction(grads, None, ones)
-
-    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> tuple[Rule, Memory]:
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
         numbers = self._numbers(group)
         if group["momentum"] == 0:
-            return Rule("sgd", **numbers, done=lambda: None), memory_of(params, [{}] * len(params), (None, None, None))
+            memory = memory_of(params, [{}] * len(params), (None, None, None))
+            return Motion(Rule("sgd", **numbers), memory, lambda: None)
         fresh = [self.state[p].get("momentum_buffer") is None for p in params]
         buffers = [
             self._zeros(p) if new else self.state[p]["momentum_buffer"] for p, new in zip(params, fresh, strict=True)
         ]
 
-        def done() -> None:
+        def keep() -> None:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 
@@ -112,9 +89,9 @@ class SGD(ClippedOptimizer):
             **numbers,
             past=group["momentum"],
             terms=None if gain == 1 else [(1.0 if new else gain, 1.0) for new in fresh],
-            done=done,
         )
-        return rule, memory_of(params, [{"momentum_buffer": b} for b in buffers], ("momentum_buffer", None, None))
+        memory = memory_of(params, [{"momentum_buffer": b} for b in buffers], ("momentum_buffer", None, None))
+        return Motion(rule, memory, keep)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -27,6 +27,7 @@ class Recorder:
     def __init__(self, clock: Recorder | None = None) -> None:
         self._clock = clock
         self._step = 0
+        self._flags: dict[tuple[bool, torch.device, torch.dtype], Tensor] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -48,17 +49,25 @@ class Recorder:
         self._step = step
         self._clear()
 
-    def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor) -> None:
-        """Keep one step. All arguments are on the device."""
+    def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor | bool, skipped: Tensor | bool) -> None:
+        """Keep one step; `finite` and `skipped` are 0-d bools on the device, or bools where the host knows them."""
         before = stats.by_param
         scale_P = plan.scale_S
         if stats.layout.unit_S is not None:
             scale_P = (stats.scaled(plan.scale_S).by_param.sumsq_S / before.sumsq_S).sqrt()
         ratio = torch.where(before.sumsq_S > 0, scale_P, 1.0)
         threshold = before.sumsq_S.new_full((), float("nan")) if plan.threshold is None else plan.threshold
-        bounded = torch.zeros_like(finite) if plan.bound_S is None else (plan.bound_S < float("inf")).any()
-        small = torch.stack([stats.total, threshold, finite, skipped, bounded])
+        bounded = self._flag(False, threshold) if plan.bound_S is None else (plan.bound_S < float("inf")).any()
+        flags = (flag if isinstance(flag, Tensor) else self._flag(flag, threshold) for flag in (finite, skipped))
+        small = torch.stack([stats.total, threshold, *flags, bounded])
         self._append(before.layout, (before.sumsq_S, ratio, small))
+
+    def _flag(self, flag: bool, like: Tensor) -> Tensor:
+        """A flag that the host knows as a number beside others, made once: a copy would make the device wait."""
+        key = flag, like.device, like.dtype
+        if key not in self._flags:
+            self._flags[key] = like.new_full((), float(flag))
+        return self._flags[key]
 
     def add_overflow(self, layout: Layout) -> None:
         """Keep a step that a loss scaler dropped before anything was measured."""

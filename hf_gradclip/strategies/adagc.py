@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_gradclip.strategy import Needs, State, Strategy, check_types, limit_scale, require
+from hf_gradclip.strategy import Needs, State, Strategy, check_types, choose, limit_scale, require
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 
@@ -43,6 +43,10 @@ class AdaGC(Strategy):
         release_after: steps scaled below 0.5 that count as a new level; >= 1. Safe mode only.
         mode: "safe" or "reference".
 
+    Example:
+        >>> preview(AdaGC(warmup_steps=2, max_norm=10.0), [[1.0, 2.0], [1.0, 2.0], [1.0, 9.0]])
+        [[1.0, 2.0], [1.0, 2.0], [1.0, 2.08]]
+
     References:
         Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping", 2025,
         arXiv 2502.11034; the authors' Megatron patch, commit 32c249fa.
@@ -75,26 +79,31 @@ class AdaGC(Strategy):
 
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """One scale per segment; during the warm-up the same for all."""
-        safe = self.mode == "safe"
-        warm = state.seen < self.warmup_steps
         norm_S, gamma_S = stats.norm_S, state.gamma_S
-
-        limit_S = self.lambda_rel * gamma_S
-        warm_scale = limit_scale(self.max_norm, stats.total)
-        scale_S = torch.where(warm, warm_scale, limit_scale(limit_S, norm_S))
-
-        lowest_S = torch.minimum(gamma_S, norm_S * warm_scale)
-        kept_S = torch.minimum(norm_S, limit_S)
-        average_S = torch.where(gamma_S.isinf(), norm_S, self.beta * gamma_S + (1 - self.beta) * kept_S)
-        new_S = torch.where(warm, lowest_S, average_S)
-        if not safe:
-            return ClipPlan(scale_S), AdaGCState(state.seen + 1, new_S, state.low_S)
-
-        low_S = torch.where(~warm & (scale_S < 0.5), state.low_S + 1, 0)
-        release_S = low_S >= self.release_after
-        new_S = torch.where(release_S, norm_S, new_S)
-        low_S = torch.where(release_S, 0, low_S)
-        present_S = norm_S > 0
-        new_S = torch.where(present_S, new_S, gamma_S)
-        low_S = torch.where(present_S, low_S, state.low_S)
+        warm = state.seen < self.warmup_steps
+        scale_S, new_S, low_S = choose(warm, lambda: self._collect(stats, state), lambda: self._judge(norm_S, state))
+        if self.mode == "safe":
+            present_S = norm_S > 0
+            new_S = torch.where(present_S, new_S, gamma_S)
+            low_S = torch.where(present_S, low_S, state.low_S)
         return ClipPlan(scale_S), AdaGCState(state.seen + 1, new_S, low_S)
+
+    def _collect(self, stats: NormStats, state: AdaGCState) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a step of the warm-up: scale, gamma and the count of steps scaled below 0.5, per segment."""
+        scale = limit_scale(self.max_norm, stats.total)
+        lowest_S = torch.minimum(state.gamma_S, stats.norm_S * scale)
+        low_S = torch.zeros_like(state.low_S) if self.mode == "safe" else state.low_S
+        return scale.expand(len(lowest_S)), lowest_S, low_S
+
+    def _judge(self, norm_S: Tensor, state: AdaGCState) -> tuple[Tensor, Tensor, Tensor]:
+        """The same after it."""
+        gamma_S = state.gamma_S
+        limit_S = self.lambda_rel * gamma_S
+        scale_S = limit_scale(limit_S, norm_S)
+        kept_S = torch.minimum(norm_S, limit_S)
+        new_S = torch.where(gamma_S.isinf(), norm_S, self.beta * gamma_S + (1 - self.beta) * kept_S)
+        if self.mode != "safe":
+            return scale_S, new_S, state.low_S
+        low_S = (state.low_S + 1) * (scale_S < 0.5)
+        release_S = low_S >= self.release_after
+        return scale_S, torch.where(release_S, norm_S, new_S), low_S * ~release_S

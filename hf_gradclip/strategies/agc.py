@@ -30,6 +30,10 @@ class AGC(Strategy):
         include_1d: clip parameters of one dimension too, each as one unit.
         include_head: clip the head too.
 
+    Example:
+        >>> preview(AGC(clip_factor=0.01), [[0.005, 0.5]], weights=2.0)
+        [[0.005, 0.02]]
+
     References:
         Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021,
         arXiv 2102.06171.

@@ -30,6 +30,10 @@ class AutoClip(Strategy):
         percentile: where the limit lies among the norms, interpolated linearly; in (0, 100]. 100 never clips.
         window: norms remembered; >= 1.
 
+    Example:
+        >>> preview(AutoClip(percentile=50), [1.0, 2.0, 3.0, 9.0])
+        [1.0, 1.5, 2.0, 2.5]
+
     References:
         Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation Networks",
         2020, arXiv 2007.14469.

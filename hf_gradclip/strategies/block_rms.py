@@ -22,6 +22,10 @@ class BlockRMS(Strategy):
     Args:
         max_rms: the limit per parameter; > 0. Adafactor's d.
 
+    Example:
+        >>> preview(BlockRMS(max_rms=1.0), [[5.0, 20.0]], numel=100)  # a norm of 10 is an RMS of 1 here
+        [[5.0, 10.0]]
+
     References:
         Shazeer, Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018, arXiv 1804.04235;
         Wortsman et al., "Stable and low-precision training for large-scale vision-language models", 2023,

@@ -16,6 +16,10 @@ class GlobalNorm(Strategy):
         max_norm: the limit, in units of the gradient; > 0, and inf never clips.
         norm_type: 2, or inf for the largest absolute element (the whole gradient is still scaled, not clamped).
 
+    Example:
+        >>> preview(GlobalNorm(max_norm=1.0), [0.5, 2.0, [3.0, 4.0]])
+        [0.5, 1.0, [0.6, 0.8]]
+
     References:
         Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013, arXiv 1211.5063.
     """

@@ -10,7 +10,12 @@ from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 @dataclass(frozen=True)
 class NoClip(Strategy):
-    """Leave every gradient alone; the norms are still measured and logged."""
+    """Leave every gradient alone; the norms are still measured and logged.
+
+    Example:
+        >>> preview(NoClip(), [0.5, 1e6])
+        [0.5, 1000000.0]
+    """
 
     needs = Needs()
 

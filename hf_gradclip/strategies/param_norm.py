@@ -16,6 +16,10 @@ class ParamNorm(Strategy):
 
     Args:
         max_norm: the limit per parameter, in units of the gradient; > 0. There is no usual value, so no default.
+
+    Example:
+        >>> preview(ParamNorm(max_norm=1.0), [[0.5, 4.0]])
+        [[0.5, 1.0]]
     """
 
     max_norm: float

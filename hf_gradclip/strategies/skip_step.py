@@ -43,6 +43,10 @@ class SkipStep(Strategy):
         log_norm: judge the logarithm of the norm, whose distribution is less skewed.
         min_sigma: least deviation as a share of the mean (of the norm itself where its logarithm is judged); >= 0.
 
+    Example:
+        >>> preview(SkipStep(window=4, min_values=3, sigmas=3), [1.0, 1.1, 0.9, 8.0, 1.0])
+        [1.0, 1.1, 0.9, None, 1.0]
+
     References:
         OLMo-core, SkipStepOptimizer, commit fa6c501; "2 OLMo 2 Furious", 2025, arXiv 2501.00656.
     """

@@ -17,6 +17,10 @@ class Soft(Strategy):
 
     Args:
         max_norm: what the norm never reaches, in units of the gradient; > 0, and inf never scales.
+
+    Example:
+        >>> preview(Soft(max_norm=1.0), [0.1, 1.0, 9.0])
+        [0.09091, 0.5, 0.9]
     """
 
     max_norm: float = 1.0

@@ -16,6 +16,10 @@ class Value(Strategy):
 
     Args:
         max_value: the limit per element, in units of the gradient; > 0. There is no usual value, so no default.
+
+    Example:
+        >>> preview(Value(max_value=1.0), [[0.5, 3.0]])
+        [[0.5, 1.0]]
     """
 
     max_value: float

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_gradclip.strategy import Needs, State, Strategy, check_types, limit_scale, require
+from hf_gradclip.strategy import Needs, State, Strategy, check_types, choose, limit_scale, require, where
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 
@@ -46,6 +46,10 @@ class ZClip(Strategy):
         release_after: spikes in a row that count as a new level; >= 1. Safe mode only.
         mode: "safe" or "reference".
 
+    Example:
+        >>> preview(ZClip(warmup_steps=3, max_norm=10.0), [1.0, 1.2, 0.8, 5.0, 1.1])
+        [1.0, 1.2, 0.8, 1.042, 1.1]
+
     References:
         Kumar, Owen, Roy Chowdhury, Guera, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
         arXiv 2504.02507; its code, commit 584ce4f.
@@ -80,50 +84,44 @@ class ZClip(Strategy):
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """One scale for all segments, from the total norm."""
         norm = stats.total
+        judge = self._safe if self.mode == "safe" else self._reference
         warm = state.seen < self.warmup_steps
-        plan, after = self._safe(norm, state) if self.mode == "safe" else self._reference(norm, state)
-        collected = self._collect(norm, state)
-        new = ZClipState(*(torch.where(warm, a, b) for a, b in zip(collected, after, strict=True)))
+        (limit, threshold), new = choose(warm, lambda: self._collect(norm, state), lambda: judge(norm, state))
         if self.mode == "safe":
-            present = norm > 0
-            new = ZClipState(*(torch.where(present, a, b) for a, b in zip(new, state, strict=True)))
-        limit = torch.where(warm, self.max_norm, plan.limit)
-        threshold = torch.where(warm, self.max_norm, plan.threshold)
+            new = where(norm > 0, new, state)
         return ClipPlan(limit_scale(limit, norm), threshold=threshold), new
 
-    def _collect(self, norm: Tensor, state: ZClipState) -> ZClipState:
+    def _collect(self, norm: Tensor, state: ZClipState) -> tuple[_Limit, ZClipState]:
         """Running mean and population variance of the raw norms (Welford's recurrence)."""
         seen = state.seen + 1
         mean = state.mean + (norm - state.mean) / seen
         var = state.var + ((norm - state.mean) * (norm - mean) - state.var) / seen
-        return ZClipState(seen, mean, var, state.spikes)
+        limit = torch.full_like(norm, self.max_norm)
+        return _Limit(limit, limit), ZClipState(seen, mean, var, state.spikes)
 
     def _safe(self, norm: Tensor, state: ZClipState) -> tuple[_Limit, ZClipState]:
         sigma = torch.maximum(state.var.sqrt(), self.min_sigma * state.mean)
         z = (norm - state.mean) / sigma
         spike = z > self.z_threshold
-        limit = torch.where(spike, state.mean + self.z_threshold**2 * sigma / z, float("inf"))
+        none = float("inf")
+        limit = choose(spike, lambda: state.mean + self.z_threshold**2 * sigma / z, lambda: torch.full_like(z, none))
         x = torch.minimum(norm, limit)
         mean = self.alpha * state.mean + (1 - self.alpha) * x
         var = self.alpha * state.var + (1 - self.alpha) * (x - state.mean) * (x - mean)
-        spikes = torch.where(spike, state.spikes + 1, 0)
+        spikes = (state.spikes + 1) * spike
         release = spikes >= self.release_after
-        new = ZClipState(
-            seen=state.seen + 1,
-            mean=torch.where(release, norm, mean),
-            var=torch.where(release, state.var, var),
-            spikes=torch.where(release, 0, spikes),
-        )
+        mean, var = where(release, (norm, state.var), (mean, var))
+        new = ZClipState(state.seen + 1, mean, var, spikes * ~release)
         return _Limit(limit, state.mean + self.z_threshold * sigma), new
 
     def _reference(self, norm: Tensor, state: ZClipState) -> tuple[_Limit, ZClipState]:
         sigma = state.var.sqrt()
         z = (norm - state.mean) / (sigma + 1e-6)
         spike = z > self.z_threshold
-        x = torch.where(spike, state.mean + self.z_threshold * sigma / (z / self.z_threshold), norm)
+        x = where(spike, state.mean + self.z_threshold * sigma / (z / self.z_threshold), norm)
         mean = self.alpha * state.mean + (1 - self.alpha) * x
         var = self.alpha * state.var + (1 - self.alpha) * (x - mean).square()
-        limit = torch.where(spike, x, float("inf")).clamp(max=self.max_norm)
+        limit = where(spike, x, torch.full_like(x, float("inf"))).clamp(max=self.max_norm)
         threshold = (state.mean + self.z_threshold * (sigma + 1e-6)).clamp(max=self.max_norm)
         return _Limit(limit, threshold), ZClipState(state.seen + 1, mean, var, state.spikes)
 

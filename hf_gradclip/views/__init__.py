@@ -1,4 +1,7 @@
-"""Where the gradients live: a view measures them and applies a plan. One file per kind of memory."""
+"""Where the gradients live. A view measures them and applies a plan: what is here times how it adds up over ranks.
+
+One file per kind of memory: `plain`, `dtensor` (which share `parameters`), `flat`, `zero`.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,45 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from hf_gradclip.views.local import LocalView
-from hf_gradclip.views.parameters import Watched
-from hf_gradclip.views.view import GradientView, UnsupportedBackendError
+from hf_gradclip.views.plain import Plain
+from hf_gradclip.views.trainable import Watched
+from hf_gradclip.views.view import UnsupportedBackendError, View
 
 
-def view_of(model: Watched, unscale: Callable[[], None] | None = None, guarded: bool = False) -> GradientView:
+def view_of(model: Watched, unscale: Callable[[], None] | None = None, guarded: bool = False) -> View:
     """The view for a model's `.grad`: local memory, DTensor shards where any parameter is one, or FSDP1's flat shards.
 
     Args:
-        model: wrapped or not; or named parameters, whose view is never FSDP1's.
+        model: wrapped or not; or named parameters, which cannot be FSDP1's.
         unscale: called before each measurement, to take a loss scale out of the gradients.
         guarded: True if a GradScaler skips the steps with a non-finite gradient.
 
     Raises:
         ValueError: if no parameter is trainable, or a placement cannot be added up.
-        UnsupportedBackendError: for a model that an old transformers split into parts that nothing marks.
+        UnsupportedBackendError: for a parameter of FSDP1 without its model; for a model that an old transformers split
+            into shards that nothing marks.
     """
     if isinstance(model, nn.Module):
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-            from hf_gradclip.views.flat import FlatView
+            from hf_gradclip.views.flat import Flat
 
-            return FlatView(model, unscale, guarded)
+            flat = Flat(model)
+            return View(flat, flat.ranks, unscale=unscale, guarded=guarded)
         parameters: Iterable[Tensor] = model.parameters()
     else:
         parameters = (p for _, p in model)
     if any(hasattr(p, "device_mesh") for p in parameters):
-        from hf_gradclip.views.dtensor import DTensorView
+        from hf_gradclip.views.dtensor import Shards
 
-        return DTensorView(model, unscale, guarded)
+        shards = Shards(model)
+        return View(shards, shards.ranks, unscale=unscale, guarded=guarded)
     if isinstance(model, nn.Module):
         _refuse_unmarked(model)
-    return LocalView(model, unscale, guarded)
+    return View(Plain(model), unscale=unscale, guarded=guarded)
 
 
 def _refuse_unmarked(model: nn.Module) -> None:
-    """Stop for tensor parallelism on plain tensors: no norm can be made of parts that do not tell which they are."""
+    """Stop for tensor parallelism on plain tensors: no norm can be made of shards that do not tell which they are."""
     for module in model.modules():
         ranks = getattr(module, "_tp_size", None) or 1
         if ranks > 1:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import final
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-from hf_gradclip.strategy import Needs
+from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-from hf_gradclip.views.parameters import Parameters
-from hf_gradclip.views.view import GradientView
+from hf_gradclip.views.here import Here, Place
+from hf_gradclip.views.plain import Plain
+from hf_gradclip.views.ranks import Ranks
+from hf_gradclip.views.view import UnsupportedBackendError
 
 
-class FlatView(GradientView):
+@final
+class Flat(Here):
     """The whole gradient of an FSDP1 model as one segment, from this rank's flat shards.
 
     Args:
         model: wrapped by FullyShardedDataParallel, with one process group and one sharding strategy throughout.
-        unscale: called before each measurement, to take a loss scale out of the gradients.
-        guarded: True if a GradScaler skips the steps with a non-finite gradient.
+
+    Attributes:
+        ranks: over which the shards add up; None where nothing is sharded.
 
     Raises:
         ValueError: if no parameter is trainable.
@@ -29,63 +34,58 @@ class FlatView(GradientView):
 
     whole_only = True
 
-    def __init__(self, model: nn.Module, unscale: Callable[[], None] | None = None, guarded: bool = False) -> None:
-        self.parameters = Parameters(model)
-        self._unscale = unscale
-        self._guarded = guarded
+    def __init__(self, model: nn.Module) -> None:
+        self._shards = Plain(model, flattened=True)
+        numel = self._shards.layout.numel_S.sum()
         root = next(m for m in model.modules() if isinstance(m, FullyShardedDataParallel))
-        self._sharded = root.sharding_strategy != ShardingStrategy.NO_SHARD
-        self._group = root.process_group
-        parts = self.parameters.layout
-        numel = parts.numel_S.sum()
-        if self._sharded:
-            dist.all_reduce(numel, group=self._group)  # ranks hold unequal parts of the original parameters
-        self._layout = Layout.of_parameters(("all parameters",), [int(numel)], parts.device)
-
-    @property
-    def layout(self) -> Layout:
-        """One segment: everything."""
-        return self._layout
+        sharded = root.sharding_strategy != ShardingStrategy.NO_SHARD
+        self.ranks = Ranks(root.compute_device or numel.device, root.process_group) if sharded else None
+        if self.ranks is not None:  # ranks hold unequal parts of the original parameters
+            numel = self.ranks.all_reduce(numel, dist.ReduceOp.SUM)
+        self._places: dict[int, Place] = {}
+        self.layout = Layout.of_parameters(("all parameters",), [int(numel)], numel.device)
 
     @property
     def backend(self) -> str:
-        """For the start-up line."""
-        return f"flat FSDP1 shards as one whole, {self._layout.device.type}"
+        """See Here."""
+        return f"flat FSDP1 shards as one whole, {self.layout.device.type}"
 
-    @property
-    def guarded(self) -> bool:
-        """True if a GradScaler skips the steps with a non-finite gradient."""
-        return self._guarded
+    def look(self) -> Layout:
+        """See Here; whatever is trained, it is one segment."""
+        self._shards.look()
+        return self.layout
+
+    def divide(self, units: Units) -> None:
+        """See Here."""
+        raise UnsupportedBackendError(f"{self.backend}: its memory is not known by unit. Use FSDP2 or DDP.")
 
     def watched(self) -> Sequence[Tensor]:
-        """The trainable parameters."""
-        return self.parameters.watched()
+        """See Here."""
+        return self._shards.watched()
 
-    def reductions(self, needs: Needs) -> int:
-        """One, and one more with `max_abs`; none where nothing is sharded."""
-        return 0 if not self._sharded else 2 if needs.max_abs else 1
+    def places(self) -> dict[int, Place]:
+        """See Here."""
+        shards = self._shards.places()
+        if self._places.keys() != shards.keys():
+            self._places = dict.fromkeys(shards, (0, None))
+        return self._places
 
-    @torch.no_grad()
-    def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
-        """The norm of everything, from local shards."""
-        if self._unscale is not None and not rescale:
-            self._unscale()
-        local = self.parameters.measure(needs, rescale)
-        sumsq_S = local.sumsq_S.sum().view(1)
-        max_abs_S = None if local.max_abs_S is None else local.max_abs_S.amax().view(1)
-        if self._sharded:
-            dist.all_reduce(sumsq_S, group=self._group)
-            if max_abs_S is not None:
-                dist.all_reduce(max_abs_S, dist.ReduceOp.MAX, group=self._group)
-        return NormStats(sumsq_S, self._layout, max_abs_S)
+    def measure(self, needs: Needs, rescale: bool) -> NormStats:
+        """See Here."""
+        local = self._shards.measure(needs, rescale)
+        largest_S, weights_S = local.max_abs_S, local.weight_sumsq_S
+        return NormStats(
+            local.sumsq_S.sum().view(1),
+            self.layout,
+            None if largest_S is None else largest_S.amax().view(1),
+            weight_sumsq_S=None if weights_S is None else weights_S.sum().view(1),
+        )
 
-    @torch.no_grad()
-    def apply_(self, plan: ClipPlan, part: int | None = None) -> None:
-        """Scale, then bound, the local shards."""
-        count = len(self.parameters.trainable)
-        bound_S = None if plan.bound_S is None else plan.bound_S.expand(count)
-        self.parameters.apply_(ClipPlan(plan.scale_S.expand(1)[0], bound_S))
+    def apply_(self, plan: ClipPlan, part: int | None) -> None:
+        """See Here; there are no parts."""
+        bound_S = None if plan.bound_S is None else plan.bound_S.expand(len(self._shards.layout))
+        self._shards.apply_(replace(plan, scale_S=plan.scale_S.expand(1)[0], bound_S=bound_S), part)
 
-    def drop_(self) -> None:
-        """Set every gradient to None."""
-        self.parameters.drop_()
+    def drop_(self) -> bool:
+        """See Here."""
+        return self._shards.drop_()

@@ -1,40 +1,76 @@
-"""What every view can do. A view owns the loss scale and the reductions over ranks; it decides nothing."""
+"""A view is the memory that is here times how it adds up over ranks. It owns the loss scale, and decides nothing."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import final
 
+import torch
 from torch import Tensor
 
 from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views.here import Here, Place
+from hf_gradclip.views.ranks import Ranks, spread_of
 
 
 class UnsupportedBackendError(RuntimeError):
     """Clipping would be inactive or wrong here, so training does not start."""
 
 
-class GradientView(ABC):
-    """The gradients of one model on one backend. `whole_only`: it knows no parameters, only the whole gradient."""
+@final
+class View:
+    """The gradients of one model on one backend, in true units and reduced over ranks.
 
-    whole_only: ClassVar[bool] = False
+    `layout`, `watched` and `measure` look anew at what there is to measure; all else is of the last look.
+
+    Args:
+        here: the gradients in the memory of this process.
+        ranks: the processes whose numbers add up; None where each holds everything.
+        unscale: called before each measurement, to take a loss scale out of the gradients.
+        loss_scale: gives what the gradients are multiplied by, where nobody takes it out before they are measured.
+        guarded: True if somebody else skips a step with a non-finite gradient, as a GradScaler does.
+
+    Attributes:
+        skipping: set by `drop_` where the gradients cannot be taken away: whoever steps leaves them alone, and clears
+            it.
+    """
+
+    def __init__(
+        self,
+        here: Here,
+        ranks: Ranks | None = None,
+        unscale: Callable[[], None] | None = None,
+        loss_scale: Callable[[], float] | None = None,
+        guarded: bool = False,
+    ) -> None:
+        self.here = here
+        self.guarded = guarded
+        self.whole_only = here.whole_only
+        self.skipping = False
+        self.ranks = ranks
+        self._unscale = unscale
+        self._loss_scale = loss_scale
+        self._local_S: Tensor | None = None
 
     @property
-    @abstractmethod
     def layout(self) -> Layout:
-        """The segments, equal on every rank. A new object when the set of trainable parameters has changed."""
+        """The segments, equal on every rank; looks anew.
+
+        A new object where other parameters are trainable now, or one has memory of another size.
+        """
+        return self.here.look()
 
     @property
-    @abstractmethod
     def backend(self) -> str:
         """A few words for the start-up line: where the gradients live."""
+        return self.here.backend
 
     @property
-    @abstractmethod
-    def guarded(self) -> bool:
-        """True if somebody else skips a step with a non-finite gradient (a GradScaler)."""
+    def loss_scale(self) -> float:
+        """What the gradients in memory are multiplied by; `measure` takes it out."""
+        return 1.0 if self._loss_scale is None else self._loss_scale()
 
     def divide(self, units: Units) -> None:
         """Measure and scale by unit from here on: the layout's segments are units then.
@@ -42,46 +78,84 @@ class GradientView(ABC):
         Raises:
             UnsupportedBackendError: where the units are not known.
         """
-        raise UnsupportedBackendError(f"{self.backend}: its memory is not known by unit. Use FSDP2 or DDP.")
+        self.here.divide(units)
 
-    @abstractmethod
     def reductions(self, needs: Needs) -> int:
         """All-reduces over ranks in one measurement."""
+        return 0 if self.ranks is None else self.ranks.reductions(needs)
 
-    @abstractmethod
+    @torch.no_grad()
     def measure(self, needs: Needs, rescale: bool = False) -> NormStats:
-        """Read the gradients once, in true units, reduced over ranks.
+        """Look anew, and read the gradients once: in true units, reduced over ranks.
 
         Args:
             needs: what to measure beside the norms.
             rescale: divide by the largest element before squaring, for gradients whose squares overflow.
         """
+        if self._unscale is not None and not rescale:
+            self._unscale()
+        self.here.look()
+        local = self.here.measure(needs, rescale)
+        if self._loss_scale is not None:
+            scale, largest_S = self._loss_scale(), local.max_abs_S
+            local = replace(
+                local,
+                sumsq_S=local.sumsq_S / scale**2,
+                max_abs_S=None if largest_S is None else largest_S / scale,
+            )
+        return self.reduce(local)
 
     def reduce(self, local: NormStats) -> NormStats:
-        """Add up over ranks what was measured of this process's memory elsewhere, with the reductions of `measure`.
+        """Add up over ranks what was measured of this process alone, with the reductions of `measure`.
 
-        Raises:
-            UnsupportedBackendError: where nobody else can measure.
+        Args:
+            local: in true units; of the gradients, or of the updates in their place.
         """
-        raise UnsupportedBackendError(f"{self.backend}: nobody else measures here.")
+        self._local_S = local.sumsq_S
+        return local if self.ranks is None else self.ranks.reduce(local, self.here.owned_S)
 
     def watched(self) -> Sequence[Tensor]:
-        """The parameters whose `.grad` this view shows; empty where the gradients are not there."""
-        return ()
+        """The parameters whose `.grad` this view shows, looked at anew; empty where the gradients are not there."""
+        self.here.look()
+        return self.here.watched()
+
+    def places(self) -> dict[int, Place]:
+        """Where each watched parameter finds its numbers in a plan, by its `id`: for a step that clips as it reads.
+
+        Returns:
+            Its segment, the first where it has several; and where it is cut into units, the axes that count them and
+            the segments of those that are here, int64 on the layout's device, else None. Of the last look, and the
+            same object until the layout changes.
+        """
+        return self.here.places()
 
     def spread(self) -> Tensor | None:
         """How far apart the replicas of a gradient were in the last measurement, before it was reduced.
 
         Returns:
             (largest - smallest) / largest norm, 0-d, on the device, the same on all ranks of a replica group; None
-            where nothing is held twice. Every rank must call it; it costs a reduction of two numbers.
+            where nothing is held twice, or was measured. Every rank must call it; it costs a reduction of two numbers.
         """
-        return None
+        local_S = self._local_S
+        if local_S is None or not (replicas := self.here.replicas()):
+            return None
+        device = local_S.device if self.ranks is None else self.ranks.device
+        spreads = []
+        for group, mine_S in replicas:
+            sums_S = local_S if mine_S is None else torch.where(mine_S, local_S, 0.0)
+            spreads.append(spread_of(sums_S.sum().sqrt(), group, device))
+        return torch.stack(spreads).amax()
 
-    @abstractmethod
+    @torch.no_grad()
     def apply_(self, plan: ClipPlan, part: int | None = None) -> None:
-        """g <- clamp(g * scale, +-bound). `part` names one piece where a backend steps piece by piece."""
+        """g <- clamp(g * scale, -bound, +bound), in the memory of this process.
 
-    @abstractmethod
+        Args:
+            plan: of the layout of the last measurement.
+            part: which of the parts that a backend steps one after another; None for all gradients.
+        """
+        self.here.apply_(plan, part)
+
     def drop_(self) -> None:
-        """Make the coming optimizer step do nothing: no gradient, so no weight, moment, decay or counter moves."""
+        """Make the coming optimizer step do nothing: no weight, moment, decay or counter moves."""
+        self.skipping = not self.here.drop_()

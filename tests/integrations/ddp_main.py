@@ -1,10 +1,12 @@
-"""Run by accelerate launch on two gloo ranks: many scenarios in one start, results to a JSON file per rank."""
+"""Run by accelerate launch on two gloo ranks: DDP under the Trainer, and a plain loop."""
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,8 +14,9 @@ from transformers import Trainer
 
 import hf_gradclip
 from hf_gradclip import GradClipMixin, GradClipTrainer
+from tests.integrations.loops import batches
+from tests.integrations.ranks import serve
 from tests.integrations.recorded import RECORD, PoisonedTrainer, poisoned_data
-from tests.integrations.test_accelerate import batches
 from tests.tiny import logged, tiny_llama, train, weights_of
 
 OPTIMIZERS = {"adamw_torch_fused": 3e-3, "adamw_torch": 3e-3, "sgd": 0.3, "rmsprop": 1e-3}
@@ -26,33 +29,36 @@ def ranks_agree(weights: torch.Tensor) -> bool:
     return torch.equal(*both)
 
 
-def parity(results: dict) -> None:
-    for optim, rate in OPTIMIZERS.items():
-        settings = {"optim": optim, "learning_rate": rate}
-        stock = train(Trainer, max_grad_norm=LIMIT, **settings)
-        free = train(Trainer, max_grad_norm=0, **settings)
-        for clip in (f"global_norm:max_norm={LIMIT}", None):
-            limit = LIMIT if clip is None else 1.0
-            ours = train(GradClipTrainer, clip=clip, max_grad_norm=limit, **settings)
-            norms, theirs = torch.tensor(logged(ours)), torch.tensor(logged(stock))
-            results[f"parity {optim} {clip}"] = {
-                "world": ours.args.world_size,
-                "norm": ((norms - theirs).abs() / theirs).max().item(),
-                "weights": (weights_of(ours.model) - weights_of(stock.model)).abs().max().item(),
-                "without": (weights_of(free.model) - weights_of(stock.model)).abs().max().item(),
-                "clipped": int((theirs > LIMIT).sum()),
-                "steps": len(theirs),
-                "agree": ranks_agree(weights_of(ours.model)),
-            }
+def parity(optim: str) -> dict[str, Any]:
+    """With each clip that is the stock Trainer's: how far apart the two runs are."""
+    settings = {"optim": optim, "learning_rate": OPTIMIZERS[optim]}
+    stock = train(Trainer, max_grad_norm=LIMIT, **settings)
+    free = train(Trainer, max_grad_norm=0, **settings)
+    found = {}
+    for clip in (f"global_norm:max_norm={LIMIT}", None):
+        limit = LIMIT if clip is None else 1.0
+        ours = train(GradClipTrainer, clip=clip, max_grad_norm=limit, **settings)
+        norms, theirs = torch.tensor(logged(ours)), torch.tensor(logged(stock))
+        found[str(clip)] = {
+            "world": ours.args.world_size,
+            "norm": ((norms - theirs).abs() / theirs).max().item(),
+            "weights": (weights_of(ours.model) - weights_of(stock.model)).abs().max().item(),
+            "without": (weights_of(free.model) - weights_of(stock.model)).abs().max().item(),
+            "clipped": int((theirs > LIMIT).sum()),
+            "steps": len(theirs),
+            "agree": ranks_agree(weights_of(ours.model)),
+        }
+    return found
 
 
-def engaged(results: dict) -> None:
+def engaged() -> dict[str, Any]:
+    """SGD under a limit so tight that nothing may move."""
     before = weights_of(tiny_llama())
     ours = train(GradClipTrainer, clip="global_norm:max_norm=1e-12", optim="sgd", learning_rate=0.5, max_steps=5)
-    results["engaged"] = {"moved": (weights_of(ours.model).double() - before.double()).abs().max().item()}
+    return {"moved": (weights_of(ours.model).double() - before.double()).abs().max().item()}
 
 
-def nan_on_one_rank(results: dict) -> None:
+def nan_on_one_rank() -> dict[str, Any]:
     class Poisoned(Trainer):
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
@@ -62,7 +68,7 @@ def nan_on_one_rank(results: dict) -> None:
         pass
 
     ours = train(Ours, clip="zclip:warmup_steps=5,z_threshold=1", max_steps=20)
-    results["nan"] = {
+    return {
         "skipped": sum(logged(ours, "clip/skipped")),
         "finite": bool(weights_of(ours.model).isfinite().all()),
         "agree": ranks_agree(weights_of(ours.model)),
@@ -70,7 +76,7 @@ def nan_on_one_rank(results: dict) -> None:
     }
 
 
-def loss_on_one_rank(results: dict) -> None:
+def loss_on_one_rank() -> dict[str, Any]:
     """At one step the loss of rank 1 is larger by a constant; both ranks must skip it."""
 
     class Offset(GradClipTrainer):
@@ -79,10 +85,10 @@ def loss_on_one_rank(results: dict) -> None:
             return loss + 9.0 if self.state.global_step == 14 and self.args.process_index == 1 else loss
 
     ours = train(Offset, clip="skip_step:window=16,min_values=8,on=loss", max_steps=18)
-    results["loss"] = {"skipped": logged(ours, "clip/skipped"), "agree": ranks_agree(weights_of(ours.model))}
+    return {"skipped": logged(ours, "clip/skipped"), "agree": ranks_agree(weights_of(ours.model))}
 
 
-def plain_loop(results: dict) -> None:
+def plain_loop() -> dict[str, Any]:
     """Each rank takes half of every batch; one process must come to the same weights."""
     from accelerate import Accelerator
 
@@ -98,7 +104,7 @@ def plain_loop(results: dict) -> None:
         norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         optimizer.zero_grad()
-    results["loop"] = {
+    return {
         "norms": norms,
         "weights": weights_of(model).tolist(),
         "names": list(attachment.clipper.state_dict()["names"]),
@@ -106,7 +112,7 @@ def plain_loop(results: dict) -> None:
     }
 
 
-def replicas_come_apart(results: dict) -> None:
+def replicas_come_apart(every: str) -> str:
     """Rank 1 changes its gradients after DDP has reduced them: nobody would notice but for the check."""
 
     class Ours(GradClipTrainer):
@@ -116,53 +122,58 @@ def replicas_come_apart(results: dict) -> None:
                 next(model.parameters()).grad.mul_(1.01)
             return loss
 
-    for every in (4, 0):
-        try:
-            train(Ours, clip={"gradient": "zclip", "check_every": every}, max_steps=8)
-            results[f"apart {every}"] = "trained on"
-        except RuntimeError as error:
-            results[f"apart {every}"] = str(error)
+    try:
+        train(Ours, clip={"gradient": "zclip", "check_every": int(every)}, max_steps=8)
+    except RuntimeError as error:
+        return str(error)
+    return "trained on"
 
 
-def different_specs(results: dict) -> None:
+def different_specs() -> str:
+    """What each rank says of the other's spec."""
     try:
         train(GradClipTrainer, clip="zclip" if dist.get_rank() == 0 else "adagc", max_steps=2)
     except RuntimeError as error:
-        results["specs"] = str(error)
+        return str(error)
+    return "trained on"
 
 
-def recorded(results: dict) -> None:
-    """Accumulation on two ranks, with poisoned examples; then the same with a disk that is full for rank 0."""
-    from hf_gradclip.integrations import recording
-
-    folder = Path(sys.argv[1], "recorded")
+def recorded(folder: str = "recorded") -> dict[str, Any]:
+    """Accumulation on two ranks, with poisoned examples."""
     settings = {"clip": RECORD, "max_steps": 60, "logging_steps": 6, "gradient_accumulation_steps": 2}
     settings |= {"per_device_train_batch_size": 1, "data": poisoned_data()}
-    ours = train(PoisonedTrainer, output_dir=str(folder), **settings)
-    steps = getattr(ours, "poisoned_steps", [])
-    results["recorded"] = {"steps": steps, "loss": logged(ours, "loss"), "norm": logged(ours)}
+    ours = train(PoisonedTrainer, output_dir=str(Path(sys.argv[1], folder)), **settings)
+    poisoned, steps = getattr(ours, "poisoned_steps", []), ours.state.global_step
+    return {"poisoned": poisoned, "steps": steps, "loss": logged(ours, "loss"), "norm": logged(ours)}
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
 
-    recording.write_part = full
-    ours = train(PoisonedTrainer, output_dir=str(folder / "full"), **settings)
-    results["full"] = {"steps": ours.state.global_step, "loss": logged(ours, "loss")}
+def full() -> dict[str, Any]:
+    """The same with a disk that is full for rank 0."""
+    with patch("hf_gradclip.run.recording.write_part", side_effect=OSError(28, "No space left on device")):
+        return recorded("full")
+
+
+SCENARIOS: dict[str, Callable[..., Any]] = {
+    "parity": parity,
+    "engaged": engaged,
+    "nan": nan_on_one_rank,
+    "apart": replicas_come_apart,
+    "specs": different_specs,
+    "loss": loss_on_one_rank,
+    "loop": plain_loop,
+    "recorded": recorded,
+    "full": full,
+}
+NAMES = (
+    *(f"parity:{optim}" for optim in OPTIMIZERS), "engaged", "nan", "apart:4", "apart:0", "specs", "loss", "loop",
+    "recorded", "full",
+)  # fmt: skip
+
+
+def scenario(name: str) -> Any:
+    word, *rest = name.split(":")
+    return SCENARIOS[word](*rest)
 
 
 if __name__ == "__main__":
-    found: dict = {}
-    scenarios = (
-        parity,
-        engaged,
-        nan_on_one_rank,
-        replicas_come_apart,
-        different_specs,
-        loss_on_one_rank,
-        plain_loop,
-        recorded,
-    )
-    for scenario in scenarios:
-        scenario(found)
-    Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    serve(scenario)

@@ -1,11 +1,10 @@
-"""Run on two ranks: AdamW's step in Triton's interpreter on the shards of FSDP2, what each rank found to a file.
+"""Run on two ranks: AdamW's step in Triton's interpreter on the shards of FSDP2.
 
 With TRITON_INTERPRET=1 and HF_GRADCLIP_KERNELS=triton in the environment.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -13,7 +12,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_gradclip import kernels, optim
+from hf_gradclip import optim
+from hf_gradclip.kernels import choice
+from hf_gradclip.kernels.rule import Memory, Places
+from tests.integrations.ranks import serve
 
 ADAGC = "adagc:warmup_steps=2,lambda_rel=1.01,max_norm=4"
 BLOCK_RMS = "block_rms:max_rms=0.6"
@@ -93,45 +95,46 @@ def fit(model: Net, options: dict[str, Any], rank: int, world: int) -> tuple[tor
 
 
 def spy() -> dict[str, int]:
-    """Counts, from here on, the launches of the kernels by name, and the groups that the foreach form stepped."""
-    from hf_gradclip.kernels import step_triton
+    """Counts, from here on, the launches of the kernels by name, and the groups that plain torch stepped."""
+    from hf_gradclip.kernels.eager import step as plain
+    from hf_gradclip.kernels.triton import step as triton
 
-    assert kernels.step_kernels([torch.zeros(1)]) is step_triton  # the check at first use is not counted
+    weights, nothing = [torch.zeros(1)], [None]
+    memory, places = Memory(weights, weights, nothing, nothing, nothing), Places((0,), (0,))
+    assert choice.step(memory, places).step is triton  # the check at first use is not counted
     counts: dict[str, int] = {}
 
-    def count(owner: Any, name: str) -> None:
+    def count(owner: Any, name: str, word: str) -> None:
         works = getattr(owner, name)
 
         def counted(*args: Any) -> Any:
-            counts[name] = counts.get(name, 0) + 1
+            counts[word] = counts.get(word, 0) + 1
             return works(*args)
 
         setattr(owner, name, counted)
 
-    count(step_triton, "step_")
-    count(step_triton, "measure")
-    count(optim.AdamW, "_direct")
-    step_triton.CHUNK = CHUNK
+    count(triton, "step_", "step_")
+    count(triton, "measure_update", "measure_update")
+    count(plain, "step_", "plain step_")
+    triton.CHUNK = CHUNK
     return counts
+
+
+def scenario(name: str) -> dict[str, Any]:
+    """One of RUNS on the shards of this rank."""
+    COUNTS.clear()
+    model = Net()
+    fully_shard(model)
+    optimizer, run = fit(model, RUNS[name], dist.get_rank(), dist.get_world_size())
+    params = list(model.parameters())
+    moments = [value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"]
+    run["counts"], run["given up"] = dict(COUNTS), list(choice._given_up.values())
+    run["sharded"] = all(isinstance(tensor, DTensor) for tensor in (*params, *moments))
+    run["sizes"] = [shard(p).numel() for p in params]
+    return run
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    rank, world, counts = dist.get_rank(), dist.get_world_size(), spy()
-    found: dict[str, Any] = {}
-    for word, options in RUNS.items():
-        counts.clear()
-        model = Net()
-        fully_shard(model)
-        optimizer, run = fit(model, options, rank, world)
-        params = list(model.parameters())
-        moments = [value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"]
-        run["counts"], run["given up"] = dict(counts), list(kernels._given_up.values())
-        run["sharded"] = all(isinstance(tensor, DTensor) for tensor in (*params, *moments))
-        run["sizes"] = [shard(p).numel() for p in params]
-        found[word] = [None] * world
-        dist.all_gather_object(found[word], run)
-    if rank == 0:
-        torch.save(found, sys.argv[1])
-    dist.barrier()
-    dist.destroy_process_group()
+    COUNTS = spy()
+    serve(scenario)

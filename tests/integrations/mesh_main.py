@@ -1,8 +1,7 @@
-"""Run on four ranks: HSDP, tensor parallel, FSDP x TP through Clipper, sequence parallel through AdamW; to a file."""
+"""Run on four ranks: HSDP, tensor parallel, FSDP x TP through Clipper, sequence parallel through AdamW."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hf_gradclip import Clipper, optim
 from hf_gradclip.views.view import UnsupportedBackendError
+from tests.integrations.ranks import serve
 
 STRATEGIES = {
     "global_norm": "global_norm:max_norm=10",
@@ -28,6 +28,7 @@ UNSETTLED = {"nothing clipped": {}, "update clipped": {"update_clip": "block_rms
 FLAT = ("fsdp1", "fsdp1_original_parameters")
 WHOLE = ("global_norm", "value", "zclip")
 STEPS = 8
+SCENARIOS = (*(f"{layout} {word}" for layout in LAYOUTS + FLAT for word in STRATEGIES), "spreads", "unsettled")
 PARAMETERS = 12 + 56 + 54 + 21
 
 
@@ -136,27 +137,22 @@ def spreads() -> dict[str, list[float | None]]:
     return found
 
 
+def scenario(name: str) -> Any:
+    """What one strategy did under a layout, or the words with which it was refused; or one of the other two."""
+    if name == "spreads":
+        return spreads()
+    if name == "unsettled":
+        line = init_device_mesh("cpu", (4,))
+        return {word: unsettled(options, line) for word, options in UNSETTLED.items()}
+    layout, word = name.split()
+    model, part, parts = laid_out(layout)
+    assert layout in FLAT or any(isinstance(p, DTensor) for p in model.parameters())
+    try:
+        return fit(model, STRATEGIES[word], part, parts)
+    except UnsupportedBackendError as error:
+        return str(error)
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    found = {}
-    for layout in LAYOUTS:
-        for word, spec in STRATEGIES.items():
-            model, part, parts = laid_out(layout)
-            assert any(isinstance(p, DTensor) for p in model.parameters())
-            found[f"{layout} {word}"] = fit(model, spec, part, parts)
-    for layout in FLAT:
-        for word in WHOLE:
-            model, part, parts = laid_out(layout)
-            found[f"{layout} {word}"] = fit(model, STRATEGIES[word], part, parts)
-        for word in ("param_norm", "adagc", "agc"):
-            try:
-                Clipper.for_model(laid_out(layout)[0], STRATEGIES[word])
-            except UnsupportedBackendError as error:
-                found[f"{layout} {word}"] = str(error)
-    found["spreads"] = spreads()
-    line = init_device_mesh("cpu", (4,))
-    found["unsettled"] = {word: unsettled(options, line) for word, options in UNSETTLED.items()}
-    if dist.get_rank() == 0:
-        torch.save(found, sys.argv[1])
-    dist.barrier()
-    dist.destroy_process_group()
+    serve(scenario)

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_gradclip
 from hf_gradclip import optim
-from hf_gradclip.integrations.optimizer import innermost
 from hf_gradclip.record.files import read_record
+from hf_gradclip.run.updates import innermost
 from hf_gradclip.strategy import flatten
 from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.sharded import (
@@ -45,13 +45,13 @@ def table(name: str) -> dict[str, Any]:
     found = {}
     for word, spec in STRATEGIES.items():
         run = Run(BACKENDS[name], spec)
-        found[f"{name} {word}"] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
+        found[word] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
     return found
 
 
 def kinds(name: str) -> dict[str, Any]:
     """Frozen parameters, tied ones, one unused in some steps, two optimizer groups."""
-    return {f"{name} {kind}": Run(BACKENDS[name], STRATEGIES["adagc"], kind=kind).fit() for kind in KINDS}
+    return {kind: Run(BACKENDS[name], STRATEGIES["adagc"], kind=kind).fit() for kind in KINDS}
 
 
 def engaged(name: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def engaged(name: str) -> dict[str, Any]:
         changed = {"deepspeed": {**backend["deepspeed"], **more}} if "deepspeed" in backend else backend
         run = Run(changed, "global_norm:max_norm=1e-12", lr=0.5)
         after = run.fit(range(3))["weights"]
-        found[f"{name} {more.get('gradient_clipping', 'nothing')}"] = (after - run.before).abs().max().item()
+        found[str(more.get("gradient_clipping", "nothing"))] = (after - run.before).abs().max().item()
     return found
 
 
@@ -72,7 +72,7 @@ def unhooked(name: str) -> dict[str, Any]:
     backend = (
         {"deepspeed": {**BACKENDS[name]["deepspeed"], "gradient_clipping": 0.0}} if "zero" in name else BACKENDS[name]
     )
-    return {name: Run(backend, None).fit(limit=None if "zero" not in name else 1.0)}
+    return Run(backend, None).fit(limit=None if "zero" not in name else 1.0)
 
 
 def collectives(name: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def collectives(name: str) -> dict[str, Any]:
             for i in range(1, 3):
                 rank, world = dist.get_rank(), dist.get_world_size()
                 run.step(run.model(**batch(i, rank, world), use_extra=0).loss, None if spec is None else 1.0)
-        found[f"{name} {word}"] = counting.count / 2
+        found[word] = counting.count / 2
     return found
 
 
@@ -129,7 +129,7 @@ def resume(name: str) -> dict[str, Any]:
         again.accelerator.load_state(path)
         resumed = again.fit(range(7, 12))
         mine, theirs = (states(run) for run in (whole, again))
-        found[f"{name} {word}"] = {
+        found[word] = {
             "state": all(torch.equal(value, theirs[key]) for key, value in mine.items()),
             "norms": rest["norms"] == resumed["norms"],
             "weights": (rest["weights"] - resumed["weights"]).abs().max().item(),
@@ -148,9 +148,9 @@ def bf16(name: str) -> dict[str, Any]:
         half = {**backend, "mixed_precision": "bf16"}
         if "fsdp" in backend:
             half["fsdp"] = {"mixed_precision_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
-    found[f"{name} stock"] = Run(half, None).fit(limit=0.34)
+    found["stock"] = Run(half, None).fit(limit=0.34)
     for word, spec in STRATEGIES.items():
-        found[f"{name} {word}"] = Run(half, spec).fit()
+        found[word] = Run(half, spec).fit()
     return found
 
 
@@ -168,7 +168,7 @@ def fp16(name: str) -> dict[str, Any]:
         moved.append(not torch.equal(before, whole_weights(run.model)))
         scales.append(float(run.accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scale))
     counts = run.attachment.clipper.report.summary()
-    return {name: {"norms": norms, "moved": moved, "scales": scales, "counts": counts}}
+    return {"norms": norms, "moved": moved, "scales": scales, "counts": counts}
 
 
 def skips(name: str) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def skips(name: str) -> dict[str, Any]:
             if i == 2:
                 kept = len(inside) > 0 and all(map(torch.equal, inside, snapshot(run)))
         counts = run.attachment.scalars()
-        found[f"{name} {case}"] = {"moved": moved, "said": said, "norms": norms, "counts": counts, "kept": kept}
+        found[case] = {"moved": moved, "said": said, "norms": norms, "counts": counts, "kept": kept}
     return found
 
 
@@ -220,7 +220,7 @@ def poisoned(name: str) -> dict[str, Any]:
             loss = run.model(**batch(i, rank, world), use_extra=0).loss
             run.step(loss * float("nan") if bad and rank == 1 else loss)
         runs[word] = {"weights": whole_weights(run.model), "counts": run.attachment.clipper.report.summary()}
-    return {name: runs}
+    return runs
 
 
 def folded(name: str) -> dict[str, Any]:
@@ -237,18 +237,18 @@ def folded(name: str) -> dict[str, Any]:
             if i == 2:
                 kept = all(map(torch.equal, before, [whole_weights(run.model), *snapshot(run)]))
         counts = run.attachment.scalars()
-        found[f"{name} {word}"] = {"weights": whole_weights(run.model), "counts": counts, "kept": kept}
+        found[word] = {"weights": whole_weights(run.model), "counts": counts, "kept": kept}
     return found
 
 
-def swap(name: str) -> dict[str, Any]:
+def swap(name: str) -> str:
     """An optimizer of ours where Accelerate would put another one in its place."""
     config = {**BACKENDS[name]["deepspeed"], "zero_force_ds_cpu_optimizer": True}
     try:
         Run({"deepspeed": config}, "zclip", optimizer=OPTIMIZERS["momentum"])
     except UnsupportedBackendError as error:
-        return {name: str(error)}
-    return {name: "prepared"}
+        return str(error)
+    return "prepared"
 
 
 def updates_on(name: str) -> list[str]:
@@ -265,7 +265,7 @@ def updates(name: str) -> dict[str, Any]:
         optimizer, spec = UPDATES[word]
         run = Run(BACKENDS[name], {"gradient": "none", "update": spec}, optimizer=OPTIMIZERS[optimizer])
         rank, world = dist.get_rank(), dist.get_world_size()
-        found[f"{name} {word}"] = warmed_up(run.step, run.model, run.optimizer, run.attachment.scalars, rank, world)
+        found[word] = warmed_up(run.step, run.model, run.optimizer, run.attachment.scalars, rank, world)
     return found
 
 
@@ -290,9 +290,9 @@ def flat(name: str) -> dict[str, Any]:
     for word, spec in STRATEGIES.items():
         try:
             run = Run(BACKENDS[name], spec)
-            found[f"{name} {word}"] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
+            found[word] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
         except UnsupportedBackendError as error:
-            found[f"{name} {word}"] = str(error)
+            found[word] = str(error)
     return found
 
 
@@ -318,7 +318,7 @@ def scaled(name: str) -> dict[str, Any]:
         }
         rest = run.fit(range(5, STEPS))
         joined = {key: first[key] + rest[key] for key in ("norms", "rates")}
-        found[f"{name} {word}"] = {**joined, "weights": rest["weights"], "overflow": overflow}
+        found[word] = {**joined, "weights": rest["weights"], "overflow": overflow}
     return found
 
 
@@ -340,7 +340,7 @@ def accumulated(name: str) -> dict[str, Any]:
                 run.optimizer.step()
                 run.optimizer.zero_grad()
         found[word] = {"norms": norms, "weights": whole_weights(run.model)}
-    return {name: found}
+    return found
 
 
 def noted(name: str) -> dict[str, Any]:
@@ -361,7 +361,7 @@ def noted(name: str) -> dict[str, Any]:
     attachment.finish()  # not end_training, which would end the process group
     dist.barrier()
     record = read_record(folder)
-    return {name: {"losses": losses, "record": record.loss_T, "rates": record.learning_rate_T, "steps": record.step_T}}
+    return {"losses": losses, "record": record.loss_T, "rates": record.learning_rate_T, "steps": record.step_T}
 
 
 def lacking(name: str) -> dict[str, Any]:
@@ -382,7 +382,7 @@ def lacking(name: str) -> dict[str, Any]:
         both = [torch.empty_like(rest["weights"]) for _ in range(2)]
         dist.all_gather(both, rest["weights"])
         found[word] = {**rest, "agree": torch.equal(*both)}
-    return {name: found}
+    return found
 
 
 def looked(name: str) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def looked(name: str) -> dict[str, Any]:
         run.optimizer.zero_grad()
         return norm
 
-    return {name: {**fit(step, run.model, run.attachment.scalars, rank, world, range(STEPS)), "whole": whole}}
+    return {**fit(step, run.model, run.attachment.scalars, rank, world, range(STEPS)), "whole": whole}
 
 
 def shared_folder() -> str:

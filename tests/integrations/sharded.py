@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +26,6 @@ from hf_gradclip import optim
 from hf_gradclip.views import view_of
 from tests.tiny import counting_data, tiny_llama
 
-ROOT = Path(__file__).parents[2]
 STRATEGIES = {
     "global_norm": "global_norm:max_norm=0.34",
     "value": "value:max_value=0.025",
@@ -68,17 +64,6 @@ UPDATES = {
     for field, limits in LIMITS.items()
     for optimizer, limit in limits.items()
 }
-
-
-def launch(ranks: int, module: str, out: Path, *words: str, **variables: str) -> dict[str, Any]:
-    """Start a module on several ranks, with these variables in the environment; what its rank 0 wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*command, "-m", f"tests.integrations.{module}", str(out), *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=580, env={**os.environ, **variables},
-    )  # fmt: skip
-    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(out, weights_only=False)
 
 
 def batch(step: int, rank: int, world: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,4 @@
-"""Run on several ranks: many scenarios in one start, what rank 0 found to a file.
-
-python -m torch.distributed.run --nproc_per_node 2 -m tests.integrations.sharded_main OUT table:ddp resume:zero2 ...
-"""
+"""Run on several ranks: the scenarios of scenarios.py, each named with its backend, as in `table:ddp`."""
 
 from __future__ import annotations
 
@@ -9,25 +6,23 @@ import os
 import sys
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from tests.integrations.ranks import serve
 from tests.integrations.scenarios import SCENARIOS
 
+
+def scenario(name: str) -> Any:
+    word, _, backend = name.partition(":")
+    return SCENARIOS[word](backend)
+
+
 if __name__ == "__main__":
-    out, *wanted = sys.argv[1:]
-    if any("zero" in word for word in wanted):
+    if any("zero" in name for name in sys.argv[2:]):
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
     else:
         dist.init_process_group("gloo")
-    found: dict[str, dict[str, Any]] = {}
-    for word in wanted:
-        scenario, _, backend = word.partition(":")
-        found.setdefault(scenario, {}).update(SCENARIOS[scenario](backend))
-    if dist.get_rank() == 0:
-        torch.save(found, out)
-    dist.barrier()
-    dist.destroy_process_group()
+    serve(scenario)

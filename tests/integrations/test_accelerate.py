@@ -14,7 +14,8 @@ from accelerate.utils import DistributedType
 import hf_gradclip
 from hf_gradclip.integrations.refusals import refuse_unsupported
 from hf_gradclip.views.view import UnsupportedBackendError
-from tests.tiny import counting_data, tiny_llama, weights_of
+from tests.integrations.loops import batches
+from tests.tiny import tiny_llama, weights_of
 
 LIMIT = 0.5
 
@@ -31,14 +32,6 @@ def make(seed: int = 0, lr: float = 0.3, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     return Accelerator(cpu=True, **kwargs), model, optimizer, scheduler
-
-
-def batches(n: int, poison: tuple[int, ...] = ()):
-    data = counting_data()
-    for i in range(n):
-        rows = data[4 * i : 4 * i + 4]
-        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        yield batch, float("nan") if i in poison else 1.0
 
 
 def loop(accelerator, model, optimizer, scheduler=None, n=30, clip=True, poison=(), limit=LIMIT):

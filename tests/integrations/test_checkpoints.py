@@ -7,23 +7,12 @@ import os
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_gradclip import GradClipTrainer
 from hf_gradclip.strategy import flatten
+from tests.integrations.loops import StopAt
 from tests.tiny import logged, tiny_llama, train, weights_of
-
-
-class StopAt(TrainerCallback):
-    """Saves and stops at a step, as an interrupted run does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = True
-            control.should_training_stop = True
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +11,13 @@ import torch
 
 from hf_gradclip import Clipper
 from hf_gradclip.record.files import read_record
-from tests.integrations.ddp_main import LIMIT, OPTIMIZERS
+from tests.integrations.ddp_main import LIMIT, NAMES, OPTIMIZERS
+from tests.integrations.loops import batches
+from tests.integrations.ranks import ACCELERATE, Found, launch
 from tests.integrations.recorded import POISON
-from tests.integrations.test_accelerate import batches
 from tests.tiny import tiny_llama, weights_of
 
 pytestmark = pytest.mark.dist
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +26,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder) -> list[dict]:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, "--num_machines", "1", "-m", "tests.integrations.ddp_main", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+def ranks(folder) -> list[Found]:
+    return launch(2, "ddp_main", folder, *NAMES, by=ACCELERATE)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("clip", [f"global_norm:max_norm={LIMIT}", None])
 def test_trains_like_the_stock_trainer(ranks, optim, clip) -> None:
     for result in ranks:
-        found = result[f"parity {optim} {clip}"]
+        found = result[f"parity:{optim}"][str(clip)]
         assert found["world"] == 2
         assert found["steps"] == 50
         assert 5 <= found["clipped"] <= 45
@@ -70,8 +64,8 @@ def test_a_loss_that_stands_out_on_one_rank_is_skipped_on_both(ranks) -> None:
 
 def test_replicas_that_come_apart_stop_the_run(ranks) -> None:
     for result in ranks:
-        assert "The ranks measured gradient norms that differ by up to" in result["apart 4"]
-        assert result["apart 0"] == "trained on"
+        assert "The ranks measured gradient norms that differ by up to" in result["apart:4"]
+        assert result["apart:0"] == "trained on"
 
 
 def test_ranks_must_have_one_spec(ranks) -> None:
@@ -109,7 +103,7 @@ def test_the_record_has_the_mean_over_ranks(ranks, folder) -> None:
 
 
 def test_a_spike_names_the_poisoned_example_on_the_rank_that_held_it(ranks, folder) -> None:
-    held = {rank: [step for step in result["recorded"]["steps"] if step > 25] for rank, result in enumerate(ranks)}
+    held = {rank: [step for step in result["recorded"]["poisoned"] if step > 25] for rank, result in enumerate(ranks)}
     assert held[0] or held[1]
     for step in {*held[0], *held[1]}:
         for rank, name in enumerate((f"step_{step}.json", f"step_{step}_rank1.json")):
@@ -121,4 +115,5 @@ def test_a_spike_names_the_poisoned_example_on_the_rank_that_held_it(ranks, fold
 
 def test_a_full_disk_on_one_rank_does_not_hold_up_the_other(ranks) -> None:
     for result in ranks:
-        assert result["full"] == {"steps": 60, "loss": result["recorded"]["loss"]}
+        assert result["full"]["steps"] == 60
+        assert result["full"]["loss"] == result["recorded"]["loss"]

@@ -12,8 +12,9 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from hf_gradclip import ClipConfig
-from hf_gradclip.integrations.deepspeed import ZeroSeams, refuse_settings
-from hf_gradclip.integrations.optimizer import Updates
+from hf_gradclip.integrations.deepspeed import seams_of
+from hf_gradclip.integrations.deepspeed_refusals import refuse_settings
+from hf_gradclip.run.updates import Updates
 from hf_gradclip.views.view import UnsupportedBackendError
 
 pytestmark = pytest.mark.deepspeed
@@ -78,4 +79,4 @@ def test_a_release_without_the_seams_is_named() -> None:
     with pytest.raises(
         UnsupportedBackendError, match=r"DeepSpeed 0\.\d+\.\d+.*has no unscale_and_clip_grads.*constraints"
     ):
-        ZeroSeams(found, SKIP, Updates(SKIP, say=False))
+        seams_of(found, SKIP, Updates(SKIP, say=False))

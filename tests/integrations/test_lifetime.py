@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, set_seed
 
 import hf_gradclip
 from hf_gradclip import Clipper, GradClipTrainer, optim
-from tests.integrations.test_accelerate import batches
+from tests.integrations.loops import batches
 from tests.tiny import counting_data, tiny_llama, train, training_args, weights_of
 
 CLIPS = {

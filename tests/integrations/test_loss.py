@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 import hf_gradclip
 from hf_gradclip import GradClipTrainer
-from tests.integrations.test_accelerate import batches
+from tests.integrations.loops import batches
 from tests.tiny import logged, tiny_llama, train, weights_of
 
 SPEC = "skip_step:window=16,min_values=8,on=loss"

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 import hf_gradclip
 from hf_gradclip import ClipConfig, Clipper, GradClipTrainer, optim
 from hf_gradclip.clipper import NonFiniteError
-from hf_gradclip.integrations.optimizer import WeightDifference
 from hf_gradclip.integrations.refusals import refuse_swap
+from hf_gradclip.run.weight_difference import WeightDifference
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import UnsupportedBackendError
-from tests.integrations.test_accelerate import batches
-from tests.integrations.test_checkpoints import StopAt
+from tests.integrations.loops import StopAt, batches
 from tests.tiny import counting_data, logged, tiny_llama, train, training_args, weights_of
 
 

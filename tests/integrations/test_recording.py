@@ -22,11 +22,10 @@ import hf_gradclip
 from hf_gradclip import GradClipTrainer
 from hf_gradclip.cli import main
 from hf_gradclip.config import SpecError
-from hf_gradclip.integrations import recording
 from hf_gradclip.record.files import read_record
+from hf_gradclip.run import recording
+from tests.integrations.loops import StopAt, batches
 from tests.integrations.recorded import CLIP, RECORD, PoisonedTrainer, is_poison, poisoned_data
-from tests.integrations.test_accelerate import batches
-from tests.integrations.test_checkpoints import StopAt
 from tests.tiny import counting_data, logged, tiny_llama, train
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaForCausalLM, Trainer
 
 from hf_gradclip import GradClipTrainer
-from tests.integrations.sharded import launch, whole_weights
+from tests.integrations.ranks import Found, launch
+from tests.integrations.sharded import whole_weights
 from tests.integrations.trainer_main import CLIPS, LOUD, LOUD_RATE, facts, run
 from tests.tiny import VOCAB, logged, tiny_llama
 
@@ -31,15 +32,15 @@ def saved_model(tmp_path_factory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def on_dtensors(saved_model) -> dict[str, Any]:
+def on_dtensors(saved_model) -> Found:
     words = [f"tensor_parallel:{word}" for word in LOUD] + [f"resume:fsdp2:{word}" for word in CLIPS]
-    return launch(2, "trainer_main", saved_model.with_name("out"), *words)
+    return launch(2, "trainer_main", saved_model.parent, *words)[0]
 
 
 @pytest.fixture(scope="module")
-def on_zero(tmp_path_factory) -> dict[str, Any]:
+def on_zero(tmp_path_factory) -> Found:
     words = [f"resume:{word}" for word in RESUMED_ON_ZERO]
-    return launch(2, "trainer_main", tmp_path_factory.mktemp("zero") / "out", *words)
+    return launch(2, "trainer_main", tmp_path_factory.mktemp("zero"), *words)[0]
 
 
 @cache

@@ -1,6 +1,6 @@
-"""Run on two ranks: the Trainer through its own checkpoint, and with tensor parallelism; what rank 0 found to a file.
+"""Run on two ranks: the Trainer through its own checkpoint, and with tensor parallelism.
 
-python -m torch.distributed.run --nproc_per_node 2 -m tests.integrations.trainer_main OUT resume:zero2:zclip
+Scenarios are `resume:zero2:zclip`, say, and `tensor_parallel:adagc`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import DistributedConfig, LlamaForCausalLM, Trainer
 
 from hf_gradclip import GradClipTrainer
 from hf_gradclip.strategy import flatten
+from tests.integrations.ranks import serve
 from tests.integrations.sharded import deepspeed_config, fsdp_on_cpu, whole_weights
 from tests.tiny import logged, tiny_llama, train
 
@@ -112,14 +113,11 @@ def tensor_parallel(folder: str, word: str) -> dict[str, Any]:
     return facts(trainer)
 
 
+def scenario(name: str) -> dict[str, Any]:
+    word, *rest = name.split(":")
+    folder = Path(sys.argv[1], name.replace(":", "_"))
+    return {"resume": resume, "tensor_parallel": tensor_parallel}[word](str(folder), *rest)
+
+
 if __name__ == "__main__":
-    out, *wanted = sys.argv[1:]
-    scenarios = {"resume": resume, "tensor_parallel": tensor_parallel}
-    found = {}
-    for i, words in enumerate(wanted):
-        scenario, *rest = words.split(":")
-        found[words] = scenarios[scenario](f"{out}-{i}", *rest)
-    if dist.get_rank() == 0:
-        torch.save(found, out)
-    dist.barrier()
-    dist.destroy_process_group()
+    serve(scenario)

@@ -22,13 +22,13 @@ class Guards:
         self._placed: list[tuple[Tensor, Tensor]] = []
 
     def place(self, values: Tensor, offset: int) -> Tensor:
-        """A copy that begins this many elements after a multiple of 16 bytes, between two guards."""
+        """A contiguous copy that begins this many elements after a multiple of 16 bytes, between two guards."""
         start = GUARD + offset
         buffer = torch.full((start + values.numel() + GUARD,), self.number, dtype=values.dtype)
         assert buffer.data_ptr() % 16 == 0
-        inside = buffer[start : start + values.numel()].copy_(values)
+        inside = buffer[start : start + values.numel()].copy_(values.reshape(-1))
         self._placed.append((buffer, inside))
-        return inside
+        return inside.view(values.shape)
 
     @property
     def placed(self) -> int:

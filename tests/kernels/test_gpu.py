@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from hf_gradclip import Clipper
-from hf_gradclip.kernels import graphed
+from hf_gradclip.kernels import choice
+from hf_gradclip.kernels.operations import ByUnit, Language, Whole
+from hf_gradclip.kernels.table import MisfitError
 
 pytestmark = pytest.mark.gpu
 
@@ -20,12 +21,18 @@ SIZES = [3_000_001, 65_536, 65_535, 4_097, 100, 8, 7, 1]
 
 
 @pytest.fixture
-def kernels() -> ModuleType:
+def triton(monkeypatch) -> Iterator[Language]:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    from hf_gradclip.kernels import fused_triton
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    choice.forget()
+    yield choice.triton_language()
+    choice.forget()
 
-    return fused_triton
+
+@pytest.fixture
+def kernels(triton) -> Whole:
+    return triton.whole
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def sumsq64(grad: Tensor | None) -> Tensor:
 class TestNumbers:
     def test_statistics(self, kernels, dtypes):
         grads = make(dtypes)
-        sumsq_S, max_S = kernels.statistics(grads, torch.float64, device())
+        sumsq_S, max_S = kernels.statistics(grads, torch.float64, device(), True)
         torch.testing.assert_close(sumsq_S, torch.stack([sumsq64(grad) for grad in grads]), rtol=1e-6, atol=0)
         for grad, largest in zip(grads, max_S.tolist(), strict=True):
             assert largest == (0 if grad is None or grad.numel() == 0 else grad.abs().max().item())
@@ -79,9 +86,9 @@ class TestNumbers:
 
     def test_the_same_bits_in_100_runs(self, kernels, dtypes):
         grads = make(dtypes)
-        first = torch.stack(kernels.statistics(grads, torch.float64, device()))
+        first = torch.stack(kernels.statistics(grads, torch.float64, device(), True))
         for _ in range(100):
-            assert torch.equal(torch.stack(kernels.statistics(grads, torch.float64, device())), first)
+            assert torch.equal(torch.stack(kernels.statistics(grads, torch.float64, device(), True)), first)
 
     def test_at_most_four_launches(self, kernels, dtypes):
         grads = make(dtypes)
@@ -89,7 +96,7 @@ class TestNumbers:
         torch.cuda.synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
-            sumsq_S, _ = kernels.statistics(grads, torch.float64, device())
+            sumsq_S, _ = kernels.statistics(grads, torch.float64, device(), True)
             kernels.apply_(grads, sumsq_S, None)
             torch.cuda.synchronize()
         on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -104,8 +111,8 @@ class TestNumbers:
         step(kernels, moved)
 
 
-def step(kernels: ModuleType, grads: list[Tensor | None]) -> None:
-    sumsq_S, max_S = kernels.statistics(grads, torch.float64, device())
+def step(kernels: Whole, grads: list[Tensor | None]) -> None:
+    sumsq_S, max_S = kernels.statistics(grads, torch.float64, device(), True)
     kernels.apply_(grads, (1 / (sumsq_S.sum().sqrt() + 1e-6)).clamp(max=1), None)
     kernels.apply_(grads, torch.ones_like(sumsq_S), max_S)
 
@@ -117,10 +124,8 @@ class TestUnits:
     """Rows, columns, and both within experts."""
 
     @pytest.fixture
-    def by_unit(self, kernels) -> ModuleType:
-        from hf_gradclip.kernels import units_triton
-
-        return units_triton
+    def by_unit(self, triton) -> ByUnit:
+        return triton.units
 
     def make(self, dtype: torch.dtype) -> tuple[list[Tensor], list[tuple[int, ...]], list[int]]:
         generator = torch.Generator(device()).manual_seed(0)
@@ -133,7 +138,7 @@ class TestUnits:
         blocks, kept, counts = self.make(dtype)
         others = [[axis for axis in range(b.ndim) if axis not in axes] for b, axes in zip(blocks, kept, strict=True)]
         want = [b.double().square().sum(axes, keepdim=True) for b, axes in zip(blocks, others, strict=True)]
-        found = [by_unit.sumsq(blocks, kept, counts, torch.float64, device()) for _ in range(100)]
+        found = [by_unit.unit_sums(blocks, kept, counts, torch.float64, device()) for _ in range(100)]
         assert all(torch.equal(found[0], sums_U) for sums_U in found)
         torch.testing.assert_close(found[0], torch.cat([sums.view(-1) for sums in want]), rtol=1e-6, atol=0)
 
@@ -141,44 +146,60 @@ class TestUnits:
         scales = [scale.float().view(sums.shape) for scale, sums in zip(scale_U.split(counts), want, strict=True)]
         expected = [(b.float() * scale).to(dtype) for b, scale in zip(blocks, scales, strict=True)]
         torch.cuda.set_sync_debug_mode("error")
-        by_unit.sumsq(blocks, kept, counts, torch.float64, device())
-        by_unit.apply_(blocks, kept, counts, scale_U, None)
+        by_unit.unit_sums(blocks, kept, counts, torch.float64, device())
+        by_unit.unit_apply_(blocks, kept, counts, scale_U, None)
         torch.cuda.set_sync_debug_mode("default")
         assert all(map(torch.equal, blocks, expected))
 
 
 @pytest.mark.parametrize("spec", ["zclip:warmup_steps=3,z_threshold=0.5", "adagc:warmup_steps=3", "agc:eps=5"])
-def test_a_decision_as_a_graph(kernels, no_waiting, monkeypatch, spec):
-    """The bits of the same operations launched one by one; only the skip flag would be read, and `pass` needs none."""
-    found = []
-    for asked in ("0", "1"):
-        monkeypatch.setenv(graphed.VARIABLE, asked)
-        generator = torch.Generator(device()).manual_seed(0)
-        model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)]).to(device())
-        with torch.no_grad():
-            for p in model.parameters():
-                p.normal_(generator=generator)
-        clipper = Clipper.for_model(model, spec, nonfinite="pass")
-        seen = []
-        for step in range(30):
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=generator, device=device()) * (5 if step % 7 == 6 else 1)
-            torch.cuda.set_sync_debug_mode("error" if step > 10 else "default")
-            seen.append(clipper.step())
-            seen += [p.grad for p in model.parameters()]
-        torch.cuda.set_sync_debug_mode("default")
-        assert (clipper._judge._replay is not None) == (asked == "1")
-        found.append((seen, clipper.report.summary()))
-    assert all(map(torch.equal, found[0][0], found[1][0]))
-    assert found[0][1] == found[1][1]
+def test_a_decision_that_skips_nothing_waits_for_nothing(kernels, no_waiting, spec):
+    """Only the skip flag would be read, and `pass` needs none; some steps are clipped."""
+    generator = torch.Generator(device()).manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)]).to(device())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(generator=generator)
+    clipper = Clipper.for_model(model, spec, nonfinite="pass")
+    for step in range(30):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator, device=device()) * (5 if step % 7 == 6 else 1)
+        torch.cuda.set_sync_debug_mode("error" if step > 10 else "default")
+        clipper.step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert choice.language_of(device()).name == "Triton"
+    assert clipper.report.summary()["clipped"] >= 4
+
+
+def test_triton_serves_on_a_gpu(kernels):
+    """And is given up for plain torch nowhere in this file: its own numbers are those that are tested."""
+    grads = make(DTYPES)
+    assert choice.whole(grads, device()).whole is kernels
+    assert choice._given_up == {}
+
+
+def test_what_does_not_fit_is_refused_before_the_launch(kernels):
+    """A read of memory that is not there would end the process's use of the device."""
+    grads = [torch.ones(4, 6, device=device())]
+    half = torch.full((3,), 0.5, device=device())
+    for call in (
+        lambda: kernels.apply_(grads, half, None),
+        lambda: kernels.apply_(grads, half[:1].cpu(), None),
+        lambda: kernels.statistics([torch.ones(3)], torch.float64, device(), True),
+        lambda: choice.by_unit(grads, [(0,)], device()).units.unit_apply_(grads, [(0,)], [3], half, None),
+    ):
+        with pytest.raises(MisfitError):
+            call()
+    torch.cuda.synchronize()
+    assert (grads[0] == 1).all()
 
 
 def test_addresses_that_change_while_the_device_is_busy(kernels):
     """The host runs ahead: a table must not be overwritten while an earlier launch still needs it."""
     sets = [[torch.full((1000,), float(i + 1), device=device()) for _ in range(3)] for i in range(50)]
-    kernels.statistics(sets[0], torch.float64, device())
+    kernels.statistics(sets[0], torch.float64, device(), True)
     torch.cuda._sleep(200_000_000)
-    results = [kernels.statistics(grads, torch.float64, device())[0] for grads in sets]
+    results = [kernels.statistics(grads, torch.float64, device(), True)[0] for grads in sets]
     for i, sumsq_S in enumerate(results):
         assert sumsq_S.tolist() == [1000.0 * (i + 1) ** 2] * 3
 
@@ -191,7 +212,7 @@ def test_more_than_2_31_elements(kernels):
     grad = torch.empty(size, dtype=torch.bfloat16, device=device()).normal_(generator=torch.Generator(device()))
     grad[-1] = 100
     want, last = sumsq64(grad).item(), grad[-1000:].clone()
-    sumsq_S, max_S = kernels.statistics([grad], torch.float64, device())
+    sumsq_S, max_S = kernels.statistics([grad], torch.float64, device(), True)
     assert sumsq_S.item() == pytest.approx(want, rel=1e-6)
     assert max_S.item() == 100
     kernels.apply_([grad], torch.tensor(0.5, device=device()), None)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_gradclip import kernels, optim
+from hf_gradclip import optim
+from hf_gradclip.kernels import choice
 
 pytestmark = pytest.mark.gpu
 
@@ -21,11 +22,11 @@ NAMES = ["AdamW", "Adam", "RMSprop", "SGD"]
 def _triton(monkeypatch) -> Iterator[None]:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    monkeypatch.setattr(kernels, "_given_up", {})
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    choice.forget()
     yield
     torch.cuda.set_sync_debug_mode("default")
-    assert kernels._given_up == {}
+    assert choice._given_up == {}
 
 
 def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -61,7 +62,7 @@ def trained(name: str, dtype: torch.dtype, steps: int, **clips: str) -> list[Ten
 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_in_float64(name) -> None:
-    """The foreach form in float64, which Triton does not serve."""
+    """The plain form in float64, which Triton does not take."""
     ours, theirs = parameters(torch.float32), [nn.Parameter(p.detach().double()) for p in parameters(torch.float32)]
     a, b = make(name, ours, **CLIPS), make(name, theirs, **CLIPS)
     for step in range(20):

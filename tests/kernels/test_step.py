@@ -1,33 +1,20 @@
-"""The fused step against float64: in C here, in Triton in the process that `test_under_the_interpreter` starts.
-
-How, and the faults of the interpreter, are in test_triton.py.
-"""
+"""The optimizer's step in every language against float64. For Triton's interpreter see test_whole.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.kernels.operations import Language
+from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule
 from hf_gradclip.types import ClipPlan
-from tests.kernels import tensors
 from tests.kernels.guards import Guards, Torch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
-    from hf_gradclip.kernels import step_triton as step
-else:
-    from hf_gradclip.kernels import native
-    from hf_gradclip.kernels import native_step as step
+from tests.kernels.languages import DTYPES, OTHER, WAYS, set_chunk
+from tests.kernels.tensors import same_bits
 
 SIZES = [1, 9, 300]
 DECAY = 0.1
@@ -36,27 +23,11 @@ BETAS = (0.9, 0.99)
 SCALE = torch.tensor([0.25, 1.0, 0.5], dtype=torch.float64)
 BOUND = torch.tensor([math.inf, 0.7, 0.6], dtype=torch.float64)
 TERMS = [(1 / (1 - 0.9**t), (1 - 0.99**t) ** 0.5) for t in (1, 2, 7)]
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    if not INTERPRETED:
-        tensors.library()
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")
-def test_under_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.fail("triton is missing, and its kernels untested: pip install -c constraints.txt -e '.[test]'")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).resolve().parents[2])
-    assert done.returncode == 0, done.stdout + done.stderr
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def rule(**other: object) -> Rule:
-    numbers = {"name": "adam", "lr": LR, "decay": DECAY, "decoupled": True, "maximize": False, "done": lambda: None}
+    numbers = {"name": "adam", "lr": LR, "decay": DECAY, "decoupled": True, "maximize": False}
     numbers |= {"past": BETAS[0], "fresh": 1 - BETAS[0], "past2": BETAS[1], "fresh2": 1 - BETAS[1], "eps": 1e-6}
     return Rule(**{**numbers, "terms": TERMS, **other})
 
@@ -93,14 +64,15 @@ def adamw(memory: Memory) -> tuple[list[Tensor], ...]:
     return weights, means, squares, updates
 
 
-def close(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+def close(got: Sequence[Tensor | None], want: Sequence[Tensor]) -> None:
     """To rounding; to one unit in the last place for bfloat16."""
     for mine, exact in zip(got, want, strict=True):
-        unit = {F32: 1e-6, F16: 2**-10, BF16: 2**-7}[mine.dtype]
+        unit = {F64: 1e-12, F32: 1e-6, F16: 2**-10, BF16: 2**-7}[mine.dtype]
         torch.testing.assert_close(mine.double(), exact, rtol=unit, atol=unit / 8)
 
 
-PLACES = ((0, 2), (1, 1), (2, 0))
+PLACES = Places((0, 1, 2), (2, 1, 0))
+PLAN = ClipPlan(SCALE, BOUND)
 AFTER = ClipPlan(torch.tensor([0.3, 1.0, 0.8], dtype=torch.float64), torch.tensor([0.4, 0.5, math.inf]))
 CASES = [
     ((F32, F32, F32, F32), (3, 3, 3, 3)),
@@ -111,41 +83,51 @@ CASES = [
     ((BF16, F32, F32, F32), (4, 0, 0, 0)),
     ((F32, BF16, F32, BF16), (2, 6, 2, 6)),
     ((F32, F16, F32, F32), (0, 1, 0, 0)),
+    ((F64, F64, F64, F64), (0, 1, 0, 1)),
+    ((F64, F32, F32, F64), (0, 1, 0, 1)),
 ]
-if not INTERPRETED:
-    CASES = [case for case in CASES if len(set(case[0])) == 1 and F16 not in case[0]]
 
 
-@pytest.mark.parametrize(("dtypes", "starts"), CASES)
+def taken(way: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Memory of these dtypes; C takes one at a time."""
+    return set(dtypes) <= set(DTYPES[way.split()[0]]) and (len(set(dtypes)) == 1 or not way.startswith("C"))
+
+
+EVERY = [(way, *case) for way in WAYS for case in CASES if taken(way, case[0])]
+
+
+@pytest.mark.parametrize(("language", "dtypes", "starts"), EVERY, indirect=["language"])
 class TestSteps:
     """Tensors that can be cut on 16 bytes together and tensors that cannot, of one dtype and of several."""
 
-    def test_step(self, dtypes, starts, monkeypatch):
+    def test_step(self, language, dtypes, starts, monkeypatch):
         """In several chunks."""
-        monkeypatch.setattr(step, "CHUNK", 128)
+        set_chunk(monkeypatch, language.step, 128)
         buffers, memory = made(dtypes, starts)
         guards = [int(buffer.isnan().sum()) for buffer in buffers]
         grads = buffers[1].clone()
         weights, means, squares, updates = adamw(memory)
-        step.step_(rule(), memory, PLACES, ClipPlan(SCALE, BOUND), AFTER)
-        for i, (_, place) in enumerate(PLACES):
+        language.step.step_(rule(), memory, PLACES, PLAN, AFTER)
+        for i, place in enumerate(PLACES.update):
             limit = float(AFTER.bound_S[place])
             weights[i] -= LR * (updates[i] * AFTER.scale_S[place]).clamp(-limit, limit)
-        close(memory.weights, weights)
-        close(memory.first, means)
-        close(memory.second, squares)
+        loose = dtypes if F64 not in dtypes or set(dtypes) == {F64} else (F32,) * 4
+        wanted = (weights, None, means, squares)
+        for dtype, column, exact in zip(loose, memory, wanted, strict=False):
+            if exact is not None:
+                close([tensor.to(dtype) for tensor in column], exact)
         assert [int(buffer.isnan().sum()) for buffer in buffers] == guards
-        assert torch.equal(buffers[1].view(torch.uint8), grads.view(torch.uint8))
+        assert same_bits(buffers[1], grads)
 
-    def test_measure(self, dtypes, starts):
+    def test_measure(self, language, dtypes, starts):
         buffers, memory = made(dtypes, starts)
         before = [buffer.clone() for buffer in buffers]
         *_, updates = adamw(memory)
-        sumsq_S, max_S = step.measure(rule(), memory, PLACES, ClipPlan(SCALE, BOUND))
+        sumsq_S, max_S = language.step.measure_update(rule(), memory, PLACES, PLAN)
+        assert sumsq_S.dtype == max_S.dtype == F64
         torch.testing.assert_close(sumsq_S, torch.stack([u.square().sum() for u in updates]), rtol=1e-5, atol=0)
         torch.testing.assert_close(max_S, torch.stack([u.abs().max() for u in updates]), rtol=1e-5, atol=0)
-        for buffer, old in zip(buffers, before, strict=True):
-            assert torch.equal(buffer.view(torch.uint8), old.view(torch.uint8))
+        assert all(map(same_bits, buffers, before))
 
 
 def plain(grads: list[Tensor], weights: list[Tensor] | None = None) -> Memory:
@@ -153,37 +135,48 @@ def plain(grads: list[Tensor], weights: list[Tensor] | None = None) -> Memory:
     return Memory(weights or [torch.zeros_like(g) for g in grads], grads, absent, absent, absent)
 
 
+def first(count: int) -> Places:
+    """The first segment of either plan for all."""
+    return Places((0,) * count, (0,) * count)
+
+
+SGD = rule(terms=None, name="sgd")
+
+
 class TestMeasure:
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    def test_not_finite(self, bad):
+    def test_not_finite(self, language, bad):
         grads = [torch.ones(30), torch.ones(3)]
         grads[0][7] = bad
-        sumsq_S, max_S = step.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 2, None)
+        sumsq_S, max_S = language.step.measure_update(SGD, plain(grads), first(2), None)
         assert sumsq_S[0].isnan() if math.isnan(bad) else sumsq_S[0].isposinf()
         assert max_S[0].isposinf()
-        assert (sumsq_S[1], max_S[1]) == (3, 1)
+        assert sumsq_S[1].item() == pytest.approx(3, rel=1e-15 if language.name != "torch" else 1e-12)
+        assert max_S[1] == 1
 
     @pytest.mark.parametrize("place", [0, 1500, 40_000])
-    def test_the_largest_element_wherever_it_is(self, place, monkeypatch):
-        monkeypatch.setattr(step, "CHUNK", 1 << 14)
+    def test_the_largest_element_wherever_it_is(self, language, place, monkeypatch):
+        set_chunk(monkeypatch, language.step, 1 << 14)
         grad = torch.randn(40_001, generator=torch.Generator().manual_seed(0))
         grad[place] = -9.0
-        sumsq_S, max_S = step.measure(rule(terms=None, name="sgd"), plain([grad]), ((0, 0),), None)
+        sumsq_S, max_S = language.step.measure_update(SGD, plain([grad]), first(1), None)
         torch.testing.assert_close(sumsq_S[0], grad.double().square().sum(), rtol=1e-6, atol=0)
         assert max_S.tolist() == [9.0]
 
-    def test_squares_neither_overflow_nor_vanish(self):
+    def test_squares_neither_overflow_nor_vanish(self, language):
         grads = [torch.full((20,), 1e30), torch.full((20,), 1e-30), torch.zeros(4), torch.zeros(0)]
-        sumsq_S, max_S = step.measure(rule(terms=None, name="sgd"), plain(grads), ((0, 0),) * 4, None)
+        sumsq_S, max_S = language.step.measure_update(SGD, plain(grads), first(4), None)
         want = torch.stack([g.double().square().sum() for g in grads])
         torch.testing.assert_close(sumsq_S, want, rtol=1e-6, atol=0)
         assert max_S.tolist() == [float(grads[0][0]), float(grads[1][0]), 0, 0]
 
 
-KINDS = [(F32,) * 5, (BF16,) * 5, *([(BF16, BF16, F32, F32, F32)] if INTERPRETED else [])]
+KINDS = {
+    "C": [(F32,) * 5, (BF16,) * 5],
+    "torch": [(F32,) * 5, (BF16,) * 5, (BF16, BF16, F32, F32, F32), (F64,) * 5],
+    "Triton": [(F32,) * 5, (BF16,) * 5, (BF16, BF16, F32, F32, F32)],
+}
 """Of weight, gradient and moments."""
-OTHER = F16 if INTERPRETED else BF16
-"""A dtype beside float32."""
 
 
 @pytest.mark.parametrize(("chunk", "offset"), [*((1 << 12, offset) for offset in range(10)), (1 << 14, 5)])
@@ -194,68 +187,102 @@ class TestGuards:
     do not move in words.
     """
 
-    def made(self, guards: Guards, chunk: int, offset: int) -> Memory:
+    def made(self, kinds: list[tuple[torch.dtype, ...]], guards: Guards, chunk: int, offset: int) -> Memory:
         rows = []
         for i, size in enumerate(sorted({1, 7, 8, 9, 4095, 4097, chunk - 1, chunk + 3})):
-            dtypes, apart = KINDS[(i + offset) % len(KINDS)], (i + offset) % 2
+            dtypes, apart = kinds[(i + offset) % len(kinds)], (i + offset) % 2
             noise = torch.rand((len(dtypes), size), generator=torch.Generator().manual_seed(i)) + 0.1
             rows.append([guards.place(noise[j].to(dtype), offset + j * apart) for j, dtype in enumerate(dtypes)])
         return Memory(*map(list, zip(*rows, strict=True)))
 
-    def arguments(self, memory: Memory) -> tuple[Rule, Memory, tuple[tuple[int, int], ...], ClipPlan]:
+    def arguments(self, memory: Memory) -> tuple[Rule, Memory, Places, ClipPlan]:
         """Of a step that would change 7 wherever it stood."""
         count = len(memory.weights)
-        return rule(terms=[TERMS[1]] * count, lr=0.5), memory, ((0, 0),) * count, ClipPlan(torch.tensor(0.5))
+        return rule(terms=[TERMS[1]] * count, lr=0.5), memory, first(count), ClipPlan(torch.tensor(0.5))
 
-    def test_nothing_else_is_written(self, chunk, offset, monkeypatch):
-        monkeypatch.setattr(step, "CHUNK", chunk)
+    def test_nothing_else_is_written(self, language, chunk, offset, monkeypatch):
+        set_chunk(monkeypatch, language.step, chunk)
         guards = Guards(7.0)
-        memory = self.made(guards, chunk, offset)
+        memory = self.made(KINDS[language.name], guards, chunk, offset)
         before = [tensor.clone() for tensor in memory.weights]
-        step.step_(*self.arguments(memory), None)
+        grads = [tensor.clone() for tensor in memory.grads]
+        language.step.step_(*self.arguments(memory), None)
         guards.assert_kept()
         for weight, old in zip(memory.weights, before, strict=True):
             assert (weight < old).all()
+        assert all(map(torch.equal, memory.grads, grads))
 
-    def test_nothing_else_is_counted(self, chunk, offset, monkeypatch):
-        """The results too, and what they are added up from, lie between guards."""
-        monkeypatch.setattr(step, "CHUNK", chunk)
+    def test_nothing_else_is_counted(self, language, chunk, offset, monkeypatch):
+        """Nor written beside what a kernel makes: its results, and what they are added up from."""
+        set_chunk(monkeypatch, language.step, chunk)
         guards = Guards(math.nan)
-        memory = self.made(guards, chunk, offset)
+        memory = self.made(KINDS[language.name], guards, chunk, offset)
         tensors = guards.placed
-        monkeypatch.setattr(step, "torch", Torch(guards))
-        found = step.measure(*self.arguments(memory))
+        if language.name != "torch":
+            monkeypatch.setattr(language.step, "torch", Torch(guards))
+        found = language.step.measure_update(*self.arguments(memory))
         assert all(vector_S.isfinite().all() and (vector_S > 0).all() for vector_S in found)
-        assert guards.placed == tensors + 4
+        assert guards.placed == tensors + {"C": 3, "torch": 0, "Triton": 4}[language.name]
         guards.assert_kept()
 
 
 class TestNumbers:
-    def test_one_number_for_all_sign_and_coupled_decay(self):
-        memory = plain(
-            [torch.ones(5), torch.ones(2, dtype=OTHER)], [torch.full((5,), 2.0), torch.full((2,), 4.0).to(OTHER)]
-        )
+    def test_one_number_for_all_sign_and_coupled_decay(self, language):
+        other = OTHER[language.name]
+        weights = [torch.full((5,), 2.0), torch.full((2,), 4.0).to(other)]
+        memory = plain([torch.ones(5), torch.ones(2, dtype=other)], weights)
         numbers = rule(terms=None, name="sgd", lr=1.0, decay=0.25, decoupled=False, maximize=True)
-        step.step_(numbers, memory, ((0, 0),) * 2, ClipPlan(torch.tensor(0.5)), None)
+        language.step.step_(numbers, memory, first(2), ClipPlan(torch.tensor(0.5)), None)
         assert memory.weights[0].tolist() == [2.0 + 0.5 - 0.5] * 5
         assert memory.weights[1].tolist() == [4.0 + 0.5 - 1.0] * 2
 
-    def test_a_largest_moment_that_is_nan_stays(self):
+    def test_a_largest_moment_that_is_nan_stays(self, language):
         ones = [torch.ones(3)]
         largest = torch.tensor([math.nan, 5.0, 0.0])
         memory = Memory([torch.ones(3)], ones, [torch.zeros(3)], [torch.zeros(3)], [largest])
-        step.step_(rule(terms=TERMS[:1]), memory, ((0, 0),), None, None)
+        language.step.step_(rule(terms=TERMS[:1]), memory, first(1), None, None)
         assert largest[0].isnan()
         assert largest[1] == 5
         assert largest[2].item() == pytest.approx(0.01)
 
+    def test_a_moment_that_only_some_parameters_keep(self, language):
+        """SGD at its first step beside later ones, or amsgrad."""
+        mean = torch.tensor([2.0, 2.0])
+        memory = Memory([torch.zeros(2), torch.zeros(2)], [torch.ones(2)] * 2, [None, mean], [None] * 2, [None] * 2)
+        numbers = rule(terms=[(1.0, 1.0), (0.5, 1.0)], name="sgd", lr=1.0, decay=0.0, past=0.5)
+        language.step.step_(numbers, memory, first(2), None, None)
+        assert [weight.tolist() for weight in memory.weights] == [[-1.0] * 2, [-1.5] * 2]
+        assert mean.tolist() == [1.5, 1.5]
+
+    def test_units_are_scaled_apart(self, language):
+        """By plain torch; the others do not take a plan by unit, and do not write."""
+        weight, grad = torch.zeros(2, 3), torch.ones(2, 3)
+        memory, numbers = plain([grad], [weight]), rule(terms=None, name="sgd", lr=1.0, decay=0.0)
+        places = Places((1,), (0,), (ByAxes((0,), torch.tensor([1, 2])),))
+        plan = ClipPlan(torch.tensor([9.0, 0.5, 0.25]), torch.tensor([9.0, math.inf, 0.2]))
+        assert language.step.serves(memory, places) == (language.name == "torch")
+        if language.name == "torch":
+            language.step.step_(numbers, memory, places, plan, None)
+            torch.testing.assert_close(weight, torch.tensor([[-0.5] * 3, [-0.2] * 3]))
+        else:
+            with pytest.raises(ValueError, match="only plain torch takes them"):
+                language.step.step_(numbers, memory, places, plan, None)
+            assert not weight.any()
+        assert torch.equal(grad, torch.ones(2, 3))
+
+
+def serves(language: Language, grad: Tensor, weight: Tensor | None = None) -> bool:
+    return language.step.serves(plain([grad], None if weight is None else [weight]), first(1))
+
 
 class TestServes:
-    def test_what_fits(self):
+    """Plain torch takes any memory."""
+
+    def test_what_fits(self, language):
         grad = torch.ones(4, 3)
-        assert step.serves(plain([grad]))
-        assert step.serves(plain([grad.bfloat16()], [grad])) == INTERPRETED
-        assert step.serves(plain([grad.t()], [grad.clone().t()]))
+        assert serves(language, grad)
+        assert serves(language, grad.bfloat16(), grad) == (language.name != "C")
+        assert serves(language, grad.t(), grad.clone().t())
 
     @pytest.mark.parametrize(
         ("grad", "weight"),
@@ -267,33 +294,16 @@ class TestServes:
             (torch.ones(1, 3).expand(4, 3), torch.ones(4, 3)),
         ],
     )
-    def test_what_does_not(self, grad, weight):
-        assert not step.serves(plain([grad], [weight]))
+    def test_what_does_not(self, language, grad, weight):
+        assert serves(language, grad, weight) == (language.name == "torch")
 
-    def test_memory_that_is_not_what_it_stands_for(self):
-        weight, gone = torch.ones(4), torch.ones(4)
-        gone.untyped_storage().resize_(0)
+    def test_memory_that_is_not_what_it_stands_for(self, language):
+        weight, memory = torch.ones(4), torch.ones(8)
+        gone, behind = memory[:4], memory[4:]  # the second has an address that is not 0
+        memory.untyped_storage().resize_(0)
         with torch.inference_mode():
             frozen = torch.ones(4)
         wrapped = torch.ones(4).as_subclass(type("Wrapped", (Tensor,), {}))
-        for other in (torch._neg_view(torch.ones(4)), wrapped, gone, frozen):
-            assert not step.serves(plain([other], [weight]))
-            assert not step.serves(plain([weight], [other]))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="a GPU has no threads to choose")
-class TestThreads:
-    @pytest.mark.parametrize("dtype", [F32, BF16])
-    def test_any_number_gives_the_same_bits(self, dtype, monkeypatch):
-        monkeypatch.setattr(native, "SHARE", 1)
-        monkeypatch.setattr(step, "CHUNK", 1000)
-        before, found = torch.get_num_threads(), []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            columns = [segments(dtype, 1, seed, [7, 9001, 2500])[1] for seed in range(4)]
-            memory = Memory(*columns, [None] * 3)
-            found.append([*step.measure(rule(), memory, PLACES, ClipPlan(SCALE, BOUND))])
-            step.step_(rule(), memory, PLACES, ClipPlan(SCALE, BOUND), AFTER)
-            found[-1] += [*memory.weights, *memory.first, *memory.second]
-        torch.set_num_threads(before)
-        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+        for other in (torch._neg_view(torch.ones(4)), wrapped, gone, behind, frozen):
+            assert serves(language, other, weight) == (language.name == "torch")
+            assert serves(language, weight, other) == (language.name == "torch")

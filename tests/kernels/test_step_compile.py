@@ -10,8 +10,8 @@ from tests.kernels.compiled import compiled
 from tests.kernels.test_triton_compile import loops, widths
 
 SCRIPT = """
-from hf_gradclip.kernels import step_triton
-from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.kernels.rule import Memory, Places, Rule
+from hf_gradclip.kernels.triton import step
 from hf_gradclip.types import ClipPlan
 
 KEPT = {"adam": "kk.", "amsgrad": "kkk", "rmsprop": "k.k", "sgd": "...", "nesterov": "k.."}
@@ -27,16 +27,16 @@ def launch(rule, weights, moments, plan, after, decay, decoupled, terms):
     def column(dtype):
         return [torch.zeros(n, dtype=getattr(torch, dtype)) for n in (40, 2**14)]
     kept = [column(moments) if letter == "k" else [None] * 2 for letter in KEPT[rule]]
-    memory, places = Memory(column(weights), column(weights), *kept), ((0, 0), (1, 1))
+    memory, places = Memory(column(weights), column(weights), *kept), Places((0, 1), (0, 1))
     name = {"amsgrad": "adam"}.get(rule, rule)
-    numbers = Rule(name, 1e-3, decay, decoupled, False, lambda: None, 0.9, 0.1, 0.99, 0.01, 1e-8, terms)
+    numbers = Rule(name, 1e-3, decay, decoupled, False, 0.9, 0.1, 0.99, 0.01, 1e-8, terms)
     what = f"{rule} {weights}" if weights == moments else f"{rule} mixed"
     form = f"{plan}, {after} update, decay {decay} decoupled {decoupled}, terms {terms is not None}"
     case = f"{what} step: {form}"
-    step_triton.step_(numbers, memory, places, PLANS[plan], PLANS[after])
+    step.step_(numbers, memory, places, PLANS[plan], PLANS[after])
     if weights == "bfloat16" and after == "unclipped":
         case = f"{what} measure: {form}"
-        step_triton.measure(numbers, memory, places, PLANS[plan])
+        step.measure_update(numbers, memory, places, PLANS[plan])
 
 terms = [(2.0, 0.5)] * 2
 for rule in KEPT:
@@ -49,7 +49,7 @@ for rule in KEPT:
 TENSORS = {"adam": 4, "amsgrad": 5, "rmsprop": 4, "sgd": 2, "nesterov": 3}
 
 
-def forms(what: str, kernel: str = "step_triton._step") -> list[str]:
+def forms(what: str, kernel: str = "step._step") -> list[str]:
     """The PTX of a kernel in every form that the launcher asked for; `what` begins the names of the cases."""
     found = [made[kernel] for case, made in compiled(SCRIPT).items() if case.startswith(what) and kernel in made]
     assert found
@@ -142,6 +142,6 @@ def test_numbers_are_rounded_to_nearest_and_small_ones_kept():
 
 
 def test_nothing_is_added_atomically_nor_spilled():
-    for ptx in forms("") + forms("", "fused_triton.finish"):
+    for ptx in forms("") + forms("", "whole.finish"):
         assert not re.search(r"\b(atom|red)\.", ptx)
         assert ".local" not in ptx

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 
 from tests.kernels.compiled import compiled
 
 SCRIPT = """
-from hf_gradclip.kernels import fused_triton, units_triton
+from hf_gradclip.kernels.triton import units, whole
 
 for name in ("float32", "bfloat16", "float16", "float32 bfloat16 float16"):
     grads = [torch.zeros(64, 512, dtype=getattr(torch, dtype)) for dtype in name.split()]
@@ -19,14 +20,14 @@ for name in ("float32", "bfloat16", "float16", "float32 bfloat16 float16"):
     ):
         case = f"{name}, plan {plan} of shape {shape}, {'bounded' if bounded else 'not bounded'}"
         scale, bound = torch.ones(2, *shape, dtype=plan)
-        fused_triton.statistics(grads, plan, CPU)
-        fused_triton.apply_(grads, scale, bound if bounded else None)
+        whole.statistics(grads, plan, CPU, True)
+        whole.apply_(grads, scale, bound if bounded else None)
 
         kept = [(int(bounded),)] * len(grads)
         counts = [grad.shape[axis] for grad, (axis,) in zip(grads, kept)]
         scale_U, bound_U = torch.ones(2, sum(counts), dtype=plan)
-        units_triton.sumsq(grads, kept, counts, plan, CPU)
-        units_triton.apply_(grads, kept, counts, scale_U, bound_U if bounded else None)
+        units.unit_sums(grads, kept, counts, plan, CPU)
+        units.unit_apply_(grads, kept, counts, scale_U, bound_U if bounded else None)
 """
 DTYPES = ["float32", "bfloat16", "float16", "float32 bfloat16 float16"]
 
@@ -39,6 +40,7 @@ def forms(kernel: str, dtypes: str | None = None) -> list[str]:
     return sorted(set(found))
 
 
+@cache
 def loops(ptx: str) -> list[str]:
     """The text between every label and the last jump back to it."""
     found = []
@@ -60,7 +62,7 @@ def widths(text: str, move: str) -> set[int]:
 class TestWidth:
     def test_statistics(self, dtypes):
         """One loop per dtype, and one more that reads a chunk of extreme numbers again."""
-        for ptx in forms("fused_triton._measure", dtypes):
+        for ptx in forms("whole._measure", dtypes):
             bodies = loops(ptx)
             assert len(bodies) == 2 * len(dtypes.split())
             for body in bodies:
@@ -68,7 +70,7 @@ class TestWidth:
                 assert widths(body, "st") == set()
 
     def test_apply(self, dtypes):
-        for ptx in forms("fused_triton._scale_and_clamp", dtypes):
+        for ptx in forms("whole._scale_and_clamp", dtypes):
             bodies = loops(ptx)
             assert len(bodies) == len(dtypes.split())
             for body in bodies:
@@ -76,9 +78,7 @@ class TestWidth:
                 assert widths(body, "st") == {16}
                 assert "bar.sync" not in body
 
-    @pytest.mark.parametrize(
-        ("kernel", "moves"), [("units_triton._measure", ["ld"]), ("units_triton._write", ["ld", "st"])]
-    )
+    @pytest.mark.parametrize(("kernel", "moves"), [("units._measure", ["ld"]), ("units._write", ["ld", "st"])])
     def test_by_unit(self, kernel, moves, dtypes):
         """Per dtype one loop along lines and one across them in 16 bytes, and one each where lines begin anywhere."""
         for ptx in forms(kernel, dtypes):
@@ -90,11 +90,11 @@ class TestWidth:
 
 
 KERNELS = [
-    "fused_triton._measure",
-    "fused_triton.finish",
-    "fused_triton._scale_and_clamp",
-    "units_triton._measure",
-    "units_triton._write",
+    "whole._measure",
+    "whole.finish",
+    "whole._scale_and_clamp",
+    "units._measure",
+    "units._write",
 ]
 
 
@@ -111,7 +111,7 @@ class TestEveryForm:
         No NaN comes to `finish`: the kernel before it stores the largest bits as inf.
         """
         for ptx in forms(kernel):
-            assert bool(re.search(r"\b(min|max)(\.ftz)?\.f32", ptx)) == (kernel == "fused_triton.finish")
+            assert bool(re.search(r"\b(min|max)(\.ftz)?\.f32", ptx)) == (kernel == "whole.finish")
 
     def test_no_float_is_added_atomically(self, kernel):
         for ptx in forms(kernel):
@@ -120,5 +120,5 @@ class TestEveryForm:
 
 def test_sixteen_bits_are_written_from_32():
     for dtype in ("bf16", "f16"):
-        for ptx in forms("fused_triton._scale_and_clamp", "bfloat16" if dtype == "bf16" else "float16"):
+        for ptx in forms("whole._scale_and_clamp", "bfloat16" if dtype == "bf16" else "float16"):
             assert re.search(rf"cvt\.rn\.{dtype}(x2)?\.f32", ptx)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan
-from hf_gradclip.views.units import Division, Held, boxes
+from hf_gradclip.views.cuts import Cuts
+from hf_gradclip.views.division import Division, boxes
 
 CPU = torch.device("cpu")
 KEPT = {1: [None, ()], 2: [None, (0,), (1,)], 3: [(0,), (0, 1), (0, 2)], 4: [(0,), (1,)]}
@@ -57,16 +58,16 @@ def test_flat_runs_add_up_and_are_scaled_as_the_whole(data) -> None:
         for start, stop in itertools.pairwise(ends):
             cuts += division.run(i, len(memory), start, stop - start)
             memory.append(torch.from_numpy(array.reshape(-1)[start:stop].copy()))
-    held = Held(division.layout, cuts)
-    stats = held.measure(memory, memory, Needs(max_abs=True, weights=True), rescale=False)
+    here = Cuts(division.layout, cuts)
+    stats = here.measure(memory, memory, Needs(max_abs=True, weights=True), rescale=False)
     np.testing.assert_allclose(stats.sumsq_S.numpy(), expected, rtol=1e-12)
     np.testing.assert_allclose(stats.weight_sumsq_S.numpy(), expected, rtol=1e-12)
-    again = held.measure(memory, None, Needs(), rescale=True)
+    again = here.measure(memory, None, Needs(), rescale=True)
     np.testing.assert_allclose(again.sumsq_S.numpy(), expected, rtol=1e-6)
 
     scale = rng.uniform(0.1, 1, len(expected))
     bound = rng.uniform(0.1, 1, len(expected))
-    held.apply_(memory, ClipPlan(torch.from_numpy(scale), torch.from_numpy(bound)))
+    here.apply_(memory, ClipPlan(torch.from_numpy(scale), torch.from_numpy(bound)))
     found = torch.cat(memory).numpy()
     wanted, first = [], 0
     for array, kept in zip(arrays, axes, strict=True):
@@ -80,8 +81,8 @@ def test_flat_runs_add_up_and_are_scaled_as_the_whole(data) -> None:
 def test_the_largest_element_of_each_unit() -> None:
     division = Division(["a"], [(3, 4)], [(1,)], CPU)
     array = torch.tensor([[1.0, -5, 2, 0], [3, 4, -2, 0], [0, 0, float("nan"), 0]])
-    held = Held(division.layout, [division.box(0, 0, (0, 0), (3, 4))])
-    stats = held.measure([array], None, Needs(max_abs=True), rescale=False)
+    here = Cuts(division.layout, [division.box(0, 0, (0, 0), (3, 4))])
+    stats = here.measure([array], None, Needs(max_abs=True), rescale=False)
     assert stats.max_abs_S.tolist() == [3.0, 5.0, math.inf, 0.0]
 
 
@@ -89,8 +90,8 @@ def test_the_largest_element_of_each_unit() -> None:
 def test_a_shard_and_a_missing_gradient(kept) -> None:
     division = Division(["a", "b"], [(4, 6), (4, 6)], [kept, kept], CPU)
     array = torch.arange(24.0, dtype=torch.float64).view(4, 6)
-    held = Held(division.layout, [division.box(0, 0, (2, 3), (2, 3)), division.box(1, 1, (0, 0), (4, 6))])
-    stats = held.measure([array[2:, 3:].contiguous(), None], None, Needs(), rescale=False)
+    here = Cuts(division.layout, [division.box(0, 0, (2, 3), (2, 3)), division.box(1, 1, (0, 0), (4, 6))])
+    stats = here.measure([array[2:, 3:].contiguous(), None], None, Needs(), rescale=False)
     shard = np.zeros((4, 6))
     shard[2:, 3:] = array[2:, 3:]
     expected = np.concatenate([numpy_sums(shard, kept), np.zeros(4 if kept == (0,) else 6)])

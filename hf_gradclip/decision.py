@@ -1,0 +1,90 @@
+"""What one step will do, and what is left of it: what flows from a measurement to whoever drives the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hf_gradclip.strategy import Needs, State, Strategy, where
+from hf_gradclip.types import ClipPlan, NormStats
+
+LEAVE, CLIP, SKIP, NONFINITE = range(4)
+"""What a step does: nothing to its gradients, scale or bound them, leave the step out, meet a NaN or inf."""
+
+Measure = Callable[[Needs, bool], NormStats]
+"""Gives the statistics of what is to be clipped, reduced over ranks; see the `measure` of a view."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one step will do, before anybody has looked.
+
+    Args:
+        stats: what was measured.
+        plan: what to do; it touches nothing where the norm is not finite.
+        action: LEAVE, CLIP, SKIP or NONFINITE: a 0-d int64 on a device, the one number that a step may read; on a CPU
+            the number itself.
+        measure: how to measure again.
+    """
+
+    stats: NormStats
+    plan: ClipPlan
+    action: Tensor | int
+    measure: Measure
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is left of a step that was decided on and counted, for whoever drives it.
+
+    Args:
+        stats: what was measured.
+        plan: what is still to be done to the gradients or updates; None where that is nothing.
+        skipped: whether the optimizer must not step, as far as the host knows.
+        drop: whether the gradients must not reach an optimizer; False where a loss scaler keeps them from it.
+        skip: whether the optimizer must not step, where it reads that itself, on the device.
+    """
+
+    stats: NormStats
+    plan: ClipPlan | None
+    skipped: bool = False
+    drop: bool = False
+    skip: Tensor | None = None
+
+    @property
+    def norm(self) -> Tensor:
+        """The 2-norm of the whole before clipping, 0-d, on the device."""
+        return self.stats.total
+
+
+Judged = tuple[ClipPlan, Tensor | int, State]
+"""A step's plan, its action, and the state to keep."""
+
+
+def judge_on_device(strategy: Strategy, stats: NormStats, state: State) -> Judged:
+    """Ask the strategy, and leave everything as it is where the norm is not finite. Pure, without a host read."""
+    plan, new = strategy.update(stats, state)
+    finite = stats.total < float("inf")  # a norm is not negative, and NaN is below nothing; isfinite is four launches
+    scale_S = torch.where(finite, plan.scale_S, 1.0)
+    bound_S = None if plan.bound_S is None else torch.where(finite, plan.bound_S, float("inf"))
+    plan = replace(plan, scale_S=scale_S, bound_S=bound_S)
+    action = plan.clipped_S.any()  # as a number LEAVE or CLIP
+    if plan.skip is not None:
+        action = torch.where(plan.skip, SKIP, action)
+    return plan, torch.where(finite, action, NONFINITE), where(finite, new, state)
+
+
+def judge_on_host(strategy: Strategy, stats: NormStats, state: State) -> Judged:
+    """The same where the numbers are on the host, which may look at them."""
+    plan, new = strategy.update(stats, state)
+    if not float(stats.total) < float("inf"):
+        bound_S = None if plan.bound_S is None else torch.full_like(plan.bound_S, float("inf"))
+        return replace(plan, scale_S=torch.ones_like(plan.scale_S), bound_S=bound_S), NONFINITE, state
+    if plan.skip is not None and bool(plan.skip):
+        return plan, SKIP, new
+    if plan.scale_S.ndim == 0 and plan.bound_S is None:
+        return plan, CLIP if float(plan.scale_S) < 1 else LEAVE, new
+    return plan, CLIP if bool(plan.clipped_S.any()) else LEAVE, new

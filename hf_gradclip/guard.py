@@ -1,0 +1,99 @@
+"""What is done at a norm that is not finite, and how many steps in a row may be skipped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.decision import NONFINITE, SKIP
+from hf_gradclip.strategy import name_of
+from hf_gradclip.types import NormStats
+
+
+class NonFiniteError(RuntimeError):
+    """The gradient norm is NaN or inf, and the policy or the limit says to stop."""
+
+
+class Guard:
+    """Applies the policy of a configuration and counts skips, on the host or, where nobody reads, on the device.
+
+    Args:
+        config: with `nonfinite`, `max_consecutive_skips` and `skip_sync`.
+        device: where the statistics are.
+        guarded: whether somebody else skips a step with a non-finite gradient, a loss scaler.
+
+    Attributes:
+        must_read: whether a step's action must come to the host, whatever the strategy wants.
+        skips_in_a_row: on the host; a checkpoint keeps it. A step that is not skipped sets it to 0.
+    """
+
+    def __init__(self, config: ClipConfig, device: torch.device, guarded: bool) -> None:
+        self.adopt(config, guarded)
+        self.skips_in_a_row = 0
+        self._unread = self._most = torch.zeros((), dtype=torch.int64, device=device)
+
+    def adopt(self, config: ClipConfig, guarded: bool) -> None:
+        """Go on with another configuration; the counts go on."""
+        self.config = config
+        self.must_read = config.nonfinite != "pass" and not guarded
+
+    def skips(self, action: int) -> bool:
+        """Whether a step is left out that is SKIP or NONFINITE; counts it."""
+        skipped = action == SKIP or self.config.nonfinite != "pass"
+        if action == SKIP or self.config.nonfinite != "raise":  # which raises, and counts nothing
+            self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        return skipped
+
+    def insist(self, action: int, stats: NormStats) -> None:
+        """Stop where the policy or the limit says so, after such a step was counted.
+
+        Raises:
+            NonFiniteError: by policy "raise", or after `max_consecutive_skips` skipped steps in a row; with the
+                parameters that hold a NaN or inf.
+        """
+        if action == NONFINITE and self.config.nonfinite == "raise":
+            raise NonFiniteError(
+                f"The gradient norm is {float(stats.total)}, and nonfinite='raise'. {_culprits(stats)} "
+                "Use nonfinite='skip' to leave such steps out."
+            )
+        if self.skips_in_a_row < self.config.max_consecutive_skips:
+            return
+        why = "a NaN or inf norm" if action == NONFINITE else f"{name_of(self.config.gradient)} asked for it"
+        raise NonFiniteError(
+            f"{self.skips_in_a_row} steps in a row were skipped (max_consecutive_skips="
+            f"{self.config.max_consecutive_skips}), the last because of {why}. {_culprits(stats)} "
+            "No weight has moved since. Lower the learning rate, look at the data of these steps, or raise it."
+        )
+
+    def skips_unread(self, action: Tensor) -> Tensor:
+        """Whether a step is skipped that the optimizer reads the flag of, 0-d bool on the device."""
+        return action == SKIP if self.config.nonfinite == "pass" else action >= SKIP
+
+    def count_unread(self, skipped: Tensor) -> None:
+        """Count such a step on the device; `look` reads the count."""
+        self._unread = torch.where(skipped, self._unread + 1, 0)
+        self._most = torch.maximum(self._most, self._unread)
+
+    def look(self) -> None:
+        """Stop if too many steps in a row were skipped unread since the last look. One host read.
+
+        Raises:
+            NonFiniteError: after `max_consecutive_skips` skipped steps in a row.
+        """
+        most, self._most = int(self._most), self._unread
+        if most >= self.config.max_consecutive_skips:
+            raise NonFiniteError(
+                f"{most} steps in a row were skipped (max_consecutive_skips={self.config.max_consecutive_skips}) since "
+                "the last look. No weight has moved in them. Lower the learning rate, look at the data, or raise it."
+            )
+
+
+def _culprits(stats: NormStats) -> str:
+    """Which parameters hold a NaN or inf; reads to the host, on the way to an error."""
+    broken = stats.layout.param_S[~stats.sumsq_S.isfinite()].unique().tolist()
+    bad = [stats.layout.names[i] for i in broken]
+    if not bad:
+        return ""
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"Not finite: {', '.join(bad[:5])}{more}."

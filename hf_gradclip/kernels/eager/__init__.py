@@ -1,0 +1,1 @@
+"""Plain torch: every device, every dtype; what the other languages are checked against."""

@@ -1,0 +1,1 @@
+"""Triton, for memory of a GPU: one launch for all tensors."""

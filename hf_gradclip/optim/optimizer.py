@@ -1,0 +1,272 @@
+"""The step that the optimizers of this folder share: decide on the gradients, on the updates, and go.
+
+    plan  = decide on the gradients                       skipped: nothing moves
+    rules = what the optimizer computes, a `_rule` for each group
+    after = decide on the updates, which are measured     skipped: nothing moves
+    step: w <- w (1 - lr decay) - lr clip(u), where u comes of the clipped gradient and the moments
+
+In every language a gradient is clipped as it is read and never written, so that `.grad` stays as it came. All
+arithmetic is on this process's memory: of a DTensor on its shard, whose moments are DTensors too.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.device import local
+from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.optim.options import insist_on_options
+from hf_gradclip.optim.step import jobs_of, measured, step_
+from hf_gradclip.say import logger
+from hf_gradclip.strategy import SpecError, describe, flatten
+from hf_gradclip.views import view_of
+
+PLACES = {"gradient": "clip", "update": "clip_update"}
+
+
+class Motion(NamedTuple):
+    """What an optimizer would do to some parameters; nothing has moved yet.
+
+    Args:
+        rule: the arithmetic.
+        memory: on which tensors.
+        done: called after the step, to advance counters and keep new moments.
+    """
+
+    rule: Rule
+    memory: Memory
+    done: Callable[[], None]
+
+
+class ClippedOptimizer(Optimizer, ABC):
+    """An optimizer that clips its gradients and its updates.
+
+    A step leaves `.grad` as it came. One that is skipped, because of its gradient or of its update, moves no weight,
+    moment or counter.
+
+    Args:
+        params: as in torch.optim; named parameters (`model.named_parameters()`) keep their names in the clip state.
+        defaults: of the parameter groups, with the keys of torch's optimizer of the same name.
+        clip: a spec for the gradients (see hf_gradclip.config), or a whole configuration; None leaves them alone.
+        update_clip: a spec for the updates: what is subtracted before the learning rate and apart from decoupled
+            weight decay. None leaves them alone.
+
+    Attributes:
+        clipper: of the gradients, with state and report; None without `clip`.
+        update_clipper: of the updates; None without `update_clip`. GradClipTrainer and `attach` set it.
+
+    Raises:
+        SpecError: for a wrong spec.
+        ValueError: for an option that only torch's own implementation has, or a learning rate on another device.
+    """
+
+    clipper: Clipper | None = None
+    update_clipper: Clipper | None = None
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], clip: Any, update_clip: Any) -> None:
+        name = type(self).__name__
+        insist_on_options(name, defaults)
+        self._specs = self._configs(clip, update_clip)
+        super().__init__(params, defaults)
+        for lr in (group["lr"] for group in self.param_groups):
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                raise ValueError(
+                    f"{name}(lr=<tensor on {lr.device}>): every step would wait for the device to read it. Give a "
+                    "number, or a tensor on the CPU."
+                )
+        self._make_clippers()
+
+    @property
+    def clips_itself(self) -> bool:
+        """Whether `clip` or `update_clip` was given to the constructor."""
+        return bool(self._specs)
+
+    def _configs(self, clip: Any, update_clip: Any) -> dict[str, ClipConfig]:
+        """The configuration of each place that is clipped."""
+        if clip is None and update_clip is None:
+            return {}
+        config = ClipConfig.parse("none" if clip is None else clip, update=update_clip)
+        if config.fold or not config.skip_sync:
+            raise SpecError(
+                f"{type(self).__name__}(clip={clip!r}): fold and skip_sync=False are for torch's fused optimizers. "
+                "Leave them out."
+            )
+        configs = {} if clip is None else {"gradient": config}
+        return configs if config.update is None else {**configs, "update": config.of_update()}
+
+    def _make_clippers(self) -> None:
+        named = named_of(self.param_groups)
+        self._watched = [p for _, p in named]
+        self._places: dict[tuple[int, ...], Any] = {}  # see hf_gradclip.optim.step
+        made = {place: Clipper(config, view_of(named), PLACES[place]) for place, config in self._specs.items()}
+        self.clipper = made.get("gradient", self.clipper)
+        self.update_clipper = made.get("update", self.update_clipper)
+
+    @abstractmethod
+    def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
+        """What the optimizer does to some parameters that have a gradient.
+
+        Args:
+            group: the hyperparameters.
+            params: of the group, the keys of `self.state`.
+        """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        Args:
+            closure: computes the loss again, as in torch.optim.
+
+        Returns:
+            What the closure returns.
+
+        Raises:
+            NonFiniteError: by the policy of the configuration.
+            ValueError: without a closure, if `clip` judges the loss; for a gradient that is not taken.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._specs and not self._watches_all():
+            logger.warning("%s: the set of parameters changed, so the clip state starts anew.", type(self).__name__)
+            self._make_clippers()
+        self._settle()
+
+        plan = after = None
+        if self.clipper is not None:
+            outcome = self.clipper.settle(self.clipper.decide(self._judged(loss)))
+            if outcome.skipped:
+                return loss
+            plan = outcome.plan
+        jobs = jobs_of(self)
+        if self.update_clipper is not None and any(job.rule.lr != 0 for job in jobs):
+            measure = measured(self.update_clipper, jobs, plan)
+            outcome = self.update_clipper.settle(self.update_clipper.decide(measure=measure))
+            if outcome.skipped:
+                return loss
+            after = outcome.plan
+        step_(jobs, plan, after)
+        return loss
+
+    def _judged(self, loss: Any) -> Tensor | None:
+        """The loss for a strategy that judges it."""
+        assert self.clipper is not None
+        if loss is None and self.clipper.config.gradient.needs.loss:
+            raise ValueError(
+                f"{type(self).__name__}(clip={describe(self.clipper.config.gradient)!r}): judges the loss, so give "
+                "step() a closure that computes it."
+            )
+        return loss if isinstance(loss, Tensor) else None
+
+    def _settle(self) -> None:
+        """Add up over ranks the gradients that are parts of a sum: sequence parallelism leaves some so.
+
+        Raises:
+            ValueError: for a gradient that is not taken, before anything has changed.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [grad for p in params if (grad := p.grad) is not None]
+        plain = set(map(type, grads)) <= {Tensor} and {grad.layout for grad in grads} <= {torch.strided}
+        if plain and not any(map(Tensor.is_complex, grads)):
+            return
+        for p in params:
+            if hasattr(p.grad, "placements"):
+                from hf_gradclip.views.dtensor import settle_placements
+
+                settle_placements(p)
+            if p.grad is not None and (p.grad.is_sparse or p.grad.is_complex()):
+                kind = "sparse gradients" if p.grad.is_sparse else "complex parameters"
+                raise ValueError(
+                    f"hf_gradclip.optim does not take {kind}. Use the optimizer of torch.optim, with Clipper."
+                )
+
+    def _watches_all(self) -> bool:
+        """False after a group was added, or a wrapper (FSDP2 by Accelerate) put other parameters into the groups."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return len(params) == len(self._watched) and all(map(operator.is_, params, self._watched))
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What every rule has."""
+        return {
+            "lr": float(group["lr"]),
+            "decay": float(group["weight_decay"]),
+            "decoupled": bool(group.get("decoupled_weight_decay")),
+            "maximize": bool(group["maximize"]),
+        }
+
+    def _zeros(self, p: Tensor) -> Tensor:
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def __getstate__(self) -> dict[str, Any]:
+        clip = {place: clipper.state_dict() for place, clipper in self._own().items()}
+        return {**super().__getstate__(), "_specs": self._specs, "_clip": clip}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({key: value for key, value in state.items() if key != "_clip"})
+        if "_clip" in state:  # a copy
+            self._make_clippers()
+            for place, clipper in self._own().items():
+                clipper.load_state_dict(state["_clip"].get(place, {}))
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            group.setdefault("foreach", None)
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].cpu()  # as below
+        for entry in self.state.values():
+            if torch.is_tensor(step := entry.get("step")):
+                entry["step"] = step.cpu()  # a fused or capturable optimizer keeps it on the device
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; with a stateful `clip` or `update_clip` a third key, `clip`, which torch.optim ignores."""
+        saved = super().state_dict()
+        clippers = self._own()
+        if any(flatten(clipper.state) for clipper in clippers.values()):
+            saved["clip"] = {place: clipper.state_dict() for place, clipper in clippers.items()}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state of this optimizer or of torch.optim's of the same name; says what a clip state lacks."""
+        super().load_state_dict(state_dict)
+        for place, clipper in self._own().items():
+            if place in state_dict.get("clip", {}):
+                message = clipper.load_state_dict(state_dict["clip"][place])
+                if message:
+                    logger.warning("%s: %s", type(self).__name__, message)
+            elif flatten(clipper.state):
+                clipper.reset()
+                logger.warning("%s: the state has no clip state of the %s; it starts anew.", type(self).__name__, place)
+
+    def _own(self) -> dict[str, Clipper]:
+        """The clippers that the constructor was asked for."""
+        clippers = {"gradient": self.clipper, "update": self.update_clipper}
+        return {place: clipper for place, clipper in clippers.items() if clipper is not None and place in self._specs}
+
+
+def memory_of(params: list[Tensor], states: list[dict[str, Any]], moments: tuple[str | None, ...]) -> Memory:
+    """This process's memory of some parameters, their gradients and up to three moments, by their keys in the state."""
+    kept = [[None if key is None else state[key] for state in states] for key in moments]
+    columns: list[list[Any]] = [params, [p.grad for p in params], *kept]
+    if not {type(t) for column in columns for t in column if t is not None} <= {Tensor, Parameter}:
+        columns = [[None if t is None else local(t) for t in column] for column in columns]
+    return Memory(*columns)
+
+
+def named_of(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """The parameters of some groups with their names, or their numbers where they came without."""
+    named: list[tuple[str, Tensor]] = []
+    for group in groups:
+        numbers = [str(len(named) + i) for i in range(len(group["params"]))]
+        named += zip(group.get("param_names", numbers), group["params"], strict=True)
+    return named

@@ -1,0 +1,146 @@
+"""An optimizer's step as jobs for the kernels: which parameters, which arithmetic, where their numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_gradclip import kernels
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.decision import Measure
+from hf_gradclip.device import moved, upload
+from hf_gradclip.kernels.operations import Language
+from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule
+from hf_gradclip.strategy import Needs
+from hf_gradclip.types import ClipPlan, Layout, NormStats
+
+if TYPE_CHECKING:
+    from hf_gradclip.optim.optimizer import ClippedOptimizer
+
+PLACES_KEPT = 64  # sets of parameters, for those without a gradient come and go
+
+
+Segments = Mapping[int, tuple[int, ByAxes | None]]
+"""Of each parameter of a view, by its id, the (first) segment and the units; see the `places` of a view."""
+
+_NOWHERE: Segments = {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The step of parameters that have one dtype and one set of hyperparameters, on one device.
+
+    Args:
+        language: that serves.
+        rule: what to compute.
+        memory: on what.
+        places: where each parameter finds its numbers.
+        gradient: whether the plan for the gradients is of these parameters.
+        update: whether that for the updates is.
+        done: called after the step, to count it.
+    """
+
+    language: Language
+    rule: Rule
+    memory: Memory
+    places: Places
+    gradient: bool
+    update: bool
+    done: Callable[[], None]
+
+
+def jobs_of(optimizer: ClippedOptimizer) -> list[Job]:
+    """What there is to do for the parameters that have a gradient; nothing has moved yet."""
+    of_gradients = _NOWHERE if optimizer.clipper is None else optimizer.clipper.view.places()  # decided on just now
+    of_updates = _NOWHERE if optimizer.update_clipper is None else _segments(optimizer.update_clipper)
+    jobs = []
+    for group in optimizer.param_groups:
+        alike: dict[tuple[torch.dtype, torch.device, bool, bool], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                key = p.dtype, p.device, id(p) in of_gradients, id(p) in of_updates
+                alike.setdefault(key, []).append(p)
+        for (_, _, gradient, update), params in alike.items():
+            rule, memory, done = optimizer._rule(group, params)
+            places = _places(
+                optimizer, params, of_gradients if gradient else _NOWHERE, of_updates if update else _NOWHERE
+            )
+            language = kernels.language_of_step(memory, places)
+            jobs.append(Job(language, rule, memory, places, gradient, update, done))
+    return jobs
+
+
+def _segments(clipper: Clipper) -> Segments:
+    """Of the parameters that are trained now: one may have been unfrozen since the last step."""
+    clipper.view.watched()
+    return clipper.view.places()
+
+
+def _places(optimizer: ClippedOptimizer, params: list[Tensor], of_gradients: Segments, of_updates: Segments) -> Places:
+    """Where these parameters find their numbers; kept while the parameters and their segments are the same."""
+    ids = tuple(map(id, params))
+    known = optimizer._places.get(ids)
+    if known is not None and known[0] is of_gradients and known[1] is of_updates:
+        return known[2]
+    units = tuple(of_gradients[i][1] if of_gradients else None for i in ids)
+    places = Places(
+        tuple(of_gradients[i][0] if of_gradients else 0 for i in ids),
+        tuple(of_updates[i][0] if of_updates else 0 for i in ids),
+        units if any(cut is not None for cut in units) else None,
+    )
+    if len(optimizer._places) > PLACES_KEPT:
+        optimizer._places.clear()
+    optimizer._places[ids] = of_gradients, of_updates, places
+    return places
+
+
+def measured(clipper: Clipper, jobs: list[Job], plan: ClipPlan | None) -> Measure:
+    """How to measure the updates of some jobs: 0 where the learning rate is 0 and nothing will move.
+
+    Args:
+        clipper: of the updates.
+        jobs: of the step.
+        plan: for the gradients.
+    """
+
+    local: list[NormStats] = []
+
+    def measure(needs: Needs, rescale: bool) -> NormStats:
+        # `rescale` asks for nothing new: the sums of updates are taken in float64 and do not overflow.
+        if not local:
+            local.append(_measured_here(clipper.view.here.layout, jobs, plan, needs))
+        return clipper.view.reduce(local[0])
+
+    return measure
+
+
+def _measured_here(layout: Layout, jobs: list[Job], plan: ClipPlan | None, needs: Needs) -> NormStats:
+    """The statistics of this process's updates alone."""
+    sumsq_S = torch.zeros(len(layout), dtype=layout.dtype, device=layout.device)
+    max_S = torch.zeros_like(sumsq_S)
+    for job in jobs:
+        if job.rule.lr != 0 and job.update:
+            mine = plan if job.gradient else None
+            sums, largest = kernels.measure_update(job.rule, job.memory, job.places, mine, job.language)
+            index = upload(job.places.update, torch.int64, layout.device)
+            sumsq_S.index_copy_(0, index, moved(sums, layout.device, layout.dtype))
+            max_S.index_copy_(0, index, moved(largest, layout.device, layout.dtype))
+    return NormStats(sumsq_S, layout, max_S if needs.max_abs else None)
+
+
+def step_(jobs: list[Job], plan: ClipPlan | None, after: ClipPlan | None) -> None:
+    """Do all of them.
+
+    Args:
+        jobs: of the step.
+        plan: for the gradients; None leaves them as they are.
+        after: for the updates, in the same way.
+    """
+    for job in jobs:
+        mine = plan if job.gradient else None, after if job.update else None
+        kernels.step_(job.rule, job.memory, job.places, *mine, job.language)
+        job.done()

@@ -1,0 +1,91 @@
+"""What is compared between ranks before the first step, and what a person should know before a run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.strategy import name_of, parts_of, warmup_of
+
+
+def world_size() -> int:
+    """Processes of this job, whatever Accelerate believes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
+    """Compare a hash of parameters and spec over all ranks, once, before the first step.
+
+    Raises:
+        RuntimeError: on every rank, if one differs: their vectors would not add up.
+    """
+    if world_size() == 1:
+        return
+    layout = clipper.view.layout
+    text = f"{clipper.config} {layout.names} {layout.numel_S.tolist()}"
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    ends = torch.tensor([number, -number], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if int(ends.sum()) != 0:
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} clips {len(layout)} segments by {clipper.config}, and another rank something "
+            "else. All ranks must train the same parameters with the same spec."
+        )
+
+
+def in_force(clipper: Clipper, accelerator: Any) -> str:
+    """One line for the start of a run: strategy with its parameters, backend, segments, what a step costs."""
+    config, view = clipper.config, clipper.view
+    needs, world, segments = config.gradient.needs, accelerator.num_processes, len(view.layout)
+    ranks = f", {accelerator.distributed_type.value} x {world}" if world > 1 else ""
+    reads = 0 if config.nonfinite == "pass" or view.guarded or not config.skip_sync else 1
+    sends = view.reductions(needs)
+    numbers = segments * (2 if needs.weights else 1)
+    sent = f"sends {numbers} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
+    if needs.loss and world > 1:
+        sent += " and the loss"
+    return (
+        f"clip: {config}; {view.backend}{ranks}, {segments} segments; "
+        f"a step reads the gradients {'and the weights ' if needs.weights else ''}once, {sent}, "
+        f"reads {reads} number{'s'[: reads != 1]} to the host"
+        f"{'; the same again for the update' if config.update is not None else ''}"
+    )
+
+
+def substitute_for(accelerator: Any) -> str:
+    """Words for a launch that asked for sharding where Accelerate trains DDP in its place; "" where it does not."""
+    asked = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+    for variable, kind in asked.items():
+        if os.environ.get(variable, "").lower() in ("1", "true") and accelerator.distributed_type.name != kind:
+            kind = accelerator.distributed_type.value
+            if kind == "NO":
+                return f"{variable} is set, but this is one process: nothing is sharded. Start it by accelerate launch."
+            return (
+                f"{variable} is set, but this run is {kind}: nothing is sharded. Without GPUs Accelerate shards under "
+                "DeepSpeed only, with DS_ACCELERATOR=cpu and without ACCELERATE_USE_CPU."
+            )
+    return ""
+
+
+def check_run(clipper: Clipper, steps: int | None) -> list[str]:
+    """What a person should know before a run starts: warnings, in words."""
+    warnings = []
+    warmup = warmup_of(clipper.config.gradient)
+    if steps is not None and 0 < steps < 2 * warmup:
+        words = " + ".join(map(name_of, parts_of(clipper.config.gradient)))
+        warnings.append(
+            f"The run has {steps} steps and {words} warms up for {warmup} of them. "
+            + (f"Set warmup_steps to {steps // 4} or less, or train longer." if steps >= 8 else "Train longer.")
+        )
+    half = sum(p.dtype == torch.float16 for p in clipper.view.watched())
+    if half:
+        warnings.append(
+            f"{half} trainable parameters are float16: their gradients lose small values and overflow early. "
+            "Load the model in float32 with fp16=True, or use bf16."
+        )
+    return warnings

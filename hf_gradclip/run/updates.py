@@ -1,0 +1,199 @@
+"""The clippers of updates of a run: which optimizer has one, and when it needs another."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.device import local
+from hf_gradclip.optim.optimizer import PLACES, ClippedOptimizer
+from hf_gradclip.run.refusal import Refusal, refuse
+from hf_gradclip.run.weight_difference import WeightDifference
+from hf_gradclip.say import announce, logger
+from hf_gradclip.strategy import describe, parts_of
+from hf_gradclip.views import view_of
+from hf_gradclip.views.trainable import named_parameters
+
+
+@dataclass
+class Known:
+    """An optimizer whose updates are clipped.
+
+    Args:
+        clipper: of the updates.
+        size: how many parameters the optimizer had; None where somebody else sees to it.
+        hook: what recovers them; None where the optimizer tells them itself.
+    """
+
+    clipper: Clipper
+    size: int | None = None
+    hook: WeightDifference | None = None
+
+
+class Updates:
+    """The update clippers of a run, one per optimizer.
+
+    Args:
+        config: of the run; its `update` is what is done.
+        say: whether this process speaks.
+
+    Attributes:
+        settled: False after `watch` where an optimizer has no trainable parameter of a model yet: watch it again.
+    """
+
+    def __init__(self, config: ClipConfig, say: bool) -> None:
+        self.settled = True
+        self._config = config
+        self._say = say
+        self._of: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
+
+    @property
+    def clippers(self) -> list[Clipper]:
+        """In the order in which the optimizers came."""
+        return [known.clipper for known in self._of.values()]
+
+    def watch(self, optimizers: Iterable[Any], models: Iterable[nn.Module]) -> None:
+        """Clip the updates of the optimizers that are new or have other parameters, as far as those are of the models.
+
+        Raises:
+            UnsupportedBackendError: by the optimizer's name, where its update cannot be clipped.
+        """
+        models, self.settled = list(models), True
+        for optimizer in map(innermost, optimizers):
+            size = sum(len(group["params"]) for group in optimizer.param_groups)
+            known = self._of.get(optimizer)
+            if known is not None and known.size in (None, size):
+                continue
+            refuse_own_clip(optimizer)
+            if self._config.update is None:
+                continue
+            named = _named_of(optimizer, models)
+            if not any(p.requires_grad for _, p in named):
+                self.settled = False
+                continue
+            _refuse_flat(models)
+            if known is not None:
+                _let_go(optimizer, known)
+            self._take(optimizer, named, size)
+
+    def _take(self, optimizer: Any, named: list[tuple[str, Tensor]], size: int) -> None:
+        """Make a clipper for these parameters of an optimizer, in the place of an earlier one."""
+        order = list(self._of)
+        number = order.index(optimizer) if optimizer in self._of else len(order)
+        prefix = PLACES["update"] + (f"_{number}" if number else "")
+        clipper, hook = Clipper(self._config.of_update(), view_of(named), prefix), None
+        if isinstance(optimizer, ClippedOptimizer):
+            optimizer.update_clipper = clipper
+        else:
+            hook = WeightDifference(optimizer, clipper)
+            self.say_cost(type(optimizer).__name__, sum(4 * local(p).numel() for p in clipper.view.watched()))
+        self.add(optimizer, clipper, size, hook)
+
+    def add(self, owner: Any, clipper: Clipper, size: int | None = None, hook: WeightDifference | None = None) -> None:
+        """Take in the clipper of an optimizer.
+
+        Args:
+            owner: the optimizer.
+            clipper: of its updates.
+            size: see Known.
+            hook: see Known.
+        """
+        self._of[owner] = Known(clipper, size, hook)
+        if self._say and (words := small_limit(owner, clipper)):
+            logger.warning(words)
+
+    def say_cost(self, name: str, size: int) -> None:
+        """Once per optimizer: what the recovery keeps in memory. `size` is in bytes."""
+        if self._say:
+            announce(
+                f"clip: updates of {name} are recovered from the weights before and after its step, which keeps a copy "
+                f"of this process's weights ({size / 2**20:.1f} MiB). hf_gradclip.optim needs none."
+            )
+
+    def forget(self) -> None:
+        """Let go of every optimizer: those that are still there are watched anew, with new statistics."""
+        for optimizer, known in self._of.items():
+            if isinstance(optimizer, ClippedOptimizer):
+                optimizer.update_clipper = None
+            if known.hook is not None:
+                known.hook.remove()
+        self._of.clear()
+
+    def scalars(self) -> dict[str, float]:
+        """The `clip_update/` values since the last call. One host read per optimizer."""
+        found: dict[str, float] = {}
+        for clipper in self.clippers:
+            found |= clipper.report.scalars()
+        return found
+
+
+def _named_of(optimizer: Any, models: Iterable[nn.Module]) -> list[tuple[str, Tensor]]:
+    """The parameters of some models that an optimizer steps, trainable or not."""
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for model in models for name, p in named_parameters(model) if id(p) in mine]
+
+
+def _let_go(optimizer: Any, known: Known) -> None:
+    """Stop clipping by an earlier set of parameters."""
+    logger.warning(
+        "%s: has other parameters now, so the statistics of its updates start anew.", type(optimizer).__name__
+    )
+    if known.hook is not None:
+        known.hook.remove()
+
+
+def small_limit(optimizer: Any, clipper: Clipper) -> str:
+    """Words for a limit on the norm that an update of RMS 1, as Adam makes them, is far above; "" for none."""
+    keys = set(optimizer.param_groups[0])
+    if not {"betas", "alpha"} & keys or "lambd" in keys:  # ASGD has an alpha of another kind
+        return ""
+    numel_S = clipper.view.layout.numel_S
+    for part in parts_of(clipper.config.gradient):
+        limit = getattr(part, "max_norm", float("inf"))
+        usual = float(numel_S.max() if part.per_parameter else numel_S.sum()) ** 0.5
+        if 10 * limit < usual:
+            when = "every step of the warm-up" if hasattr(part, "warmup_steps") else "every step"
+            return (
+                f"update={describe(part)!r}: max_norm={limit:g}, and the norm of an update of "
+                f"{type(optimizer).__name__} is about the root of the number of weights, {usual:.4g} here. That cuts "
+                f"{when}. Set max_norm to suit, or max_norm=inf where it is for the warm-up only."
+            )
+    return ""
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of Accelerate and DeepSpeed."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def refuse_own_clip(optimizer: Any) -> None:
+    """Stop where an optimizer clips by itself and this integration would too.
+
+    Raises:
+        UnsupportedBackendError: with what to use instead.
+    """
+    own = Refusal(
+        isinstance(optimizer, ClippedOptimizer) and optimizer.clips_itself,
+        f"hf_gradclip.optim.{type(optimizer).__name__}(clip=..., update_clip=...) under GradClipTrainer or attach()",
+        "both would clip.",
+        "Leave them out of the optimizer and say clip={'gradient': ..., 'update': ...} in the Trainer or attach().",
+    )
+    refuse([own])
+
+
+def _refuse_flat(models: Iterable[nn.Module]) -> None:
+    flat = Refusal(
+        any(type(module).__name__ == "FullyShardedDataParallel" for model in models for module in model.modules()),
+        "clipping updates under FSDP1",
+        "its flat shards do not follow the parameters.",
+        "Use FSDP2 (fsdp_version: 2).",
+    )
+    refuse([flat])

@@ -1,0 +1,45 @@
+"""Every language has every operation under its declared name, with the declared arguments; see operations.py."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from hf_gradclip import kernels
+from hf_gradclip.kernels.operations import ByUnit, Step, Whole
+from tests.kernels.languages import NAMES, language
+
+FILES = {"whole": Whole, "units": ByUnit, "step": Step}
+OPERATIONS = [(file, name) for file, protocol in FILES.items() for name in vars(protocol) if not name.startswith("_")]
+
+
+def declared(file: str, name: str) -> inspect.Signature:
+    signature = inspect.signature(getattr(FILES[file], name))
+    return signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+
+
+def test_nothing_is_forgotten():
+    assert len(OPERATIONS) == 8
+    assert {name for _, name in OPERATIONS} == {
+        "statistics", "apply_", "serves", "unit_sums", "unit_apply_", "measure_update", "step_",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "name"), OPERATIONS)
+@pytest.mark.parametrize("of", NAMES)
+def test_as_declared(of, file, name):
+    module = getattr(language(of), file)
+    assert inspect.signature(getattr(module, name)) == declared(file, name)
+    assert getattr(module, name).__module__ == module.__name__
+
+
+@pytest.mark.parametrize(("file", "name"), [pair for pair in OPERATIONS if pair[1] != "serves"])
+def test_as_chosen(file, name):
+    """What the package offers takes the same arguments, whichever language serves; a step also its language."""
+    offered, wanted = inspect.signature(getattr(kernels, name)), declared(file, name)
+    if file == "step":
+        *first, language = offered.parameters.values()
+        assert (language.name, language.default) == ("language", None)
+        offered = offered.replace(parameters=first)
+    assert offered == wanted
