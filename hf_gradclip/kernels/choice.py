@@ -21,7 +21,7 @@ from hf_gradclip.kernels import check
 from hf_gradclip.kernels.blocks import Axes
 from hf_gradclip.kernels.operations import Language, WrittenError
 from hf_gradclip.kernels.rule import Memory, Places
-from hf_gradclip.kernels.table import DTYPES, MisfitError, are_plain
+from hf_gradclip.kernels.table import DTYPES, MisfitError, are_on, are_plain
 from hf_gradclip.say import logger
 
 VARIABLE = "HF_GRADCLIP_KERNELS"
@@ -59,7 +59,7 @@ def _serving(operation: str, device: torch.device, tensors: Sequence[Tensor]) ->
     if found.dtypes is None or not tensors:
         return torch_language()
     dtypes = frozenset([tensor.dtype for tensor in tensors])
-    if not dtypes <= found.dtypes or {t.device for t in tensors} != {device} or not are_plain(tensors):
+    if not dtypes <= found.dtypes or not are_on(device, tensors) or not are_plain(tensors):
         return torch_language()
     kind = (found.name, operation, device, dtypes)
     if kind in _checked:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_gradclip.kernels.table import Column, MisfitError, allocated, are_plain, dense
+from hf_gradclip.kernels.table import Column, MisfitError, allocated, are_on, are_plain, dense
 from hf_gradclip.types import ClipPlan
 
 MOMENTS = {"sgd": ("", "a"), "nesterov": ("a",), "adam": ("ab", "abc"), "rmsprop": ("a", "ab", "ac", "abc")}
@@ -68,6 +68,15 @@ class Places:
         """The highest segment of each kind, -1 without parameters."""
         return max(self.gradient, default=-1), max(self.update, default=-1)
 
+    @cached_property
+    def ends(self) -> tuple[int, int]:
+        """The lowest and the highest segment of a unit; 0 and -1 without any, and on a GPU, where nobody waits."""
+        found = [cut.segments for cut in self.units or () if cut is not None and len(cut.segments)]
+        if not found or not all(segments.is_cpu for segments in found):
+            return 0, -1
+        segments = torch.cat(found)
+        return int(segments.min()), int(segments.max())
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -118,7 +127,7 @@ def are_alike(memory: Memory, dtypes: Collection[torch.dtype]) -> bool:
     tensors = [tensor for column in memory for tensor in column if tensor is not None]
     if not are_plain(tensors) or any(map(Tensor.is_inference, tensors)):
         return False
-    if {tensor.device for tensor in tensors} != {memory.weights[0].device}:
+    if not are_on(memory.weights[0].device, tensors):
         return False
     if not {tensor.dtype for tensor in tensors}.issubset(dtypes) or not all(map(allocated, _without_address(tensors))):
         return False

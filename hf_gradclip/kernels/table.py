@@ -59,6 +59,7 @@ class Table(NamedTuple):
 
 _tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
 _lock = threading.Lock()
+_is_on_cpu = operator.attrgetter("is_cpu")
 
 
 def table_of(
@@ -85,8 +86,12 @@ def table_of(
             in its memory, or none.
     """
     tensors = [tensor for column in columns for tensor in column if tensor is not None]
-    addresses = [0 if tensor is None else tensor.data_ptr() for column in columns for tensor in column]
-    sizes = tuple([tuple([-1 if tensor is None else tensor.numel() for tensor in column]) for column in columns])
+    if len(tensors) == sum(map(len, columns)):  # nothing is missing: no Python runs per tensor
+        addresses = [*map(Tensor.data_ptr, tensors)]
+        sizes = tuple([tuple(map(Tensor.numel, column)) for column in columns])  # type: ignore[arg-type]
+    else:
+        addresses = [0 if tensor is None else tensor.data_ptr() for column in columns for tensor in column]
+        sizes = tuple([tuple([-1 if tensor is None else tensor.numel() for tensor in column]) for column in columns])
     dtypes = tuple([tuple([None if tensor is None else tensor.dtype for tensor in column]) for column in columns])
     stream = 0 if device.type == "cpu" else torch.get_device_module(device).current_stream(device).stream_id
     key = (device, stream, chunk, places, sizes, dtypes)
@@ -155,7 +160,7 @@ def _check(columns: Sequence[Column], what: str, device: torch.device) -> None:
 
 def _are_usual(tensors: list[Tensor], device: torch.device) -> bool:
     """`_is_usual` of contiguous tensors, all at once: hundreds of them would feel a call for each."""
-    if not {t.device for t in tensors} <= {device} or not {t.dtype for t in tensors}.issubset(DTYPES):
+    if not are_on(device, tensors) or not {t.dtype for t in tensors}.issubset(DTYPES):
         return False
     held = [storage.nbytes() for storage in map(Tensor.untyped_storage, tensors)]
     ends = map(operator.add, map(Tensor.storage_offset, tensors), map(Tensor.numel, tensors))
@@ -222,6 +227,13 @@ def allocated(tensor: Tensor) -> bool:
     return not tensor.numel() or (
         tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + size) * tensor.itemsize
     )
+
+
+def are_on(device: torch.device, tensors: Sequence[Tensor]) -> bool:
+    """Whether all are on this device; without the object that `Tensor.device` makes for each."""
+    if device.type == "cpu":
+        return all(map(_is_on_cpu, tensors))
+    return {*map(Tensor.get_device, tensors)} <= {device.index} and not any(map(_is_on_cpu, tensors))
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:

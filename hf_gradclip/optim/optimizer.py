@@ -26,7 +26,7 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.device import local
 from hf_gradclip.kernels.rule import Memory, Rule
 from hf_gradclip.optim.options import insist_on_options
-from hf_gradclip.optim.step import jobs_of, measured, step_
+from hf_gradclip.optim.step import Jobs, measured, step_
 from hf_gradclip.say import logger
 from hf_gradclip.strategy import SpecError, describe, flatten
 from hf_gradclip.views import view_of
@@ -107,7 +107,7 @@ class ClippedOptimizer(Optimizer, ABC):
     def _make_clippers(self) -> None:
         named = named_of(self.param_groups)
         self._watched = [p for _, p in named]
-        self._places: dict[tuple[int, ...], Any] = {}  # see hf_gradclip.optim.step
+        self._jobs = Jobs()
         made = {place: Clipper(config, view_of(named), PLACES[place]) for place, config in self._specs.items()}
         self.clipper = made.get("gradient", self.clipper)
         self.update_clipper = made.get("update", self.update_clipper)
@@ -150,7 +150,7 @@ class ClippedOptimizer(Optimizer, ABC):
             if outcome.skipped:
                 return loss
             plan = outcome.plan
-        jobs = jobs_of(self)
+        jobs = self._jobs.of(self.param_groups, self._rule, self.clipper, self.update_clipper)
         if self.update_clipper is not None and any(job.rule.lr != 0 for job in jobs):
             measure = measured(self.update_clipper, jobs, plan)
             outcome = self.update_clipper.settle(self.update_clipper.decide(measure=measure))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from hf_gradclip.kernels.operations import Language
 from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
-
-if TYPE_CHECKING:
-    from hf_gradclip.optim.optimizer import ClippedOptimizer
 
 PLACES_KEPT = 64  # sets of parameters, for those without a gradient come and go
 
@@ -53,49 +50,63 @@ class Job:
     done: Callable[[], None]
 
 
-def jobs_of(optimizer: ClippedOptimizer) -> list[Job]:
-    """What there is to do for the parameters that have a gradient; nothing has moved yet."""
-    of_gradients = _NOWHERE if optimizer.clipper is None else optimizer.clipper.view.places()  # decided on just now
-    of_updates = _NOWHERE if optimizer.update_clipper is None else _segments(optimizer.update_clipper)
-    jobs = []
-    for group in optimizer.param_groups:
-        alike: dict[tuple[torch.dtype, torch.device, bool, bool], list[Tensor]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                key = p.dtype, p.device, id(p) in of_gradients, id(p) in of_updates
-                alike.setdefault(key, []).append(p)
-        for (_, _, gradient, update), params in alike.items():
-            rule, memory, done = optimizer._rule(group, params)
-            places = _places(
-                optimizer, params, of_gradients if gradient else _NOWHERE, of_updates if update else _NOWHERE
-            )
-            language = kernels.language_of_step(memory, places)
-            jobs.append(Job(language, rule, memory, places, gradient, update, done))
-    return jobs
+RuleOf = Callable[[dict[str, Any], list[Tensor]], tuple[Rule, Memory, Callable[[], None]]]
+"""An optimizer's `_rule`: of a group and some of its parameters the arithmetic, its memory, and what counts it."""
 
 
-def _segments(clipper: Clipper) -> Segments:
-    """Of the parameters that are trained now: one may have been unfrozen since the last step."""
-    clipper.view.watched()
-    return clipper.view.places()
+class Jobs:
+    """Makes the jobs of an optimizer's steps, and keeps where its parameters find their numbers."""
 
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, ...], tuple[Segments, Segments, Places]] = {}
 
-def _places(optimizer: ClippedOptimizer, params: list[Tensor], of_gradients: Segments, of_updates: Segments) -> Places:
-    """Where these parameters find their numbers; kept while the parameters and their segments are the same."""
-    ids = tuple(map(id, params))
-    known = optimizer._places.get(ids)
-    if known is not None and known[0] is of_gradients and known[1] is of_updates:
-        return known[2]
-    units = tuple(of_gradients[i][1] if of_gradients else None for i in ids)
-    places = Places(
-        tuple(of_gradients[i][0] if of_gradients else 0 for i in ids),
-        tuple(of_updates[i][0] if of_updates else 0 for i in ids),
-        units if any(cut is not None for cut in units) else None,
-    )
-    if len(optimizer._places) > PLACES_KEPT:
-        optimizer._places.clear()
-    optimizer._places[ids] = of_gradients, of_updates, places
-    return places
+    def of(
+        self, groups: list[dict[str, Any]], rule_of: RuleOf, clipper: Clipper | None, update_clipper: Clipper | None
+    ) -> list[Job]:
+        """What there is to do for the parameters that have a gradient; nothing has moved yet.
+
+        Args:
+            groups: of the optimizer.
+            rule_of: its arithmetic.
+            clipper: of the gradients, which has just decided.
+            update_clipper: of the updates.
+        """
+        of_gradients = _NOWHERE if clipper is None else clipper.view.places()
+        of_updates = _NOWHERE
+        if update_clipper is not None:
+            update_clipper.view.watched()  # looks anew: a parameter may have been unfrozen since the last step
+            of_updates = update_clipper.view.places()
+        jobs = []
+        for group in groups:
+            alike: dict[tuple[torch.dtype, torch.device, bool, bool], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    key = p.dtype, p.device, id(p) in of_gradients, id(p) in of_updates
+                    alike.setdefault(key, []).append(p)
+            for (_, _, gradient, update), params in alike.items():
+                rule, memory, done = rule_of(group, params)
+                segments = of_gradients if gradient else _NOWHERE, of_updates if update else _NOWHERE
+                places = self._places_of(params, *segments)
+                language = kernels.language_of_step(memory, places)
+                jobs.append(Job(language, rule, memory, places, gradient, update, done))
+        return jobs
+
+    def _places_of(self, params: list[Tensor], of_gradients: Segments, of_updates: Segments) -> Places:
+        """Where these parameters find their numbers; kept while the parameters and their segments are the same."""
+        ids = tuple(map(id, params))
+        known = self._places.get(ids)
+        if known is not None and known[0] is of_gradients and known[1] is of_updates:
+            return known[2]
+        units = tuple(of_gradients[i][1] if of_gradients else None for i in ids)
+        places = Places(
+            tuple(of_gradients[i][0] if of_gradients else 0 for i in ids),
+            tuple(of_updates[i][0] if of_updates else 0 for i in ids),
+            units if any(cut is not None for cut in units) else None,
+        )
+        if len(self._places) > PLACES_KEPT:
+            self._places.clear()
+        self._places[ids] = of_gradients, of_updates, places
+        return places
 
 
 def measured(clipper: Clipper, jobs: list[Job], plan: ClipPlan | None) -> Measure:

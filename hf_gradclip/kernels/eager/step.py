@@ -3,7 +3,7 @@
 What the other languages do in registers is done here in temporaries: the clipped gradient, the update, and of 16-bit
 memory float32 copies. To measure an update, the moments are advanced in copies and everything is computed again for the
 step, so that beside weights, gradients and moments there are never more than the temporaries of one tensor. Small
-tensors share a call of torch's foreach functions, as many as the largest one has elements.
+tensors share a call of torch's foreach functions, up to so many elements as the largest has, or SMALL.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_gradclip.device import moved
 from hf_gradclip.kernels.blocks import are_axes, units_of
 from hf_gradclip.kernels.eager import units
+from hf_gradclip.kernels.eager.half import SMALL
 from hf_gradclip.kernels.eager.whole import largest
 from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule, insist_on_places
 from hf_gradclip.kernels.table import MisfitError, insist_on_memory
@@ -108,13 +109,13 @@ def _insist_on_units(memory: Memory, places: Places, plan: ClipPlan | None) -> N
         MisfitError: for a parameter of other units than it is said to have, or segments that the plan does not have.
     """
     length = None if plan is None or plan.scale_S.ndim == 0 else len(plan.scale_S)
+    lowest, highest = places.ends
+    inside = length is None or (lowest >= 0 and highest < length)
     for i, (weight, cut) in enumerate(zip(memory.weights, places.units or (), strict=False)):
         if cut is None:
             continue
         fits = are_axes(cut.kept, weight.ndim) and tuple(cut.segments.shape) == (units_of(weight.shape, cut.kept),)
-        if fits and length is not None and cut.segments.is_cpu and len(cut.segments):
-            fits = int(cut.segments.min()) >= 0 and int(cut.segments.max()) < length
-        if not fits:
+        if not fits or not inside:
             raise MisfitError(
                 f"parameter {i} has shape {tuple(weight.shape)}, and {cut} says what its units along these axes are in "
                 f"a plan of {length}. Was it resized? Its units must be counted anew."
@@ -122,10 +123,10 @@ def _insist_on_units(memory: Memory, places: Places, plan: ClipPlan | None) -> N
 
 
 def _batches(memory: Memory) -> Iterator[slice]:
-    """Parameters of the same dtypes one after another, as many as have no more elements than the largest of all."""
+    """Parameters of the same dtypes one after another, with no more elements than the largest of all, or SMALL."""
     sizes = [weight.numel() for weight in memory.weights]
     kinds = [tuple(None if t is None else t.dtype for t in row) for row in zip(*memory, strict=True)]
-    most = max(sizes, default=0)
+    most = max(SMALL, *sizes)
     first = filled = 0
     for i, size in enumerate(sizes):
         if i > first and (filled + size > most or kinds[i] != kinds[first]):
@@ -267,10 +268,15 @@ def _clipped_by_unit(grad: Tensor, plan: ClipPlan, first: int, cut: ByAxes | Non
     """The same for one gradient whose numbers are by unit, or that is not cut."""
     if cut is None:
         return _clipped([grad], plan, [first])[0]
+    scale_U, bound_U = (
+        None if n_S is None else n_S[cut.segments] if n_S.ndim else n_S.expand(len(cut.segments))
+        for n_S in (plan.scale_S, plan.bound_S)
+    )
+    assert scale_U is not None
+    if scale_U.is_cpu and bound_U is None and bool((scale_U == 1).all()):
+        return grad
     grad = grad.clone()
-    scale_S = plan.scale_S
-    units.scale_(grad, cut.kept, scale_S[cut.segments] if scale_S.ndim else scale_S.expand(len(cut.segments)))
-    if plan.bound_S is not None:
-        bound_S = plan.bound_S
-        units.clamp_(grad, cut.kept, bound_S[cut.segments] if bound_S.ndim else bound_S.expand(len(cut.segments)))
+    units.scale_(grad, cut.kept, scale_U)
+    if bound_U is not None:
+        units.clamp_(grad, cut.kept, bound_U)
     return grad
