@@ -59,7 +59,7 @@ class Kind(Partition):
     of: ClassVar[str]
     """The name of DeepSpeed's class."""
     needed: ClassVar[str]
-    """The attributes of it that are used, here and where it is hooked into."""
+    """The attributes of it that clipping gradients uses, here and where it is hooked into."""
     is_whole: ClassVar[bool] = False
     """Whether every rank holds everything, so that nothing is added up."""
     is_scaled: ClassVar[bool] = True
@@ -108,7 +108,7 @@ class Stage12(Kind):
     needed = (
         "scaled_global_norm unscale_and_clip_grads _optimizer_step step params_in_partition averaged_gradients "
         "grad_partition_insertion_offset grad_start_offset partition_size single_partition_of_fp32_groups clip_grad "
-        "real_dp_process_group dp_process_group get_param_id cpu_offload parallel_partitioned_bit16_groups loss_scale"
+        "real_dp_process_group dp_process_group get_param_id cpu_offload loss_scale"
     )
 
     def _find_parts(self, numbers: dict[int, int]) -> list[list[Piece]]:
@@ -165,8 +165,7 @@ class Stage3(Kind):
     words = "ZeRO-3 partitions"
     needed = (
         "_get_norm_groups unscale_and_clip_grads _optimizer_step step grad_position fp16_groups averaged_gradients "
-        "fp32_partitioned_groups_flat clip_grad dp_process_group get_param_id offload_optimizer sub_group_to_group_id "
-        "_reassign_or_swap_out_partitioned_parameters loss_scale"
+        "fp32_partitioned_groups_flat clip_grad dp_process_group get_param_id offload_optimizer loss_scale"
     )
 
     def _find_parts(self, numbers: dict[int, int]) -> list[list[Piece]]:
