@@ -76,7 +76,9 @@ def clip_grad_norm_(
             f"clip_grad_norm_(norm_type={norm_type}): the norm of the gradients is {float(norm)}, so they cannot be "
             "clipped. Set error_if_nonfinite=False to scale them by it anyway."
         )
-    kernels.apply_(grads, limit_scale(float(max_norm), norm), None)
+    scale = limit_scale(float(max_norm), norm)
+    if not scale.is_cpu or float(scale) != 1.0:  # on a CPU the number is there to look at
+        kernels.apply_(grads, scale, None)
     wide = any(grad is not None and grad.dtype == torch.float64 for grad in grads)
     return norm.to(torch.float64 if wide else torch.float32)
 
