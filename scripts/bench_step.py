@@ -64,8 +64,8 @@ def our_rows(work: Workload, case: Case, fused: torch.optim.Optimizer) -> list[R
         rows += [
             row("clipper.step() + fused AdamW", "norm", then(plain.step, fused.step), order=2.0),
             row("clipper.step() fold=True + fused AdamW", "norm", then(fold.step, fused.step), order=2.0),
-            # kernels clip as they step, and leave the gradients as they are
-            row("hf_gradclip.optim.AdamW clip", "norm", own.step, grads=backend == "eager"),
+            # clips as it steps, and leaves the gradients as they are
+            row("hf_gradclip.optim.AdamW clip", "norm", own.step, grads=False),
             row("hf_gradclip.optim.AdamW clip, update_clip=block_rms", "update", own_update.step, grads=False),
         ]
     return rows

@@ -136,10 +136,10 @@ def test_nothing_is_read_before_the_drain() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     decision = clipper.decide()
-    recorder = Recorder()
+    recorder, finite = Recorder(), torch.tensor(True)
     with HostReads() as reads:
         for _ in range(300):
-            recorder.add(decision.stats, decision.plan, decision.finite, ~decision.finite)
+            recorder.add(decision.stats, decision.plan, finite, ~finite)
             recorder.note(1e-3, torch.tensor(1.0))
     assert reads.count == 0
     with HostReads() as reads:
