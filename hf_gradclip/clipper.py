@@ -65,7 +65,7 @@ class Clipper:
                 if part.per_parameter:
                     raise UnsupportedBackendError(
                         f"{name_of(part)} under FSDP1: its flat shards do not follow the parameters, so only the norm "
-                        "of the whole gradient is known. Use FSDP2 (fsdp_version: 2), or zclip, global_norm or value."
+                        "of the whole gradient is known. Use FSDP2 (fsdp_version: 2), or adaptive_norm or global_norm."
                     )
         if (units := config.gradient.needs.units) is not None:
             view.divide(units)
@@ -289,7 +289,7 @@ class Clipper:
         Returns:
             "" if the state was taken as it is, else one sentence that says what happened instead.
         """
-        state, words = unpacked(saved, self.config.gradient, self._layout, self.state)
+        state, words = unpacked(saved, self.config.gradient, self._layout)
         if state is None:
             self.reset()
         else:

@@ -61,7 +61,7 @@ class Fold:
                 if part.per_parameter or part.bounds:
                     raise SpecError(
                         f"fold=True with {name_of(part)}: a fused optimizer takes one number for all gradients. "
-                        "Use a strategy of the whole gradient (zclip, global_norm, autoclip), or fold=False."
+                        "Use a strategy of the whole gradient (adaptive_norm, global_norm), or fold=False."
                     )
         if optimizer is None:
             raise SpecError(f"{word}: needs the optimizer. Write Clipper.for_model(model, spec, optimizer=optimizer).")

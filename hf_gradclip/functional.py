@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradclip import kernels
-from hf_gradclip.strategy import limit_scale
+from hf_gradclip.strategy import torch_scale
 from hf_gradclip.types import statistics_dtype
 from hf_gradclip.views.gradients import gradients_of, measure
 
@@ -76,7 +76,7 @@ def clip_grad_norm_(
             f"clip_grad_norm_(norm_type={norm_type}): the norm of the gradients is {float(norm)}, so they cannot be "
             "clipped. Set error_if_nonfinite=False to scale them by it anyway."
         )
-    scale = limit_scale(float(max_norm), norm)
+    scale = torch_scale(float(max_norm), norm)
     if not scale.is_cpu or float(scale) != 1.0:  # on a CPU the number is there to look at
         kernels.apply_(grads, scale, None)
     wide = any(grad is not None and grad.dtype == torch.float64 for grad in grads)

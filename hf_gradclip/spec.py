@@ -139,7 +139,11 @@ def _from_file(name: str, content: Any, values: dict[str, Any]) -> Strategy:
     if isinstance(content, Mapping) and "strategy" in content:
         return read_strategy({**content, **values})
     if values:
-        raise SpecError(f"{name} holds more than one strategy, so it takes no keys, and {sorted(values)} were given.")
+        what = f"{name} is {content}" if isinstance(content, str) else f"{name} holds more than one strategy"
+        raise SpecError(
+            f"{what}, so it takes no keys, and {', '.join(values)} came with it. Write the strategies that it holds, "
+            "with the key at its own one."
+        )
     if isinstance(content, Mapping):
         raise SpecError(f"{name} holds a whole configuration and cannot be a part of another spec. Give it alone.")
     return read_strategy(content)

@@ -10,6 +10,9 @@ from torch import Tensor
 from hf_gradclip.strategy import State, Strategy, describe, flatten, name_of, unflatten
 from hf_gradclip.types import Layout
 
+LATER = (".past.seen", ".past.logs", ".row")
+"""Numbers that strategies keep which earlier versions of them did not; a state without them goes on with none seen."""
+
 
 def packed(strategy: Strategy, layout: Layout, state: State, skips_in_a_row: int) -> dict[str, Any]:
     """A state as a dict of tensors on the CPU, words and numbers, loadable with `weights_only=True`."""
@@ -23,14 +26,13 @@ def packed(strategy: Strategy, layout: Layout, state: State, skips_in_a_row: int
     }
 
 
-def unpacked(saved: dict[str, Any], strategy: Strategy, layout: Layout, like: State) -> tuple[State | None, str]:
+def unpacked(saved: dict[str, Any], strategy: Strategy, layout: Layout) -> tuple[State | None, str]:
     """The state in what `packed` made, bit for bit, on the layout's device; or why it cannot be taken.
 
     Args:
         saved: of a checkpoint.
         strategy: that goes on with it.
         layout: whose parameters it must be of; in another order, numbers per parameter follow their names.
-        like: a state of the strategy, for the structure.
 
     Returns:
         The state, None if it cannot be taken; and one sentence that says what happens instead, "" if the state is
@@ -38,10 +40,11 @@ def unpacked(saved: dict[str, Any], strategy: Strategy, layout: Layout, like: St
     """
     if not {"spec", "strategy", "names", "state"} <= set(saved):
         return None, f"The saved clip state cannot be read, so {name_of(strategy)} starts anew."
+    like = strategy.init(layout)
     mine = flatten(like)
     if why := _why_not(saved, strategy, layout, mine):
         return None, f"The checkpoint's clip state is {why}, so {describe(strategy)} starts anew."
-    flat = {key: value.clone() for key, value in saved["state"].items()}
+    flat = {key: value.clone() for key, value in {**mine, **saved["state"]}.items()}
     if saved["names"] != list(layout.names):
         place = {name: i for i, name in enumerate(saved["names"])}
         order = torch.tensor([place[name] for name in layout.names], device="cpu")
@@ -54,13 +57,14 @@ def unpacked(saved: dict[str, Any], strategy: Strategy, layout: Layout, like: St
 
 def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: dict[str, Tensor]) -> str:
     """What a saved state is of that cannot be taken; "" if it can."""
-    if set(saved["state"]) != set(mine) or saved["strategy"] != name_of(strategy):
+    missing = {key for key in mine.keys() - saved["state"].keys() if not f".{key}".endswith(LATER)}
+    if missing or saved["state"].keys() - mine.keys() or saved["strategy"] != name_of(strategy):
         return f"of {saved['spec']}"
     if set(saved["names"]) != set(layout.names):
         return "of other trainable parameters"
     by_unit = any(key.endswith("_S") and len(value) != len(layout.names) for key, value in mine.items())
     if by_unit and saved["names"] != list(layout.names):
         return "of the same parameters in another order"
-    if any(saved["state"][key].shape != value.shape for key, value in mine.items()):
+    if any(saved["state"].get(key, value).shape != value.shape for key, value in mine.items()):
         return f"of {saved['spec']}, of another size"
     return ""

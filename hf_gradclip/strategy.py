@@ -170,7 +170,12 @@ def parts_of(strategy: Strategy) -> tuple[Strategy, ...]:
 
 
 def limit_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
-    """The factor that brings `norm` down to `limit`: min(1, limit / (norm + 1e-6)), as in torch."""
+    """The factor that brings `norm` down to `limit`: min(1, limit / norm), and 1 where both are 0."""
+    return torch.where(norm > limit, limit / norm, 1.0)
+
+
+def torch_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
+    """The factor of torch's `clip_grad_norm_`: min(1, limit / (norm + 1e-6)), below 1 also just below the limit."""
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 

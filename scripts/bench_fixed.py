@@ -6,7 +6,7 @@
 Every round calls each row twice, in an order shuffled with a fixed seed: with gradients of norm 0.5, which no row
 clips, and with gradients of norm 5, which every row clips; the first rounds insist on that. The gradients are restored
 before each call, outside the timed region. Shown are the medians, and their ratio to `torch.nn.utils.clip_grad_norm_`
-in its default form in the same case. "adaptive" has its warm-up behind it, and sees the norm 5 as a spike.
+in its default form in the same case. zclip has its warm-up behind it, and sees the norm 5 as a spike.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def rows_of(work: Workload) -> dict[str, Callable[[], Tensor]]:
     """What is measured, by name; the baseline first."""
     params = list(work.params)
     fixed = Clipper.for_model(work, f"global_norm:max_norm={LIMIT}")
-    adaptive = Clipper.for_model(work, "adaptive")
+    adaptive = Clipper.for_model(work, "zclip")
     return {
         BASELINE: lambda: nn.utils.clip_grad_norm_(params, LIMIT),
         "hf_gradclip.clip_grad_norm_": lambda: clip_grad_norm_(params, LIMIT),
         "clipper.step() global_norm:max_norm=1": fixed.step,
-        "clipper.step() adaptive": adaptive.step,
+        "clipper.step() zclip": adaptive.step,
     }
 
 

@@ -29,7 +29,7 @@ from transformers import default_data_collator, set_seed
 from hf_gradclip import Clipper
 from hf_gradclip.run.recording import Recording
 
-DEFAULT = ("none", "global_norm:max_norm=1", "zclip", "adagc", "agc")
+DEFAULT = ("none", "global_norm:max_norm=1", "adaptive_norm", "adaptive", "zclip", "adagc", "agc")
 UNTIMED = 2
 COLUMNS = ("strategy", "steps", "step ms", "clipping ms", "clipping / step", "recording ms", "recording / step")
 

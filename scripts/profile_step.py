@@ -5,9 +5,9 @@
 
 | step | what is counted |
 |---|---|
-| `trainer` | a training step of GradClipTrainer on the CPU, clip="adaptive": a Llama of 2 layers, 21 tensors |
+| `trainer` | a training step of GradClipTrainer on the CPU, clip="zclip": a Llama of 2 layers, 21 tensors |
 | `zero2` | the same with DeepSpeed ZeRO-2 on one rank, which decides and steps inside backward |
-| `fused` | `step()` of hf_gradclip.optim.AdamW, clip="adaptive", update_clip="global_norm": 4 tensors |
+| `fused` | `step()` of hf_gradclip.optim.AdamW, clip="zclip", update_clip="global_norm": 4 tensors |
 
 Counted are the calls (`sys.setprofile`, in the thread that trains) of functions whose file lies in the folder of the
 imported package, whatever its modules are called. Comprehensions, generator expressions, lambdas and module bodies,
@@ -49,7 +49,7 @@ from torch import nn
 import hf_gradclip
 
 PACKAGE = str(Path(hf_gradclip.__file__).parent) + os.sep
-CLIP = "adaptive"
+CLIP = "zclip"
 WARMUP, TIMED, COUNTED = 40, 100, 11
 FIRST = WARMUP + TIMED
 LAST = FIRST + 2 * COUNTED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,13 +16,20 @@ from hypothesis import strategies as st
 from hf_gradclip import ClipConfig
 from hf_gradclip.spec import preset_names, strategy_names
 from hf_gradclip.strategies.adagc import AdaGC
+from hf_gradclip.strategies.adaptive_norm import AdaptiveNorm
+from hf_gradclip.strategies.adaptive_tensors import AdaptiveTensors
+from hf_gradclip.strategies.agc import AGC
 from hf_gradclip.strategies.autoclip import AutoClip
 from hf_gradclip.strategies.global_norm import GlobalNorm
 from hf_gradclip.strategies.none import NoClip
 from hf_gradclip.strategies.param_norm import ParamNorm
+from hf_gradclip.strategies.skip_step import SkipStep
 from hf_gradclip.strategies.value import Value
 from hf_gradclip.strategies.zclip import ZClip
 from hf_gradclip.strategy import Chain, SpecError
+
+PAPER_ZCLIP = ZClip(mode="reference", max_norm=1.0)
+PAPER_ADAGC = AdaGC(mode="reference", max_norm=1.0)
 
 USER_MODULE = """
 from dataclasses import dataclass
@@ -103,16 +111,21 @@ class TestForms:
             ("adagc + value:max_value=1", Chain((AdaGC(), Value(max_value=1.0)))),
             ("global_norm:max_norm=1e+2+zclip", Chain((GlobalNorm(max_norm=100.0), ZClip()))),
             ("none+zclip+adagc+value:max_value=2", Chain((NoClip(), ZClip(), AdaGC(), Value(max_value=2.0)))),
-            ("adaptive", ZClip()),
-            ("adaptive:z_threshold=3", ZClip(z_threshold=3.0)),
-            ("zclip_paper", ZClip(mode="reference")),
-            ("zclip_paper:mode=safe,alpha=0.9", ZClip(alpha=0.9)),
-            ("adagc_paper", AdaGC(mode="reference")),
+            ("adaptive_norm", AdaptiveNorm()),
+            ("adaptive_tensors", AdaptiveTensors()),
+            ("adaptive", Chain((AdaptiveNorm(), AGC()))),
+            ("skip_step+adaptive", Chain((SkipStep(), AdaptiveNorm(), AGC()))),
+            ("adaptive_norm+agc:clip_factor=0.02", Chain((AdaptiveNorm(), AGC(clip_factor=0.02)))),
+            ("zclip_paper", PAPER_ZCLIP),
+            ("zclip_paper:mode=safe,alpha=0.9", ZClip(alpha=0.9, max_norm=1.0)),
+            ("adagc_paper", PAPER_ADAGC),
             ("autoclip_paper", AutoClip(percentile=10.0, window=10_000)),
-            ("adagc_paper+zclip_paper", Chain((AdaGC(mode="reference"), ZClip(mode="reference")))),
+            ("adagc_paper+zclip_paper", Chain((PAPER_ADAGC, PAPER_ZCLIP))),
             ({"strategy": "zclip"}, ZClip()),
             ({"strategy": "zclip", "z_threshold": 3, "mode": "reference"}, ZClip(z_threshold=3.0, mode="reference")),
-            ({"strategy": "adaptive", "alpha": 0.5}, ZClip(alpha=0.5)),
+            ({"strategy": "adaptive"}, Chain((AdaptiveNorm(), AGC()))),
+            ({"gradient": "adaptive"}, Chain((AdaptiveNorm(), AGC()))),
+            ({"strategy": "zclip_paper", "alpha": 0.5}, replace(PAPER_ZCLIP, alpha=0.5)),
             ({"gradient": "zclip"}, ZClip()),
             ({"gradient": 2}, GlobalNorm(max_norm=2.0)),
             ({"gradient": "none"}, NoClip()),
@@ -153,6 +166,23 @@ class TestForms:
         assert ClipConfig.parse(given_, nonfinite="pass", max_consecutive_skips=4) == ClipConfig(AdaGC(), "pass", 4)
         assert ClipConfig.parse(None, max_grad_norm=1, nonfinite="skip").nonfinite == "skip"
         assert ClipConfig.parse(ClipConfig(AdaGC(), "raise", 3), nonfinite="pass") == ClipConfig(AdaGC(), "pass", 3)
+
+    @pytest.mark.parametrize(
+        ("preset", "numbers"),
+        [
+            ("zclip_paper", {"z_threshold": 2.5, "alpha": 0.97, "warmup_steps": 25, "max_norm": 1.0}),
+            ("adagc_paper", {"lambda_rel": 1.04, "beta": 0.99, "warmup_steps": 100, "max_norm": 1.0}),
+            ("autoclip_paper", {"percentile": 10.0}),
+        ],
+    )
+    def test_a_papers_preset_has_the_authors_numbers(self, preset, numbers):
+        """ZClip: arXiv 2504.02507; AdaGC: 2502.11034; AutoClip: 2007.14469."""
+        fields = asdict(gradient(preset))
+        assert {key: fields[key] for key in numbers} == numbers
+        assert fields.get("mode", "reference") == "reference"
+
+    def test_nothing_adaptive_has_a_fixed_limit_by_default(self):
+        assert ZClip().max_norm == AdaGC().max_norm == math.inf
 
     def test_every_strategy_and_preset_has_a_name(self):
         required = {"value": "value:max_value=1", "param_norm": "param_norm:max_norm=1"}
@@ -215,7 +245,7 @@ class TestYaml:
             ("a: [", "clip.yaml", "is not YAML"),
             ("strategy: zclip\nalfa: 1\n", "clip.yaml", "zclip has no field 'alfa'. Did you mean alpha?"),
             ("gradent: zclip\n", "clip.yaml", "unknown key 'gradent'. Did you mean gradient?"),
-            ("adagc+zclip", "clip.yaml:alpha=1", "holds more than one strategy, so it takes no keys, and ['alpha']"),
+            ("adagc+zclip", "clip.yaml:alpha=1", "is adagc+zclip, so it takes no keys, and alpha came with it"),
             ("gradient: zclip", "clip.yaml+zclip", "holds a whole configuration and cannot be a part of another spec"),
             ("gradient: zclip", "zclip+clip.yaml", "holds a whole configuration and cannot be a part of another spec"),
             ("gradient: zclip", "clip.yaml:alpha=1", "so it takes no keys"),
@@ -304,6 +334,12 @@ class TestWrong:
             ("zclip:alpha=0.5,", ["'' is not key=value"]),
             ("zclip:alpha=0.5,alpha=0.6", ["alpha is given twice"]),
             ("zclip:aplha=0.5", ["zclip has no field 'aplha'. Did you mean alpha?", "It has z_threshold, alpha,"]),
+            ("adaptive_norm:alpha=1", ["adaptive_norm has no field 'alpha'. It has no fields."]),
+            (
+                "adaptive:z_threshold=3",
+                ["adaptive is adaptive_norm+agc, so it takes no keys, and z_threshold came with it."],
+            ),
+            ({"strategy": "adaptive", "alpha": 0.5}, ["so it takes no keys, and alpha came with it"]),
             ("none:max_norm=1", ["none has no field 'max_norm'. It has no fields."]),
             ("value", ["value needs a value for max_value. Write value:max_value=1."]),
             ("param_norm", ["param_norm needs a value for max_norm. Write param_norm:max_norm=1."]),

@@ -118,10 +118,20 @@ COMMANDS = [
 
 class TestUse:
     @pytest.mark.parametrize("name", USES)
-    def test_every_step_is_clipped_at_1(self, name, names, stepped_norms):
-        """Within the warm-up of `adaptive`, which clips at 1, the steep norms must arrive as 1."""
-        before = weights_of(names["model"])
+    def test_every_step_is_clipped(self, name, names, stepped_norms):
+        """By `adaptive`, which limits rows of so steep a model from the first step."""
         exec(compile(USES[name], f"README.md, {name}", "exec"), names)
+        if name == "function":
+            assert stepped_norms == pytest.approx([1.0] * STEPS, rel=1e-4)
+            return
+        summary = clipper_in(names).report.summary()
+        assert (summary["steps"], summary["clipped"], summary["skipped"]) == (STEPS, STEPS, 0)
+        assert max(stepped_norms) < 0.9 * summary["norm_median"]
+
+    @pytest.mark.parametrize("name", USES)
+    def test_every_step_is_clipped_at_a_number_that_is_written(self, name, names, stepped_norms):
+        before = weights_of(names["model"])
+        exec(compile(USES[name].replace('"adaptive"', "1.0"), f"README.md, {name}", "exec"), names)
         assert stepped_norms == pytest.approx([1.0] * STEPS, rel=1e-4)
         assert not torch.equal(weights_of(names["model"]), before)
         if name == "function":

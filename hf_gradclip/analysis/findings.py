@@ -113,7 +113,10 @@ def _rate(record: Record, what: str) -> str:
     rate = clipped[late].mean() if late.any() else clipped.mean()
     if by_parameter(record):
         share = (record.scale_TP[finite] < 1).mean()
-        return f"{count}, {mean}; of all tensors in all steps {share:.0%} were scaled."
+        above = (record.norm_T > record.threshold_T)[finite].sum()
+        known = np.isfinite(record.threshold_T[finite]).any()
+        whole = f" The norm of the whole was above its threshold in {above:,} steps." if known else ""
+        return f"{count}, {mean}; of all tensors in all steps {share:.0%} were scaled.{whole}"
     if rate >= OFTEN:
         return f"{count}, {mean}: the threshold acts as a learning-rate cut, to {scale.mean():.2f} of it over the run."
     if rate >= SELDOM:

@@ -90,8 +90,9 @@ def strategy_for_replay(spec: str) -> Strategy:
         for reason, found in reasons.items():
             if found:
                 raise SpecError(
-                    f"{word} cannot be replayed: {reason}, and a record holds norms by parameter. Replay global_norm, "
-                    "param_norm, block_rms, zclip, adagc, autoclip, soft or skip_step."
+                    f"{word} cannot be replayed: {reason}, and a record holds norms by parameter. Replay "
+                    "adaptive_norm, adaptive_tensors, global_norm, param_norm, block_rms, zclip, adagc, autoclip, soft "
+                    "or skip_step."
                 )
     return config.gradient
 

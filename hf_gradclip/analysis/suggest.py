@@ -41,8 +41,13 @@ def suggest(record: Record, rate: float) -> list[Outcome]:
 def misses(outcomes: list[Outcome], rate: float) -> list[str]:
     """A sentence for each strategy that clips another share than was wanted, by more than a quarter of it."""
     return [
-        f"{outcome.spec.partition(':')[0]} comes no nearer than {outcome.rate:.1%} with these norms: it also clips "
-        "while it warms up or the level of the norm moves. Set its other fields, or take one of the others."
+        f"{outcome.spec.partition(':')[0]} comes no nearer than {outcome.rate:.1%} with these norms: "
+        + (
+            "it also clips while it warms up or the level of the norm moves. "
+            if outcome.rate > rate
+            else "it follows norms that fall, and few stand out above it. "
+        )
+        + "Set its other fields, or take one of the others."
         for outcome in outcomes
         if abs(outcome.rate - rate) > rate / 4
     ]

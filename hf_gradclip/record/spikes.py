@@ -1,63 +1,61 @@
 """Steps whose norm stands out, found when the record is written, each with what can be said of its cause.
 
-A norm is judged by the logarithm, since norms spread by factors: z = (log n - median) / sigma over the finite norms of
-the last WINDOW steps before it, with sigma = 1.4826 times their median absolute deviation, which a spike among them
-does not move, and at least FLOOR, a spread of 5 %, so that a smooth run does not call every ripple a spike.
+A norm is judged as the strategy `adaptive_norm` judges it, by `hf_gradclip.outlier`. Its score z is how far its
+logarithm lies above the median, where DEVIATIONS is the distance at which it begins to stand out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-WINDOW = 200
-LEAST = 20
-FLOOR = 0.05
-LIMIT = 6.0
+from hf_gradclip.outlier import DEVIATIONS, WINDOW, ordinary
+
 TOP = 10
+AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A row of the columns it was found in, and how far its norm stands out."""
+    """A row of the columns it was found in, and how far its norm stands out; inf for a norm that is not finite."""
 
     row: int
     z: float
 
 
-def robust_z(norm: float, before: Sequence[float]) -> float:
-    """How many robust standard deviations the logarithm of a norm lies above that of the norms before it.
-
-    Args:
-        norm: > 0; inf and NaN give inf.
-        before: the latest last; of more than WINDOW the last count, zero and non-finite ones do not.
-
-    Returns:
-        0 while fewer than LEAST norms are known.
-    """
-    known = np.array([n for n in before[-WINDOW:] if math.isfinite(n) and n > 0])
-    if len(known) < LEAST or norm == 0:
-        return 0.0
-    if not math.isfinite(norm):
-        return math.inf
-    logs = np.log(known)
-    middle = np.median(logs)
-    sigma = max(1.4826 * float(np.median(np.abs(logs - middle))), FLOOR)
-    return float((math.log(norm) - middle) / sigma)
+def known(norms: Iterable[float]) -> list[float]:
+    """Those that say something of the norms to come: finite, and not 0."""
+    return [norm for norm in norms if 0 < norm < math.inf]
 
 
 def find_spikes(norms: Sequence[float], before: Sequence[float]) -> list[Spike]:
-    """The new norms that stand out by more than LIMIT; `before` are those of the steps before the first of them."""
-    seen = [*before[-WINDOW:], *norms]
-    start = len(seen) - len(norms)
-    zs = [robust_z(norm, seen[max(0, start + i - WINDOW) : start + i]) for i, norm in enumerate(norms)]
-    return [Spike(i, z) for i, z in enumerate(zs) if z > LIMIT]
+    """The new norms that stand out among the last ones before each.
+
+    Args:
+        norms: of steps that follow each other.
+        before: of the steps before the first of them, the latest last; WINDOW finite ones that are not 0 suffice.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.array([*before, *norms], dtype=np.float64))
+    finite = np.isfinite(logs)
+    seen = (np.cumsum(finite) - finite)[len(before) :]
+    padded = np.concatenate([np.full(WINDOW, np.inf), logs[finite]])
+    rings, logs = np.lib.stride_tricks.sliding_window_view(padded, WINDOW), logs[len(before) :]
+    spikes = []
+    for first in range(0, len(norms), AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
+        median, reach = ordinary(seen[rows], rings[seen[rows]])
+        with np.errstate(invalid="ignore"):
+            z = np.where(np.isneginf(logs[rows]), 0, DEVIATIONS * (logs[rows] - median) / reach)
+        z = np.where(np.isinf(reach), 0, np.where(np.isnan(logs[rows]), np.inf, z))  # too few are known, or NaN
+        spikes += [Spike(first + int(i), float(z[i])) for i in np.flatnonzero(z > DEVIATIONS)]
+    return spikes
 
 
 def describe_spike(spike: Spike, rows: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.outlier import WINDOW
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.record.files import FOLDER, drop_after, join_small, parts_of, read_record, write_part
-from hf_gradclip.record.spikes import WINDOW, describe_spike, drop_spikes_after, find_spikes, write_spike
+from hf_gradclip.record.spikes import describe_spike, drop_spikes_after, find_spikes, known, write_spike
 from hf_gradclip.run.startup import world_size
 from hf_gradclip.say import announce, logger
 from hf_gradclip.strategy import describe
@@ -120,7 +121,7 @@ class Recording:
         drop_spikes_after(self.folder, step)
         if parts_of(self.folder, GRADIENT):
             record = read_record(self.folder)
-            self._norms.extend(record.norm_T[-WINDOW:].tolist())
+            self._norms.extend(known(record.norm_T.tolist()))
 
     def _put_aside(self) -> None:
         """A new run in an old folder: the old record stays, under another name."""
@@ -231,7 +232,7 @@ class Recording:
                 **self._cause(int(rows["step"][spike.row])),
             }
             write_spike(self.folder, found, self._rank)
-        self._norms.extend(norms)
+        self._norms.extend(known(norms))
         while self._held and self._held[0][0] <= rows["step"][-1]:
             self._held.popleft()
 

@@ -14,8 +14,8 @@ class AGC(Strategy):
 
     A unit is what makes one output: a row of nn.Linear, a token of nn.Embedding, a column of GPT-2's Conv1D, a channel
     of a convolution, a row of each expert where experts are fused into one tensor. The floor `eps` lets weights that
-    start at zero, as LoRA's B does, leave it. The limit is exact, without the 1e-6 that other limits add to the norm as
-    torch does: the norm of a row may well be of that size.
+    start at zero, as LoRA's B does, leave it. The limit is exact, without the 1e-6 that torch adds to a
+    norm: the norm of a row may well be of that size.
 
     Parameters of one dimension (biases, the weights of norms) and the head are left alone unless asked for. The head
     is what `get_output_embeddings()` gives, or a layer with a usual name (lm_head, score, classifier, ...); where it

@@ -8,15 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_gradclip.outlier import Past, judge, nothing_seen
 from hf_gradclip.strategy import Needs, State, Strategy, check_types, limit_scale, require
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 
 class AutoClipState(NamedTuple):
-    """`norms`: the window, shape (window,), inf where not filled yet. `seen`: norms ever put in, 0-d."""
+    """What was seen.
+
+    Args:
+        seen: norms ever put in, 0-d.
+        norms: the window, shape (window,), inf where it is not filled yet.
+        past: by which a norm stands out.
+    """
 
     seen: Tensor
     norms: Tensor
+    past: Past
 
 
 @dataclass(frozen=True)
@@ -24,10 +32,13 @@ class AutoClip(Strategy):
     """Limit the norm of the whole gradient to a percentile of the last `window` norms, this one included.
 
     A low percentile clips often: 10 clips nine steps of ten. The paper keeps every norm for ever; a window forgets
-    the large norms of the first steps. Zero norms are not remembered, else they would pull the limit to 0.
+    the large norms of the first steps. Two more holes are closed: zero norms are not remembered, else they would pull
+    the limit to 0; and a norm that stands out by the rule of `adaptive_norm` is limited to the median, since with a
+    high percentile one loud step among a few would be its own limit.
 
     Args:
-        percentile: where the limit lies among the norms, interpolated linearly; in (0, 100]. 100 never clips.
+        percentile: where the limit lies among the norms, interpolated linearly; in (0, 100]. 100 clips only
+            what stands out.
         window: norms remembered; >= 1.
 
     Example:
@@ -52,11 +63,13 @@ class AutoClip(Strategy):
     def init(self, layout: Layout) -> State:
         """An empty window."""
         norms = torch.full((self.window,), float("inf"), dtype=layout.dtype, device=layout.device)
-        return AutoClipState(torch.zeros((), dtype=torch.int64, device=layout.device), norms)
+        seen = torch.zeros((), dtype=torch.int64, device=layout.device)
+        return AutoClipState(seen, norms, nothing_seen(layout))
 
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """One scale for all segments, from the total norm."""
         norm = stats.total
+        cap, begin, past = judge(state.past, norm)
         here = torch.arange(self.window, device=norm.device) == state.seen % self.window
         norms = torch.where(here & (norm > 0), norm, state.norms)
         seen = state.seen + (norm > 0)
@@ -67,5 +80,6 @@ class AutoClip(Strategy):
         ordered = norms.sort().values
         at_low, at_high = ordered[low.view(1)], ordered[high.view(1)]
         limit = torch.where(rank == low, at_low, at_low + (rank - low) * (at_high - at_low)).view(())
-        scale = torch.where(norm > limit, limit_scale(limit, norm), 1.0)
-        return ClipPlan(scale, threshold=limit), AutoClipState(seen, norms)
+        scale = limit_scale(torch.minimum(limit, cap), norm)
+        new = AutoClipState(seen, norms, past)
+        return ClipPlan(scale, threshold=torch.minimum(limit, begin)), new

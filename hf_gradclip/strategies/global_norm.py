@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_gradclip.strategy import Needs, State, Stateless, Strategy, check_types, limit_scale, require
+from hf_gradclip.strategy import Needs, State, Stateless, Strategy, check_types, require, torch_scale
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 
@@ -44,4 +44,4 @@ class GlobalNorm(Strategy):
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """One scale for all segments."""
         norm = stats.total if self.norm_type == 2.0 else stats.max_abs
-        return ClipPlan(limit_scale(self.max_norm, norm), threshold=norm.new_full((), self.max_norm)), state
+        return ClipPlan(torch_scale(self.max_norm, norm), threshold=norm.new_full((), self.max_norm)), state

@@ -10,7 +10,7 @@ from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 @dataclass(frozen=True)
 class ParamNorm(Strategy):
-    """Scale each parameter's gradient by min(1, max_norm / (n_i + 1e-6)), n_i being its own 2-norm.
+    """Scale each parameter's gradient by min(1, max_norm / n_i), n_i being its own 2-norm.
 
     To spend a global budget c on P parameters use c / sqrt(P). Keras calls this `clipnorm`.
 

@@ -8,17 +8,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_gradclip.outlier import Past, judge, nothing_seen
 from hf_gradclip.strategy import Needs, State, Strategy, check_types, require
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
+ALONE = 3
+"""So many values in a row that stand out are a change of level."""
+
 
 class SkipStepState(NamedTuple):
-    """The last values in a ring, shape (window,), and how many were ever written, 0-d."""
+    """The last values in rings, shape (window,), and how many were ever written, 0-d.
+
+    Args:
+        norms: of the whole gradient, or their logarithms.
+        norms_seen: how many.
+        losses: of the steps.
+        losses_seen: how many.
+        row: steps in a row that were skipped, 0-d.
+        past: by which a norm stands out before `min_values` are known.
+    """
 
     norms: Tensor
     norms_seen: Tensor
     losses: Tensor
     losses_seen: Tensor
+    row: Tensor
+    past: Past
 
 
 @dataclass(frozen=True)
@@ -29,15 +44,17 @@ class SkipStep(Strategy):
     values before this one, and nothing is skipped until `min_values` of them are known. A skip is exact: no weight,
     moment, decay or counter moves. Clipping is left to others: `skip_step+zclip`.
 
-    The published rule is kept, with three holes closed. A NaN or inf is kept out of the window, where it would skip
-    every step for `window` steps; a skipped finite value is let in, so that a lasting change of level is accepted
-    after a few steps. The deviation is at least `min_sigma` * mean, so that constant values do not make every change
-    an outlier. The window is saved with the checkpoint.
+    The published rule is kept, with its holes closed. A NaN or inf is kept out of the window, where it would skip every
+    step for `window` steps. A skipped value enters the window as the limit that it broke, else one loud step would let
+    the next one pass; from the third in a row on it enters as it is, so that a lasting change of level is accepted
+    after a few steps. Before `min_values` are known, from the third step on, a norm is skipped that stands out by the
+    rule of `adaptive_norm`, three times in a row at most. The deviation is at least `min_sigma` * mean, so that
+    constant values do not make every change an outlier. The window is saved with the checkpoint.
 
     Args:
         window: values remembered; >= 2.
         sigmas: deviations above the mean at which a step is skipped; > 0.
-        min_values: values known before the first skip; 2 to `window`.
+        min_values: values known before mean and deviation are used; 2 to `window`. No loss is judged earlier.
         on: "norm", "loss" or "both" (skip if either stands out). The loss is the mean over ranks and micro-batches;
             Trainer and `attach` provide it, in a torch loop it is `clipper.step(loss=loss)`.
         log_norm: judge the logarithm of the norm, whose distribution is less skewed.
@@ -79,33 +96,44 @@ class SkipStep(Strategy):
         """No value seen yet."""
         ring = torch.zeros(self.window, dtype=layout.dtype, device=layout.device)
         seen = torch.zeros((), dtype=torch.int64, device=layout.device)
-        return SkipStepState(ring, seen, ring.clone(), seen.clone())
+        return SkipStepState(ring, seen, ring.clone(), seen.clone(), seen.clone(), nothing_seen(layout))
 
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """Scale nothing; say whether to skip."""
         skip = torch.zeros((), dtype=torch.bool, device=stats.sumsq_S.device)
         threshold = None
         if self.on != "loss":
-            norm = stats.total.log() if self.log_norm else stats.total
-            limit, norms, norms_seen = self._judge(norm, state.norms, state.norms_seen, self.log_norm)
+            _, begin, past = judge(state.past, stats.total)
+            begin = torch.where(state.row < ALONE, begin, float("inf"))
+            norm, begin = (stats.total.log(), begin.log()) if self.log_norm else (stats.total, begin)
+            limit = self._limit(state.norms, state.norms_seen, self.log_norm)
+            limit = torch.where(state.norms_seen < self.min_values, begin, limit)
             skip = skip | ~(norm <= limit)
             threshold = limit.exp() if self.log_norm else limit
-            state = state._replace(norms=norms, norms_seen=norms_seen)
+            norms, norms_seen = self._enter(norm, limit, state.row, state.norms, state.norms_seen)
+            state = state._replace(norms=norms, norms_seen=norms_seen, past=past)
         if self.on != "norm":
             assert stats.loss is not None  # needs says so
-            limit, losses, losses_seen = self._judge(stats.loss, state.losses, state.losses_seen, False)
+            limit = self._limit(state.losses, state.losses_seen, False)
+            limit = torch.where(state.losses_seen < self.min_values, float("inf"), limit)
             skip = skip | ~(stats.loss <= limit)
+            losses, losses_seen = self._enter(stats.loss, limit, state.row, state.losses, state.losses_seen)
             state = state._replace(losses=losses, losses_seen=losses_seen)
-        return ClipPlan(stats.sumsq_S.new_ones(()), threshold=threshold, skip=skip), state
+        plan = ClipPlan(stats.sumsq_S.new_ones(()), threshold=threshold, skip=skip)
+        return plan, state._replace(row=(state.row + 1) * skip)
 
-    def _judge(self, value: Tensor, ring: Tensor, seen: Tensor, log: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The limit of this step, from the values before it, and the ring with the value in it if it is finite."""
+    def _limit(self, ring: Tensor, seen: Tensor, log: bool) -> Tensor:
+        """The largest value that is not skipped, from those before it."""
         place = torch.arange(self.window, device=ring.device)
         known, count = place < seen, seen.clamp(2, self.window)
         mean = torch.where(known, ring, 0.0).sum() / count
         sigma = (torch.where(known, ring - mean, 0.0).square().sum() / (count - 1)).sqrt()
         least = self.min_sigma * (torch.ones_like(mean) if log else mean.abs())
-        limit = torch.where(seen >= self.min_values, mean + self.sigmas * torch.maximum(sigma, least), float("inf"))
+        return mean + self.sigmas * torch.maximum(sigma, least)
+
+    def _enter(self, value: Tensor, limit: Tensor, row: Tensor, ring: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The ring with a value in it if it is finite, and how many were ever written."""
+        place = torch.arange(self.window, device=ring.device)
         written = value.isfinite()
-        ring = torch.where(written & (place == seen % self.window), value, ring)
-        return limit, ring, seen + written
+        entered = torch.where(row < ALONE - 1, torch.minimum(value, limit), value)
+        return torch.where(written & (place == seen % self.window), entered, ring), seen + written

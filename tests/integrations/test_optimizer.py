@@ -302,10 +302,10 @@ def test_refused_by_name(optimizer, words) -> None:
 @pytest.mark.parametrize(
     ("make", "rule", "said"),
     [
-        (torch.optim.AdamW, "zclip", True),
+        (torch.optim.AdamW, "zclip:max_norm=1", True),
         (optim.AdamW, "global_norm:max_norm=1", True),
-        (torch.optim.RMSprop, "adagc", True),
-        (torch.optim.AdamW, "zclip:max_norm=inf", False),
+        (torch.optim.RMSprop, "adagc:max_norm=1", True),
+        (torch.optim.AdamW, "zclip", False),
         (torch.optim.AdamW, "block_rms", False),
         (torch.optim.AdamW, "global_norm:max_norm=100", False),
         (torch.optim.SGD, "zclip", False),

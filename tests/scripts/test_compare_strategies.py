@@ -1,20 +1,31 @@
-"""What differs between two runs of the comparison is how they clip: against loops of torch alone."""
+"""What differs between two runs of the comparison is how they clip: against loops of torch alone.
+
+Where a test is of the comparison and not of training, nothing is trained: outcomes are made up.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_gradclip.strategies import zclip
 from hf_gradclip.strategy import SpecError
 
 ROOT = Path(__file__).parents[2]
 STEPS = 10
+SMALL = ("decoder", "encoder", "recurrent", "convolutional")
 OPTIMIZERS = {
-    "adamw": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=0.1),
+    "adamw": lambda params, lr: torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.1),
     "rmsprop": torch.optim.RMSprop,
     "momentum": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
 }
@@ -25,152 +36,387 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     threads = torch.get_num_threads()
     module = importlib.import_module("compare_strategies")
-    monkeypatch.setattr(module, "RAMP", 0.3)
     yield module
+    module.code_of.cache_clear()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short(script, monkeypatch):
+    """Small: of 10 steps 3 are the warm-up and 2 come before anything is broken; 4 examples a step, 32 held out."""
+    monkeypatch.setattr(script, "RAMP", 0.3)
+    monkeypatch.setattr(script, "UNBROKEN", 0.2)
+    monkeypatch.setattr(script, "EVALUATED_AT_ONCE", 16)
+    tasks = {name: replace(task, batch_size=4, evaluated=32) for name, task in script.TASKS.items()}
+    monkeypatch.setattr(script, "TASKS", tasks)
+    return script
 
 
 def run_of(script, **fields):
     """A short run; fields win."""
-    plain = {"task": "recurrent", "optimizer": "adamw", "clip": "none", "lr": 4e-3, "data": "clean", "seed": 3}
+    plain = {"task": "recurrent", "optimizer": "adamw", "clip": "none", "lr": 4e-3, "data": "sound", "seed": 3}
     return script.Run(**{**plain, "steps": STEPS, **fields})
 
 
-def by_torch(script, run, max_norm=None, loud=1.0, noisy=False):
-    """Loss half-way and at the end of the same run in a loop of torch; noise and loud losses for half of the steps."""
-    task = script.TASKS[run.task]
-    data = task.data()
-    torch.manual_seed(run.seed)
-    model = task.model()
-    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), run.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 3, 1) * 0.5 * (1 + math.cos(math.pi * step / run.steps))
-    )
-    drawn = torch.Generator().manual_seed(run.seed)
-    losses = []
-    for step in range(run.steps):
-        chosen = torch.randint(256, len(data["labels"]), (task.batch_size,), generator=drawn)
-        noise = task.noise(task.batch_size, drawn)
-        broken = step in script.broken_steps(run)
-        batch = noise if broken and noisy else {key: value[chosen] for key, value in data.items()}
-        (model(**batch).loss * (loud if broken else 1.0)).backward()
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step + 1 in (run.steps // 2, run.steps):
-            model.eval()
-            with torch.no_grad():
-                losses.append(float(model(**{key: value[:256] for key, value in data.items()}).loss))
-            model.train()
-    return losses
+class ByTorch:
+    """The same run in a loop of torch: its losses, its norms, and whose gradient was `tensor` times too large."""
+
+    def __init__(self, script, run, max_norm=math.inf, loud=1.0, tensor=1.0, noisy=False) -> None:
+        task, broken = script.TASKS[run.task], script.broken_steps(run)
+        self.data = task.data()
+        torch.manual_seed(run.seed)
+        self.model = task.model()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = OPTIMIZERS[run.optimizer](parameters, run.lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / 3, 1) * 0.5 * (1 + math.cos(math.pi * step / run.steps))
+        )
+        drawn = torch.Generator().manual_seed(run.seed)
+        self.start, self.losses, self.norms, self.loud = self.evaluated(), [], [], []
+        for step in range(run.steps):
+            chosen = torch.randint(32, len(self.data["labels"]), (task.batch_size,), generator=drawn)
+            noise = task.noise(task.batch_size, drawn)
+            place = int(torch.randint(len(parameters), (), generator=drawn))
+            batch = noise if step in broken and noisy else {key: value[chosen] for key, value in self.data.items()}
+            loss = self.model(**batch).loss
+            (loss * (loud if step in broken else 1.0)).backward()
+            if step in broken:
+                self.loud.append(place)
+                parameters[place].grad *= tensor
+            self.losses.append(loss.item())
+            self.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        self.end = self.evaluated()
+
+    @torch.no_grad()
+    def evaluated(self) -> float:
+        self.model.eval()
+        loss = float(self.model(**{key: value[:32] for key, value in self.data.items()}).loss)
+        self.model.train()
+        return loss
 
 
-def test_what_is_broken(script) -> None:
-    """A twentieth of the batches, after the warm-ups, elsewhere for another seed."""
-    found = [script.broken_steps(run_of(script, steps=200, seed=seed)) for seed in (1, 1, 2)]
-    assert found[0] == found[1] != found[2]
-    assert {len(steps) for steps in found} == {10}
-    assert all(70 <= step < 200 for steps in found for step in steps)
+def assert_same(outcome, expected) -> None:
+    assert [outcome.start, outcome.end] == pytest.approx([expected.start, expected.end], rel=1e-5)
+    assert outcome.losses == pytest.approx(expected.losses, abs=2e-4), "rounded to 4 digits"
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("task", ["recurrent", "encoder"])
-def test_without_clipping_it_is_torch(script, task, optimizer) -> None:
-    run = run_of(script, task=task, optimizer=optimizer, lr=min(script.RATES[optimizer]))
-    outcome = script.train(run)
-    assert [outcome.half, outcome.end] == pytest.approx(by_torch(script, run), rel=1e-5)
+@pytest.mark.parametrize(
+    ("task", "optimizer"), [*product(SMALL, ["adamw"]), ("recurrent", "rmsprop"), ("recurrent", "momentum")]
+)
+def test_without_clipping_it_is_torch(short, task, optimizer) -> None:
+    run = run_of(short, task=task, optimizer=optimizer, lr=min(short.RATES[optimizer]))
+    outcome = short.train(run)
+    assert_same(outcome, ByTorch(short, run))
     assert outcome.clipped == outcome.update_clipped == outcome.skipped == 0
 
 
-def test_clipping_is_what_it_says(script) -> None:
-    run = run_of(script, task="decoder", optimizer="momentum", clip="global_norm:max_norm=1.5", lr=0.1)
-    outcome = script.train(run)
-    assert [outcome.half, outcome.end] == pytest.approx(by_torch(script, run, max_norm=1.5), rel=1e-5)
-    assert outcome.end != pytest.approx(by_torch(script, run)[1], rel=1e-4)
-    assert 0 < outcome.clipped < 1
+def test_clipping_is_what_it_says(short) -> None:
+    run = run_of(short, task="decoder", optimizer="momentum", clip="global_norm:max_norm=2", lr=0.1)
+    outcome, expected = short.train(run), ByTorch(short, run, max_norm=2)
+    assert_same(outcome, expected)
+    assert outcome.end != pytest.approx(ByTorch(short, run).end, rel=1e-4)
+    assert 0 < sum(norm > 2 for norm in expected.norms) < STEPS
+    assert outcome.clipped == sum(norm > 2 for norm in expected.norms) / STEPS
 
 
-@pytest.mark.parametrize(("data", "fault"), [("loud", {"loud": 100.0}), ("noise", {"noisy": True})])
-def test_broken_data_is_what_it_says(script, monkeypatch, data, fault) -> None:
-    monkeypatch.setattr(script, "BROKEN", 0.4)
-    run = run_of(script, data=data)
-    assert script.train(run).end == pytest.approx(by_torch(script, run, **fault)[1], rel=1e-5)
-    assert script.train(run).end != pytest.approx(by_torch(script, run)[1], rel=1e-3)
+@pytest.mark.parametrize(
+    ("data", "fault"), [("loud", {"loud": 100.0}), ("tensor", {"tensor": 1000.0}), ("noise", {"noisy": True})]
+)
+def test_broken_data_is_what_it_says(short, monkeypatch, data, fault) -> None:
+    monkeypatch.setattr(short, "BROKEN", 0.4)
+    run = run_of(short, data=data)
+    outcome, expected, sound = short.train(run), ByTorch(short, run, **fault), ByTorch(short, run)
+    assert_same(outcome, expected)
+    assert outcome.end != pytest.approx(sound.end, rel=1e-4)
+    assert len(set(expected.loud)) > 1, "not always the same tensor's gradient"
 
 
-def test_update_is_clipped_where_it_is_asked_for(script) -> None:
-    outcome = script.train(run_of(script, optimizer="rmsprop", clip="none/value:max_value=1", lr=1e-3))
+def test_what_is_broken(script) -> None:
+    """A twentieth of the batches, none of the first 15 %, elsewhere for another seed."""
+    found = [script.broken_steps(run_of(script, steps=200, seed=seed)) for seed in (1, 1, 2)]
+    assert found[0] == found[1] != found[2]
+    assert {len(steps) for steps in found} == {10}
+    assert all(30 <= step < 200 for steps in found for step in steps)
+
+
+def test_update_is_clipped_where_it_is_asked_for(short) -> None:
+    outcome = short.train(run_of(short, optimizer="rmsprop", clip="none/value:max_value=1", lr=1e-3))
     assert outcome.clipped == 0 < outcome.update_clipped  # its first update is ten times too large
 
 
-def test_a_loss_that_is_not_finite_is_no_number(script) -> None:
-    outcome = script.train(run_of(script, task="decoder", optimizer="momentum", lr=1e30))
-    assert outcome.half is None
+def test_a_loss_that_is_not_finite_is_no_number(short) -> None:
+    outcome = short.train(run_of(short, task="decoder", optimizer="momentum", lr=1e30))
     assert outcome.end is None
-    stopped = script.train(run_of(script, task="decoder", optimizer="momentum", lr=1e30, clip="zclip", steps=60))
+    stopped = short.train(run_of(short, task="decoder", optimizer="momentum", lr=1e30, clip="zclip", steps=60))
     assert stopped.end is None
     assert stopped.skipped == 20
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_noise_looks_like_the_data(script, name) -> None:
+    task = script.TASKS[name]
+    data, noise = task.data(), task.noise(5, torch.Generator().manual_seed(0))
+    assert noise.keys() == data.keys()
+    for key, value in data.items():
+        assert noise[key].shape == (5, *value.shape[1:])
+        assert noise[key].dtype == value.dtype
+        if key == "labels" and value.ndim == 1:
+            assert noise[key].max() <= value.max(), "no label that is not there"
+
+
+@pytest.fixture
+def pretrained(short, monkeypatch):
+    """A small model and its bytes in the place of SmolLM2, which is not everywhere."""
+    tasks = importlib.import_module("tasks")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
+    tokenizer = lambda text: SimpleNamespace(input_ids=list(text.encode()[: 96 * 100]))  # noqa: E731
+    monkeypatch.setattr(tasks, "pretrained", functools.cache(lambda: (model, tokenizer)))
+    tasks.prose.cache_clear()
+    yield short
+    tasks.prose.cache_clear()
+
+
+@pytest.mark.parametrize("task", ["lora", "whole"])
+def test_real_weights_are_trained_by_torch_too(pretrained, task) -> None:
+    """With LoRA the adapters alone."""
+    run = run_of(pretrained, task=task, lr=pretrained.TASKS[task].lr)
+    expected = ByTorch(pretrained, run)
+    assert_same(pretrained.train(run), expected)
+    assert {p.requires_grad for p in expected.model.parameters()} == ({True, False} if task == "lora" else {True})
+
+
+def test_another_process_gives_the_same(script) -> None:
+    run = run_of(script, clip="global_norm:max_norm=0.1", steps=4)
+    here, elsewhere = (script.Comparison(None, "", workers) for workers in (1, 2))
+    for found in (here, elsewhere):
+        found.run([run])
+    assert here.outcomes == elsewhere.outcomes
+    assert here.outcomes[run].clipped > 0
+
+
+def test_the_95_percent_of_student(script) -> None:
+    """The density of t, integrated from 0 to each number, holds half of 95 %."""
+    for freedom, limit in enumerate(script.T95, start=1):
+        t = torch.linspace(0, limit, 100_001, dtype=torch.float64)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+        area = torch.trapezoid(scale * (1 + t**2 / freedom) ** (-(freedom + 1) / 2), t).item()
+        assert area == pytest.approx(0.475, abs=2e-5), freedom
+
+
+def test_intervals(script) -> None:
+    """Worked by hand: the mean, and t times the deviation over the root of the number."""
+    assert script.paired([3.0], [1.0]) == "+2.000"
+    assert script.paired([1.0, 2.0], [1.0, 3.0]) == "-0.500 [-6.853, +5.853]"  # 12.706 (0.7071 / 1.4142) = 6.353
+    assert script.paired([4.0, 7.0, 1.0], [3.0, 3.0, 3.0]) == "+1.000 [-6.453, +8.453]"  # 4.303 (3 / 1.7321) = 7.453
+    five = script.paired([0.0, 1.0, 2.0, 3.0, 4.0], [2.0] * 5)
+    assert five == "+0.000 [-1.963, +1.963]"  # 2.776 (1.5811 / 2.2361) = 1.963
+    lost = "no better than at the start in 1 of 2"
+    assert script.paired([math.inf, 1.0], [1.0, 1.0]) == lost
+    assert script.paired([1.0, 1.0], [1.0, math.inf]) == f"the other: {lost}"
 
 
 def test_numbers_of_a_table(script) -> None:
     """Of runs that began at 20."""
     found = script.Comparison(None, "", 1)
-    plain = run_of(script, lr=0.0, seed=0)
+    plain, stock = run_of(script, seed=0), script.STOCK
     ends = {
-        ("none", 1.0, "clean"): (3.0, 5.0),
-        ("none", 2.0, "clean"): (6.0, 7.0),
-        ("none", 3.0, "clean"): (6.0, 9.0),
-        ("zclip", 1.0, "clean"): (9.0, 9.0),
-        ("zclip", 2.0, "clean"): (2.0, 5.0),
-        ("zclip", 3.0, "clean"): (2.0, 21.0),
-        ("none", 1.0, "noise"): (4.0, 6.0),
-        ("none", 1.0, "loud"): (None, 6.0),
-        ("zclip", 1.0, "noise"): (10.0, 14.0),
-        ("zclip", 1.0, "loud"): (9.0, 9.0),
+        ("none", "sound"): (3.0, 5.0),
+        (stock, "sound"): (2.0, 5.0),
+        ("zclip", "sound"): (1.0, 3.0),
+        ("none/zclip", "sound"): (3.5, 5.5),
+        ("none", "tensor"): (None, 6.0),
+        (stock, "tensor"): (4.0, 6.0),
+        ("zclip", "tensor"): (21.0, 4.0),
+        ("none/zclip", "tensor"): (3.5, 5.5),
     }
-    for (clip, lr, data), by_seed in ends.items():
+    for (clip, data), by_seed in ends.items():
         for seed, end in enumerate(by_seed):
-            run = run_of(script, clip=clip, lr=lr, data=data, seed=seed)
-            found.outcomes[run] = script.Outcome(run, 20.0, None if end is None else end + 1, end, 0.25, 0.0, 0)
-    rows = script.detail(found, plain, ("none", "zclip"), (1.0, 2.0, 3.0), (0, 1)).splitlines()[2:]
-    lost = "no better than at the start in 1 of 2"
-    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows] == [
-        ["none", "4.000", "6.500", "7.500", "1 (edge)", "5.000", "+0.000 ± 0.000", "25%", "5.000", "-"],
-        ["zclip", "9.000", "3.500", "-", "2", "4.500", "-0.500 ± 0.500", "25%", "+7.000 ± 1.000", f"none: {lost}"],
+            run, share = run_of(script, clip=clip, data=data, seed=seed), 0.2 + 0.1 * seed
+            found.outcomes[run] = script.Outcome(run, 20.0, end, [], share, share / 2, 0)
+    clips = ("none", stock, "zclip", "none/zclip")
+    head, _, *rows = script.detail(found, plain, clips, ("sound", "tensor"), (0, 1)).splitlines()
+    assert cells(head) == [
+        *("clip", "sound", "clipped", "less `none`", f"less `{stock}`"),
+        *("tensor", "less its own sound", "clipped"),
     ]
-    assert script.paired([math.inf, 1.0], [1.0, 1.0]) == lost
+    lost, more = "no better than at the start in 1 of 2", "+0.500 [+0.500, +0.500]"
+    assert [cells(row) for row in rows] == [
+        ["`none`", "4.000", "25.0%", "", "+0.500 [-5.853, +6.853]", "-", lost, "25.0%"],
+        [f"`{stock}`", "3.500", "25.0%", "-0.500 [-6.853, +5.853]", "", "5.000", "+1.500 [-4.853, +7.853]", "25.0%"],
+        ["`zclip`", "2.000", "25.0%", "-2.000 [-2.000, -2.000]", "-1.500 [-7.853, +4.853]", "-", lost, "25.0%"],
+        [
+            *("`none/zclip`", "4.500", "25.0% / 12.5%", more, "+1.000 [-5.353, +7.353]"),
+            *("4.500", "+0.000 [+0.000, +0.000]", "25.0% / 12.5%"),
+        ],
+    ]
 
 
-WORDS = ["--task", "recurrent", "--clip", "zclip", "--seeds", "1", "--steps", "4"]
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.split("|")[1:-1]]
 
 
-def test_an_interrupted_comparison_goes_on(script, monkeypatch, tmp_path, capsys) -> None:
-    facts, commits = script.circumstances, iter(["one", "one", "other", "one-dirty", "one-dirty"])
-    monkeypatch.setattr(script, "circumstances", lambda *given: {**facts(*given), "commit": next(commits)})
-    monkeypatch.setattr(script, "RATES", {"adamw": (1e-3, 4e-3)})
-    words = [*WORDS, "--workers", "1", "--out", str(tmp_path)]
-
-    def trained() -> int:
-        capsys.readouterr()
-        script.main(words)
-        return capsys.readouterr().err.count("Outcome(")
-
-    first = script.main(words)
-    (path,) = tmp_path.glob("compare_adamw_*.jsonl")
-    lines = path.read_text("utf-8").splitlines()
-    assert len(lines) == 2 * (2 + 2)
-    path.write_text("\n".join(lines[:-2])[:-20], "utf-8")  # killed while it wrote the sixth
-    assert trained() == 3
-    assert len(path.read_text("utf-8").splitlines()) == 8
-    (table,) = tmp_path.glob("compare_adamw_*.md")
-    assert table.read_text("utf-8") == first
-    assert str(tmp_path) not in first
-    assert [trained(), trained(), trained()] == [8, 8, 8]
+def test_what_a_run_will_take(short, monkeypatch) -> None:
+    """Three steps of 4 examples in 6 seconds; five such steps, and 32 examples that are looked at before and after."""
+    clock = iter([10.0, 16.0])
+    monkeypatch.setattr(short, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert short.seconds_of([("recurrent", 5)]) == {("recurrent", 5): pytest.approx(6 / 12 * (5 * 4 + 32))}
 
 
-def test_a_wrong_word_is_refused_before_anything_runs(script, capsys) -> None:
-    with pytest.raises(SpecError, match="Did you mean zclip"):
-        script.main([*WORDS, "--clip", "zclp"])
-    assert "Outcome(" not in capsys.readouterr().err
+@pytest.fixture
+def asked(script, monkeypatch):
+    """The runs that were to be trained; they end at 5 plus how far their rate is from the best, of the seed's kind."""
+    runs = []
+
+    def train(run):
+        print("trained", file=sys.stderr)
+        runs.append(run)
+        best = 0.004 if run.seed in script.RATE_SEEDS else 0.001
+        return script.Outcome(run, 20.0, 5 + abs(run.lr - best), [5.0], 0.25, 0.0, 0)
+
+    facts = script.circumstances
+    monkeypatch.setattr(script, "circumstances", lambda *given: {**facts(*given), "date": "today", "commit": "one"})
+    monkeypatch.setattr(script, "seconds_of", lambda kinds: dict.fromkeys(kinds, 1800.0))
+    monkeypatch.setattr(script, "train", train)
+    return runs
+
+
+WORDS = ["--task", "recurrent", "--clip", "zclip", "global_norm:max_norm=1", "--seeds", "2", "--workers", "1"]
+SEARCHED, JUDGED = 2 * 7, 3 * 3 * 2  # seeds and rates; kinds of data, clips and seeds
+
+
+def test_the_rate_is_chosen_on_seeds_that_are_not_judged(script, asked) -> None:
+    text = script.main(WORDS)
+    searched, judged = asked[:SEARCHED], asked[SEARCHED:]
+    assert len(judged) == JUDGED
+    assert {(run.seed, run.clip, run.data) for run in searched} == {(1000, "none", "sound"), (1001, "none", "sound")}
+    assert sorted({run.lr for run in searched}) == sorted(script.RATES["adamw"])
+    assert {run.lr for run in judged} == {0.004}, "not 0.001, with which the others end lower"
+    assert {run.seed for run in judged} == {0, 1}
+    assert "20.000 at the start, lr 0.004\n" in text
+
+
+def test_a_rate_at_the_edge_is_said(script, asked, monkeypatch) -> None:
+    monkeypatch.setattr(script, "RATES", {"adamw": (0.004, 0.016)})
+    assert "lr 0.004 (edge: none beyond it was tried)" in script.main(WORDS)
+
+
+def test_a_task_with_a_rate_of_its_own_is_not_searched(script, asked) -> None:
+    script.main([*WORDS, "--task", "lora"])
+    assert len(asked) == JUDGED
+    assert {run.lr for run in asked} == {5e-4}
+
+
+def test_how_long_it_takes_is_said_before(script, asked, capsys) -> None:
+    script.main(WORDS)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [f"{SEARCHED} runs, about 7.0 core-hours", "trained"]
+    assert lines[2].startswith(f"1 of {SEARCHED}: Outcome(")
+    assert lines[2 * SEARCHED + 1 :][:2] == [f"{JUDGED} runs, about 9.0 core-hours", "trained"]
+
+
+def test_an_interrupted_comparison_goes_on(script, asked, monkeypatch, tmp_path) -> None:
+    train, whole, stopped = script.train, tmp_path / "whole" / "out", tmp_path / "stopped" / "out"
+    expected = script.main([*WORDS, "--out", str(whole)])
+    (path,) = whole.glob("compare_adamw_*.jsonl")
+    assert len(path.read_text("utf-8").splitlines()) == SEARCHED + JUDGED
+    assert path.with_suffix(".md").read_text("utf-8") == expected
+    assert str(tmp_path) not in expected
+
+    def interrupted(run):
+        if len(asked) == SEARCHED + 5:
+            raise KeyboardInterrupt
+        return train(run)
+
+    asked.clear()
+    monkeypatch.setattr(script, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*WORDS, "--out", str(stopped)])
+    rows = stopped / path.name
+    assert len(rows.read_text("utf-8").splitlines()) == SEARCHED + 5
+    rows.write_text(rows.read_text("utf-8")[:-20], "utf-8")  # killed while it wrote the last
+    asked.clear()
+    monkeypatch.setattr(script, "train", train)
+    assert script.main([*WORDS, "--out", str(stopped)]) == expected
+    assert len(asked) == JUDGED - 4
+    assert sorted(rows.read_text("utf-8").splitlines()) == sorted(path.read_text("utf-8").splitlines())
+
+
+class TestRowsAreKept:
+    """By everything that decides a run's result, and nothing else."""
+
+    @pytest.fixture
+    def trained(self, script, asked, tmp_path):
+        """Trains what is missing, and says what that was."""
+
+        def trained(*more: str):
+            asked.clear()
+            script.main([*WORDS, "--out", str(tmp_path), *more])
+            return [(run.clip, run.data) for run in asked]
+
+        assert len(trained()) == SEARCHED + JUDGED
+        return trained
+
+    @pytest.fixture
+    def edit(self, script, monkeypatch):
+        """Append to the source of a module."""
+
+        def edit(module, text: str) -> None:
+            source = script.inspect.getsource
+            changed = SimpleNamespace(getsource=lambda of: source(of) + (text if of is module else ""))
+            monkeypatch.setattr(script, "inspect", changed)
+            script.code_of.cache_clear()
+
+        return edit
+
+    def test_after_a_change_elsewhere(self, script, trained, edit, monkeypatch) -> None:
+        facts = script.circumstances
+        monkeypatch.setattr(script, "circumstances", lambda *given: {**facts(*given), "commit": "other-dirty"})
+        edit(importlib.import_module("hf_gradclip.strategies.agc"), "\nclass Another: ...\n")
+        assert trained() == []
+        edit(zclip, '\n"""Words."""\n# and more of them\n')
+        assert trained("--workers", "2") == []
+
+    def test_not_after_a_change_of_the_strategy(self, trained, edit) -> None:
+        edit(zclip, "\nclass Another: ...\n")
+        assert sorted(trained()) == sorted(2 * [("zclip", data) for data in ("sound", "loud", "tensor")])
+        assert trained() == []
+
+    def test_not_with_other_fields(self, trained) -> None:
+        changed = ["--clip", "zclip:warmup_steps=7", "global_norm:max_norm=1"]
+        assert {clip for clip, _ in trained(*changed)} == {"zclip:warmup_steps=7"}
+        default = ["--clip", "zclip", "global_norm:max_norm=1.0,norm_type=2"]
+        assert trained(*default) == [], "the same fields in other words"
+
+    @pytest.mark.parametrize("module", ["tasks", "hf_gradclip.outlier"])
+    def test_not_after_a_change_of_what_all_of_them_use(self, trained, edit, module) -> None:
+        edit(importlib.import_module(module), "\nclass Another: ...\n")
+        assert len(trained()) == SEARCHED + JUDGED
+
+    def test_not_with_other_settings(self, script, trained, monkeypatch) -> None:
+        assert {data for _, data in trained("--data", "noise")} == {"noise"}
+        assert len(trained("--steps", "199")) == SEARCHED + JUDGED
+        assert len(trained("--seeds", "3")) == JUDGED // 2
+        monkeypatch.setattr(script, "TENSOR", 999.0)
+        assert len(trained()) == SEARCHED + JUDGED
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--clip", "zclp"], SpecError),
+        (["--clip", "none/zclp"], SpecError),
+        (["--task", "decodr"], SystemExit),
+        (["--seeds", "11"], SystemExit),
+    ],
+)
+def test_a_wrong_word_is_refused_before_anything_runs(script, asked, capsys, words, error) -> None:
+    with pytest.raises(error) as raised:
+        script.main([*WORDS, *words])
+    said = f"{raised.value} {capsys.readouterr().err}"
+    assert "Did you mean zclip" in said or "invalid choice" in said
+    assert asked == []

@@ -83,8 +83,21 @@ def scaled(grads: dict[str, np.ndarray], factor: float) -> dict[str, np.ndarray]
     return {name: g * factor for name, g in grads.items()}
 
 
+def louder(run: list[Gradients], factor: float, *steps: int) -> list[Gradients]:
+    """The run with some steps multiplied."""
+    run = list(run)
+    for step in steps:
+        run[step] = {name: None if g is None else g * np.float32(factor) for name, g in run[step].items()}
+    return run
+
+
 def limit_scale(limit: float, norm: float) -> float:
-    """min(1, limit / (norm + 1e-6))."""
+    """min(1, limit / norm)."""
+    return limit / norm if norm > limit else 1.0
+
+
+def torch_scale(limit: float, norm: float) -> float:
+    """min(1, limit / (norm + 1e-6)), as torch's clip_grad_norm_."""
     return min(1.0, limit / (norm + 1e-6))
 
 

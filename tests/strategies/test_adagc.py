@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_gradclip import Clipper
+from tests.strategies.past import Past
 from tests.strategies.sequence import (
     LATE,
     NAN,
@@ -20,27 +21,35 @@ from tests.strategies.sequence import (
     drive,
     gradients,
     limit_scale,
+    louder,
     norm_of,
     set_gradients,
     staircase,
+    torch_scale,
 )
 
 
 class Safe:
-    """gamma_i: minimum of the clipped non-zero norms, then an average of limited ones; low for long, a new level."""
+    """gamma_i: minimum of the clipped non-zero norms, then an average of limited ones; low for long, a new level.
 
-    def __init__(self, lambda_rel=1.04, beta=0.99, warmup=100, max_norm=1.0, release_after=50) -> None:
+    In the warm-up a norm of the whole that stands out is brought to the median.
+    """
+
+    def __init__(self, lambda_rel=1.04, beta=0.99, warmup=100, max_norm=math.inf, release_after=50) -> None:
         self.lambda_rel, self.beta, self.warmup, self.max_norm = lambda_rel, beta, warmup, max_norm
         self.release_after = release_after
         self.seen = 0
         self.gamma: dict[str, float] = {}
         self.low: dict[str, int] = {}
         self.released: list[str] = []
+        self.past = Past()
 
     def __call__(self, grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         warm = self.seen < self.warmup
         self.seen += 1
-        whole = limit_scale(self.max_norm, norm_of(grads))
+        if warm:
+            cap, _ = self.past(norm_of(grads))
+            whole = limit_scale(min(self.max_norm, cap), norm_of(grads))
         result = {}
         for name, g in grads.items():
             norm = float(np.linalg.norm(g))
@@ -77,7 +86,7 @@ class Reference:
 
     def __call__(self, grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.seen += 1
-        whole = limit_scale(self.max_norm, norm_of(grads)) if self.seen <= self.warmup else None
+        whole = torch_scale(self.max_norm, norm_of(grads)) if self.seen <= self.warmup else None
         result = {}
         for name in SHAPES:
             g = grads.get(name, np.zeros(SHAPES[name]))
@@ -87,15 +96,15 @@ class Reference:
                 self.gamma[name] = min(self.gamma.get(name, norm * whole), norm * whole)
                 continue
             limit = self.lambda_rel * self.gamma[name]
-            result[name] = g * limit_scale(limit, norm)
+            result[name] = g * torch_scale(limit, norm)
             self.gamma[name] = self.beta * self.gamma[name] + (1 - self.beta) * min(norm, limit)
         return result
 
 
 def test_safe():
     rule = Safe(warmup=30, release_after=6)
-    run = drive("adagc:warmup_steps=30,release_after=6", gradients(), rule)
-    assert 0 < run.share(0, 30) < 1
+    run = drive("adagc:warmup_steps=30,release_after=6", louder(gradients(), 20, 5, 18), rule)
+    assert [step for step in range(30) if run.clipped[step]] == [5, 18], "what stands out in the warm-up"
     assert run.share(31, SHIFT) > 0.5
     assert run.clipped[LATE] is not None
     assert "late" not in run.clipped[LATE], "a tensor not seen in the warm-up starts unclipped"
@@ -112,7 +121,7 @@ def test_safe():
     [
         ("adagc:warmup_steps=10,lambda_rel=1.2,beta=0.9", Safe(warmup=10, lambda_rel=1.2, beta=0.9)),
         ("adagc:warmup_steps=1,max_norm=0.5,release_after=1", Safe(warmup=1, max_norm=0.5, release_after=1)),
-        ("adagc:warmup_steps=20,max_norm=inf", Safe(warmup=20, max_norm=math.inf)),
+        ("adagc:warmup_steps=20,max_norm=1", Safe(warmup=20, max_norm=1.0)),
         ("adagc:warmup_steps=15,max_norm=0.3,release_after=5", Safe(warmup=15, max_norm=0.3, release_after=5)),
         ("adagc", Safe()),
     ],
@@ -136,7 +145,7 @@ def test_reference():
         for step, grads in enumerate(gradients())
     ]
     run[ZERO[0]] = run[8]
-    result = drive("adagc:mode=reference,warmup_steps=20", run, Reference(warmup=20))
+    result = drive("adagc:mode=reference,warmup_steps=20,max_norm=1", run, Reference(warmup=20))
     assert 0 < result.share(0, 20) < 1
     assert result.share(20) > 0.5
     partly = [names for names in result.clipped if names and len(names) < len(SHAPES)]
@@ -145,7 +154,7 @@ def test_reference():
 
 def test_reference_with_its_dead_tensors():
     """A gradient of 0 or none in the warm-up is a limit of 0: those tensors never move again."""
-    result = drive("adagc:mode=reference,warmup_steps=20", gradients(), Reference(warmup=20))
+    result = drive("adagc:mode=reference,warmup_steps=20,max_norm=1", gradients(), Reference(warmup=20))
     assert all(names == set(SHAPES) for names in result.clipped[max(NAN) + 1 :])
 
 
@@ -179,3 +188,18 @@ def test_a_zero_gradient_in_the_warm_up(mode):
         clipper.step()
     left = torch.count_nonzero(model.embed.grad).item()
     assert left == (0 if mode == "reference" else model.embed.numel())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-5, 1e-6, 1e-8])
+def test_constant_norms_are_left_alone_however_small(size):
+    """At its limit and below it a gradient keeps every bit, from the first step until long after the warm-up."""
+    model = Tiny()
+    clipper = Clipper.for_model(model, "adagc:warmup_steps=20")
+    grads = {name: np.full(shape, size / math.sqrt(math.prod(shape)), np.float32) for name, shape in SHAPES.items()}
+    for step in range(120):
+        set_gradients(model, grads)
+        plan = clipper.decide().plan
+        assert (plan.scale_S == 1).all(), step
+        clipper.step()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.grad, torch.from_numpy(grads[name])), step

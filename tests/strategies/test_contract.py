@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_gradclip import ClipConfig, Clipper, Strategy
 from hf_gradclip.spec import preset_names, strategy_class, strategy_names
-from hf_gradclip.strategy import Needs, SpecError, Stateless, describe, flatten
+from hf_gradclip.strategy import Chain, Needs, SpecError, Stateless, describe, flatten
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from tests.strategies.sequence import SHAPES, Tiny, gradients, set_gradients
 
@@ -106,6 +106,7 @@ def plan_tensors(plan: ClipPlan) -> dict[str, Tensor]:
 class TestClass:
     def test_the_folder_is_not_empty(self):
         assert {"none", "global_norm", "value", "param_norm", "zclip", "adagc", "autoclip"} <= set(NAMES)
+        assert {"adaptive_norm", "adaptive_tensors", "agc", "skip_step"} <= set(NAMES)
 
     def test_one_final_frozen_dataclass_per_file(self, name):
         cls = strategy_class(name)
@@ -168,30 +169,43 @@ class TestSpec:
 class TestState:
     def test_a_named_tuple_of_tensors_on_the_layouts_device(self, strategy):
         layout = stats_of([1.0, 2.0, 3.0]).layout
-        state = strategy.init(layout)
-        assert isinstance(state, tuple)
-        assert hasattr(state, "_fields")
-        for tensor in state:
-            assert isinstance(tensor, Tensor)
+        self.check(strategy.init(layout), isinstance(strategy, Chain))
+        for tensor in flatten(strategy.init(layout)).values():
             assert tensor.device == layout.device
+
+    def check(self, state: object, chain: bool) -> None:
+        """Named tuples of tensors and of such named tuples; of a chain a tuple of the parts' states."""
+        assert isinstance(state, tuple)
+        assert hasattr(state, "_fields") != chain
+        for value in state:
+            if not isinstance(value, Tensor):
+                self.check(value, False)
 
     def test_on_another_device(self, strategy):
         layout = Layout.of_parameters(("a", "b"), [3, 4], torch.device("meta"))
-        assert all(tensor.device.type == "meta" for tensor in strategy.init(layout))
+        assert all(tensor.device.type == "meta" for tensor in flatten(strategy.init(layout)).values())
 
     def test_only_fields_ending_in_s_depend_on_the_segments(self, strategy):
-        three, seven = (strategy.init(stats_of([1.0] * n).layout) for n in (3, 7))
-        for field, a, b in zip(three._fields, three, seven, strict=True):
+        three, seven = (flatten(strategy.init(stats_of([1.0] * n).layout)) for n in (3, 7))
+        assert three.keys() == seven.keys()
+        for field, a in three.items():
+            b = seven[field]
             if field.endswith("_S"):
-                assert (a.shape, b.shape) == ((3,), (7,)), field
+                assert (a.shape[0], b.shape[0]) == (3, 7), field
+                assert a.shape[1:] == b.shape[1:], field
             else:
                 assert a.shape == b.shape, field
 
     def test_update_keeps_type_shapes_and_dtypes(self, strategy):
         first, last = after(strategy, 0, 5), after(strategy, 20, 5)
-        assert type(first) is type(last)
-        for field, a, b in zip(first._fields, first, last, strict=True):
+        assert self.types(first) == self.types(last)
+        last = flatten(last)
+        for field, a in flatten(first).items():
+            b = last[field]
             assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), field
+
+    def types(self, state: object) -> object:
+        return type(state), None if isinstance(state, Tensor) else [self.types(value) for value in state]
 
 
 class TestUpdate:

@@ -12,25 +12,36 @@ import torch
 
 from hf_gradclip import ClipConfig, Clipper
 from hf_gradclip.strategy import SpecError, flatten
-from tests.strategies.sequence import NAN, SPIKES, Tiny, gradients, norm_of, set_gradients
+from tests.strategies.past import Past
+from tests.strategies.sequence import NAN, SPIKES, TENSOR_SPIKES, Tiny, gradients, norm_of, set_gradients
 
 
 class Judge:
-    """Skip a value above mean + sigmas * deviation of the last `window` finite ones, this one not among them."""
+    """Skip a value above mean + sigmas * deviation of the last `window` finite ones, this one not among them.
 
-    def __init__(self, window=128, sigmas=6.0, min_values=64, min_sigma=0.05, log=False) -> None:
+    Before `min_values` are known a norm is skipped that stands out by the rule of `adaptive_norm`, three times in a row
+    at most; a loss is not. The first two values in a row that are skipped are remembered as the limit they broke.
+    """
+
+    def __init__(self, window=128, sigmas=6.0, min_values=64, min_sigma=0.05, log=False, loss=False) -> None:
         self.sigmas, self.min_values, self.min_sigma, self.log = sigmas, min_values, min_sigma, log
         self.values: deque[float] = deque(maxlen=window)
+        self.past = None if loss else Past()
 
-    def __call__(self, value: float) -> bool:
+    def __call__(self, value: float, row: int) -> bool:
+        """Whether to skip, after `row` steps in a row that were skipped."""
+        limit = math.inf
+        if self.past is not None:
+            _, begin = self.past(value)
+            if row < 3:
+                limit = math.log(begin) if self.log else begin
         if self.log:
             value = math.log(value) if value > 0 else -math.inf
-        limit = math.inf
         if len(self.values) >= self.min_values:
             mean, sigma = np.mean(self.values), np.std(self.values, ddof=1)
             limit = mean + self.sigmas * max(sigma, self.min_sigma * (1.0 if self.log else abs(mean)))
         if math.isfinite(value):
-            self.values.append(value)
+            self.values.append(value if row >= 2 else min(value, limit))
         return not value <= limit
 
 
@@ -38,7 +49,7 @@ def skips(spec, run, norm_rule=None, loss_rule=None, losses=None) -> list[int]:
     """The steps left out, each as the rules say. A step that is not left out keeps its gradients bit for bit."""
     model = Tiny()
     clipper = Clipper.for_model(model, spec, max_consecutive_skips=1000)
-    skipped = []
+    skipped, row = [], 0
     for step, grads in enumerate(run):
         set_gradients(model, grads)
         before = {key: value.clone() for key, value in flatten(clipper.state).items()}
@@ -46,8 +57,9 @@ def skips(spec, run, norm_rule=None, loss_rule=None, losses=None) -> list[int]:
         clipper.step(loss)
         norm = norm_of({name: np.float64(g) for name, g in grads.items() if g is not None})
         if math.isfinite(norm):
-            judged = [rule(v) for rule, v in ((norm_rule, norm), (loss_rule, losses and losses[step])) if rule]
+            judged = [rule(v, row) for rule, v in ((norm_rule, norm), (loss_rule, losses and losses[step])) if rule]
             assert clipper.step_was_skipped == any(judged), step
+            row = row + 1 if any(judged) else 0
             if any(judged):
                 skipped.append(step)
         else:
@@ -76,8 +88,8 @@ def spiked(steps: int = 255) -> list[dict[str, np.ndarray]]:
 
 
 def test_default():
-    """128, 6 sigma, 64 values: the spike at 30 comes too early, and that at 151 finds the one before in the window."""
-    assert skips("skip_step", spiked(), Judge()) == [80, 150, 250]
+    """128, 6 sigma, 64 values: the spike at 30 stands out before there are 64, that at 151 comes after another."""
+    assert skips("skip_step", spiked(), Judge()) == [30, 80, 150, 151, 250]
 
 
 @pytest.mark.parametrize(
@@ -111,15 +123,16 @@ def losses_of(steps: int) -> list[float]:
 
 def test_on_the_loss():
     losses = losses_of(160)
-    skipped = skips("skip_step:on=loss,min_values=40", gradients(), loss_rule=Judge(min_values=40), losses=losses)
+    rule = Judge(min_values=40, loss=True)
+    skipped = skips("skip_step:on=loss,min_values=40", gradients(), loss_rule=rule, losses=losses)
     assert skipped == [20, 50, 90, 92, 110], "a NaN loss skips with a finite norm, also before there is a limit"
 
 
 def test_on_both():
     losses = losses_of(160)
-    rules = {"norm_rule": Judge(min_values=30), "loss_rule": Judge(min_values=30)}
+    rules = {"norm_rule": Judge(min_values=30), "loss_rule": Judge(min_values=30, loss=True)}
     skipped = skips("skip_step:on=both,min_values=30", gradients(), losses=losses, **rules)
-    assert skipped == sorted([20, 50, 90, 92, 110, SPIKES[0]]), "by the loss, and by the norm"
+    assert skipped == sorted({20, 50, 90, 92, 110, *SPIKES, *TENSOR_SPIKES}), "by the loss, and by the norm"
 
 
 def test_a_missing_loss_says_what_to_call():
@@ -130,10 +143,47 @@ def test_a_missing_loss_says_what_to_call():
         clipper.step()
 
 
-def test_nothing_is_skipped_before_64_values():
-    quiet = [1 + 0.01 * (step % 3) for step in range(64)]
-    assert skips("skip_step", norms([*quiet[:63], 1000.0, *quiet]), Judge()) == []
-    assert skips("skip_step", norms([*quiet, 1000.0, *quiet]), Judge()) == [64]
+@pytest.mark.parametrize(
+    ("step", "value", "skipped"),
+    [
+        (1, 1000.0, []),  # two norms must be known
+        (2, 7.9, []),
+        (2, 8.1, [2]),
+        (15, 7.9, []),
+        (16, 7.9, [16]),
+        (16, 2.9, []),
+        (63, 3.1, [63]),
+        (63, 2.9, []),
+        (64, 1.4, [64]),
+    ],
+)
+def test_before_64_values_what_stands_out_is_skipped(step, value, skipped):
+    """From the third norm eight medians stand out, from the 17th three; after 64 norms of 1 the limit is 1.3."""
+    assert skips("skip_step", norms([*[1.0] * step, value, *[1.0] * 40]), Judge()) == skipped
+
+
+def test_before_64_values_three_in_a_row_are_skipped_at_most():
+    """A new level: three of four steps are skipped until it is the median."""
+    skipped = skips("skip_step", norms([*noisy(20), *(50 * v for v in noisy(100))]), Judge())
+    assert skipped == [step for step in range(20, 40) if step % 4 != 3]
+
+
+def test_no_loss_is_skipped_before_64_values():
+    losses = [2 + 0.01 * (step % 3) for step in range(140)]
+    losses[50] = losses[63] = 1000.0
+    run = norms([1.0] * 140)
+    assert skips("skip_step:on=loss", run, loss_rule=Judge(loss=True), losses=losses) == []
+    losses[50], losses[63], losses[100] = 2.0, 2.0, 1000.0
+    assert skips("skip_step:on=loss", run, loss_rule=Judge(loss=True), losses=losses) == [100]
+
+
+@pytest.mark.parametrize("spec", ["skip_step", "skip_step:log_norm=true"])
+def test_a_loud_step_does_not_let_the_next_one_pass(spec):
+    """It is remembered as the limit that it broke."""
+    values = noisy(200)
+    for step, factor in {10: 100, 40: 30, 120: 30, 121: 30, 170: 30}.items():
+        values[step] *= factor
+    assert skips(spec, norms(values), Judge(log="log" in spec)) == [10, 40, 120, 121, 170]
 
 
 @pytest.mark.parametrize(("value", "skipped"), [(1.29, []), (1.31, [100])])
@@ -153,7 +203,7 @@ def noisy(steps: int) -> list[float]:
 
 @pytest.mark.parametrize("spike", [3.0, 1e3, 1e12])
 def test_a_spike_is_skipped_exactly_once(spike):
-    """It is let into the window, and the steps after it go on."""
+    """The steps after it go on."""
     assert skips("skip_step", norms([*noisy(150), spike, *noisy(100)]), Judge()) == [150]
 
 
