@@ -26,10 +26,11 @@ from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
 from hf_gradclip.say import logger
 from hf_gradclip.state import packed, unpacked
-from hf_gradclip.strategy import SpecError, State, describe, name_of, parts_of
+from hf_gradclip.strategy import SpecError, State, describe, name_of
+from hf_gradclip.suits import refuse_unsuited
 from hf_gradclip.types import ClipPlan, Layout
 from hf_gradclip.views import view_of
-from hf_gradclip.views.view import UnsupportedBackendError, View
+from hf_gradclip.views.view import View
 
 __all__ = ["CLIP", "LEAVE", "NONFINITE", "SKIP", "Clipper", "Decision", "NonFiniteError", "Outcome"]
 
@@ -54,37 +55,36 @@ class Clipper:
 
     Attributes:
         recorder: is given every step, where somebody has put one here.
+        withheld: set where no optimizer will be called for a step that is skipped; its gradients stay then.
 
     Raises:
-        UnsupportedBackendError: for a strategy by parameter where only the whole gradient is known.
+        UnsupportedBackendError: see `refuse_unsuited`.
     """
 
     def __init__(self, config: ClipConfig, view: View, prefix: str = "clip") -> None:
-        if view.whole_only:
-            for part in parts_of(config.gradient):
-                if part.per_parameter:
-                    raise UnsupportedBackendError(
-                        f"{name_of(part)} under FSDP1: its flat shards do not follow the parameters, so only the norm "
-                        "of the whole gradient is known. Use FSDP2 (fsdp_version: 2), or adaptive_norm or global_norm."
-                    )
+        refuse_unsuited(config.gradient, view)
         if (units := config.gradient.needs.units) is not None:
             view.divide(units)
         self.config = config
         self.view = view
         self.step_was_skipped = False
+        self.withheld = False
         self.recorder: Recorder | None = None
         self._fold: Fold | None = None
         self._prefix = prefix
         self.reset()
 
     @classmethod
-    def for_model(cls, model: nn.Module, spec: Any = "adaptive", *, optimizer: Any = None, **settings: Any) -> Clipper:
+    def for_model(
+        cls, model: nn.Module, spec: Any = "adaptive", *, optimizer: Any = None, scaler: Any = None, **settings: Any
+    ) -> Clipper:
         """A clipper for the `.grad` of a model's trainable parameters.
 
         Args:
             model: any module, wrapped by DDP or torch.compile or not, sharded by FSDP2 or tensor parallelism or not.
             spec: see hf_gradclip.config.
             optimizer: which `fold=True` and `skip_sync=False` need, and nothing else does.
+            scaler: your GradScaler, if there is one; an overflow is then its own, and no skip that counts.
             **settings: `nonfinite`, `max_consecutive_skips`, `fold`, `skip_sync`; they win over the spec.
 
         Raises:
@@ -105,7 +105,7 @@ class Clipper:
                     f"Clipper.for_model(..., {word}={getattr(config, word)!r}): there is no run here that could write "
                     f"it. Leave {word} out and log `clipper.report.scalars()`, or use GradClipTrainer or attach()."
                 )
-        clipper = cls(config, view_of(model))
+        clipper = cls(config, view_of(model, guarded=scaler is not None and scaler.is_enabled()))
         if config.fold or not config.skip_sync:
             clipper.fold_into(optimizer)
         return clipper
@@ -127,6 +127,7 @@ class Clipper:
 
     def reset(self) -> None:
         """Forget everything: the strategy's state, the counters, the report."""
+        self._steps = 0
         self._start_anew(self.view.layout)
         self.report = ClipReport(self._layout.device, self._layout.dtype, self._prefix)
 
@@ -192,11 +193,8 @@ class Clipper:
         return Decision(stats, plan, action, measure)
 
     def settle(self, decision: Decision) -> Outcome:
-        """Read the action where it matters, guard against non-finite norms, count the step.
-
-        Raises:
-            NonFiniteError: see `step`.
-        """
+        """Read the action where it matters, guard against non-finite norms, count the step; raises as `step` does."""
+        self._steps += 1
         if not self.config.skip_sync:
             return self._settle_unread(decision)
         needed = self.guard.must_read or decision.plan.skip is not None
@@ -220,8 +218,8 @@ class Clipper:
         self.step_was_skipped = skipped = overflow or self.guard.skips(action)
         self._count(decision, finite=action != NONFINITE, skipped=skipped, clipped=False)
         if not overflow:
-            self.guard.insist(action, decision.stats)
-        return Outcome(decision.stats, None, skipped, drop=skipped and not overflow)
+            self.guard.insist(action, decision.stats, self._steps)
+        return Outcome(decision.stats, None, skipped, drop=skipped and not overflow and not self.withheld)
 
     def _pass_on(self, decision: Decision, action: Tensor) -> Outcome:
         """Nobody need know what the action is: the plan is exact without it."""
@@ -250,17 +248,13 @@ class Clipper:
             self.view.apply_(outcome.plan)
 
     def check_skips(self) -> None:
-        """With `skip_sync=False`, stop if too many steps in a row were skipped since the last call. One host read.
-
-        Raises:
-            NonFiniteError: after `max_consecutive_skips` skipped steps in a row.
-        """
+        """With `skip_sync=False`, stop, as `step` does, if too many steps in a row were skipped. One host read."""
         if not self.config.skip_sync:
             self.guard.look()
 
     def count_overflow(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""
-        self.step_was_skipped = True
+        self.step_was_skipped, self._steps = True, self._steps + 1
         self.report.add_overflow()
         if self.recorder is not None:
             self.recorder.add_overflow(self._layout)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ def clip_grad_norm_(
     Same signature and results as `torch.nn.utils.clip_grad_norm_`, with three differences. The norm is taken in
     float32 rows and float64 sums whatever the gradients' dtype. On the CPU, float32 elements whose squares overflow
     (1e20) do not turn it into inf. On the CPU nothing is written when nothing is clipped. Other norm types than 2 and
-    inf, and sharded gradients, are handed to torch.
+    inf, sharded gradients, and complex ones with inf, are handed to torch.
 
     Args:
         parameters: tensors with `.grad`, or one tensor; missing gradients count as zero.
@@ -53,11 +52,11 @@ def clip_grad_norm_(
     else:
         given = parameters
         parameters = list(parameters)
-        if isinstance(given, types.GeneratorType) and not parameters:
+        if isinstance(given, Iterator) and not parameters:  # torch warns of a generator, not of a filter or a chain
             warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     order = float(norm_type)
     present = [p for p in parameters if p.grad is not None]
-    if order not in (2.0, float("inf")) or any(hasattr(p.grad, "device_mesh") for p in present):
+    if order not in (2.0, float("inf")) or any(_is_torchs(p.grad, order) for p in present if p.grad is not None):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     if not present:
         return torch.tensor(0.0)
@@ -73,14 +72,19 @@ def clip_grad_norm_(
         norm = _largest(grads, dtype, device).amax()
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
-            f"clip_grad_norm_(norm_type={norm_type}): the norm of the gradients is {float(norm)}, so they cannot be "
-            "clipped. Set error_if_nonfinite=False to scale them by it anyway."
+            f"The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be clipped: "
+            f"it is {float(norm)}. Set error_if_nonfinite=False to scale them by it anyway."
         )
     scale = torch_scale(float(max_norm), norm)
     if not scale.is_cpu or float(scale) != 1.0:  # on a CPU the number is there to look at
         kernels.apply_(grads, scale, None)
     wide = any(grad is not None and grad.dtype == torch.float64 for grad in grads)
     return norm.to(torch.float64 if wide else torch.float32)
+
+
+def _is_torchs(grad: Tensor, order: float) -> bool:
+    """Whether a gradient is handed to torch: a sharded one, and the largest of complex numbers."""
+    return hasattr(grad, "device_mesh") or (grad.is_complex() and order != 2.0)
 
 
 def _largest(grads: list[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import NONFINITE, SKIP
+from hf_gradclip.say import logger, now_and_then
 from hf_gradclip.strategy import name_of
 from hf_gradclip.types import NormStats
 
@@ -30,7 +32,7 @@ class Guard:
 
     def __init__(self, config: ClipConfig, device: torch.device, guarded: bool) -> None:
         self.adopt(config, guarded)
-        self.skips_in_a_row = 0
+        self.skips_in_a_row = self._skipped = 0
         self._unread = self._most = torch.zeros((), dtype=torch.int64, device=device)
 
     def adopt(self, config: ClipConfig, guarded: bool) -> None:
@@ -45,8 +47,13 @@ class Guard:
             self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         return skipped
 
-    def insist(self, action: int, stats: NormStats) -> None:
-        """Stop where the policy or the limit says so, after such a step was counted.
+    def insist(self, action: int, stats: NormStats, step: int) -> None:
+        """Stop where the policy or the limit says so, after such a step was counted; else say now and then that it was.
+
+        Args:
+            action: SKIP or NONFINITE.
+            stats: what was measured; it is read to the host where something is said.
+            step: its number.
 
         Raises:
             NonFiniteError: by policy "raise", or after `max_consecutive_skips` skipped steps in a row; with the
@@ -54,16 +61,32 @@ class Guard:
         """
         if action == NONFINITE and self.config.nonfinite == "raise":
             raise NonFiniteError(
-                f"The gradient norm is {float(stats.total)}, and nonfinite='raise'. {_culprits(stats)} "
+                f"The gradient norm is {float(stats.total)} in step {step}, and nonfinite='raise'. {_culprits(stats)} "
                 "Use nonfinite='skip' to leave such steps out."
             )
         if self.skips_in_a_row < self.config.max_consecutive_skips:
+            if action == SKIP or self.config.nonfinite == "skip":
+                self._say(action, stats, step)
             return
         why = "a NaN or inf norm" if action == NONFINITE else f"{name_of(self.config.gradient)} asked for it"
         raise NonFiniteError(
-            f"{self.skips_in_a_row} steps in a row were skipped (max_consecutive_skips="
+            f"Step {step}: {self.skips_in_a_row} steps in a row were skipped (max_consecutive_skips="
             f"{self.config.max_consecutive_skips}), the last because of {why}. {_culprits(stats)} "
             "No weight has moved since. Lower the learning rate, look at the data of these steps, or raise it."
+        )
+
+    def _say(self, action: int, stats: NormStats, step: int) -> None:
+        self._skipped += 1
+        if not now_and_then(self._skipped) or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
+            return
+        why = _culprits(stats) if action == NONFINITE else f"{name_of(self.config.gradient)} asked for it."
+        logger.warning(
+            "clip: step %d is skipped, its norm is %.4g. %s It is the %d. skipped step; the %d. is said next.",
+            step,
+            float(stats.total),
+            why,
+            self._skipped,
+            2 * self._skipped,
         )
 
     def skips_unread(self, action: Tensor) -> Tensor:

@@ -9,10 +9,19 @@ logger = logging.getLogger("hf_gradclip")
 
 
 def announce(text: str) -> None:
-    """Say something once to the person at the terminal; `logging.getLogger("hf_gradclip")` silences it."""
+    """Say something once to the person at the terminal, also where logging in general begins at WARNING.
+
+    A level that is set on `logging.getLogger("hf_gradclip")` is kept, so that `setLevel(logging.WARNING)` silences it.
+    """
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
     if not logger.handlers and not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
     logger.info(text)
+
+
+def now_and_then(count: int) -> bool:
+    """Whether the count of something that may come often is 1, 2, 4, 8, ...: then it is said."""
+    return count & (count - 1) == 0

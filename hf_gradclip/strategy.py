@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 State = Any
-"""A NamedTuple of tensors; a field whose name ends in `_S` holds one number per segment. Nested tuples in a chain."""
+"""A NamedTuple of tensors; one whose name ends in `_S` has an entry per segment. Nested tuples in a chain."""
 
 
 class SpecError(ValueError):
@@ -99,10 +99,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
-        """Decide one step. Pure: no gradients, no collectives, no host read.
-
-        The caller keeps the new state only if the total norm is finite, so a strategy need not guard against NaN.
-        """
+        """Decide one step. Pure: no gradients, no collectives, no host read. No NaN or inf is ever kept in a state."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def limit_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
 
 
 def torch_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
-    """The factor of torch's `clip_grad_norm_`: min(1, limit / (norm + 1e-6)), below 1 also just below the limit."""
+    """The factor of torch's `clip_grad_norm_`: min(1, limit / (norm + 1e-6))."""
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -297,6 +294,5 @@ _KINDS = {float: "a number", int: "a whole number", str: "a word", bool: "true o
 def _literal(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
-        return str(int(value))
-    return str(value)
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e6
+    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]

@@ -18,6 +18,7 @@ from hf_gradclip.report import ClipReport
 from hf_gradclip.strategy import Needs, SpecError, Stateless, Units, flatten
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from hf_gradclip.views import view_of
+from hf_gradclip.views.view import UnsupportedBackendError
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
@@ -123,7 +124,7 @@ class TestSkip:
         with pytest.raises(NonFiniteError) as error:
             clipper.step()
         assert str(error.value) == (
-            "3 steps in a row were skipped (max_consecutive_skips=3), the last because of a NaN or inf norm. "
+            "Step 3: 3 steps in a row were skipped (max_consecutive_skips=3), the last because of a NaN or inf norm. "
             "Not finite: 2.weight. No weight has moved since. Lower the learning rate, look at the data of these "
             "steps, or raise it."
         )
@@ -191,7 +192,7 @@ class TestRaiseAndPass:
         with pytest.raises(NonFiniteError) as error:
             clipper.step()
         text = str(error.value)
-        assert text.startswith("The gradient norm is nan, and nonfinite='raise'. Not finite: ")
+        assert text.startswith("The gradient norm is nan in step 2, and nonfinite='raise'. Not finite: ")
         assert "2.weight" in text
         assert "0.bias" in text
         assert "0.weight" not in text
@@ -700,3 +701,32 @@ def test_numbers_by_unit_are_not_taken_in_another_order() -> None:
     assert Clipper.for_model(model, ByUnit()).load_state_dict(saved) == ""
     other = nn.ModuleDict({"b": nn.Linear(3, 4), "a": nn.Linear(2, 3)})
     assert "the same parameters in another order" in Clipper.for_model(other, ByUnit()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    "spec", ["value:max_value=1", "global_norm:max_norm=1,norm_type=inf", "adaptive_norm+value:max_value=1"]
+)
+def test_what_goes_by_elements_is_refused_for_complex_ones(spec) -> None:
+    """3 + 4j is one element of 5, and not two of 3 and 4."""
+    model = nn.Module()
+    model.wave = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(UnsupportedBackendError, match=r"of complex gradients \(wave\)"):
+        Clipper.for_model(model, spec)
+    model.wave.grad = torch.tensor([3 + 4j, 0j], dtype=torch.complex64)
+    assert Clipper.for_model(model, "global_norm:max_norm=1").step() == pytest.approx(5)
+    assert model.wave.grad.abs().max() == pytest.approx(1)
+
+
+def test_a_skipped_step_is_said_now_and_then(caplog) -> None:
+    """With its number, its norm and the tensors; at the first, second, fourth, eighth ... skip."""
+    model = nn.Linear(2, 2)
+    clipper = Clipper.for_model(model, "global_norm:max_norm=1")
+    for step in range(1, 13):
+        model(torch.ones(1, 2)).sum().backward()
+        if step > 2:
+            model.bias.grad[0] = math.nan
+        clipper.step()
+        model.zero_grad()
+    said = [record.message for record in caplog.records if "is skipped" in record.message]
+    assert [int(words.split()[2]) for words in said] == [3, 4, 6, 10]
+    assert all("its norm is nan. Not finite: bias." in words for words in said)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
+from hf_gradclip.integrations.refusals import refuse_replaced
 from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
 from hf_gradclip.run.wrapping import wrap
@@ -27,6 +28,7 @@ def attach(
     auto: bool = False,
     nonfinite: str | None = None,
     max_consecutive_skips: int | None = None,
+    check_every: int | None = None,
     record: str | os.PathLike[str] | None = None,
 ) -> LoopAttachment:
     """Let `accelerator.clip_grad_norm_` clip by a strategy. Before or after `prepare`.
@@ -41,6 +43,7 @@ def attach(
         auto: clip before every optimizer step, so that the loop needs no clip call.
         nonfinite: "skip", "raise" or "pass"; wins over the spec.
         max_consecutive_skips: wins over the spec.
+        check_every: wins over the spec; 0 where replicas shall differ, as under LocalSGD.
         record: a folder; every step's norms and scales go into `gradclip` in it. The record is written in
             `attachment.scalars()`, in `save_state` and in `end_training`.
 
@@ -52,14 +55,18 @@ def attach(
         SpecError: for a wrong spec.
         UnsupportedBackendError: by name, with what to use instead.
     """
-    config = ClipConfig.parse(clip, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips)
+    config = ClipConfig.parse(
+        clip, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips, check_every=check_every
+    )
+    refuse_replaced(accelerator)
     if config.record and record is None:
         raise SpecError("attach(accelerator, {'record': ...}): there is no output_dir here. Give record='a/folder'.")
     recording = None if record is None else Recording(record, accelerator.process_index, together=False)
     missing = (
         f"attach(accelerator, {name_of(config.gradient)!r}): optimizer.step() was called without "
         "accelerator.clip_grad_norm_(model.parameters(), max_norm) before it, for every model that it steps, so "
-        "something would not be clipped. Add that call between backward and step, or use attach(..., auto=True)."
+        "something would not be clipped. Add that call between backward and step (in a closure at its end), or use "
+        "attach(..., auto=True)."
     )
     return LoopAttachment(accelerator, config, auto=auto, recording=recording, missing=missing)
 
@@ -157,6 +164,8 @@ class LoopAttachment(Attachment):
             self._start()
         if self._clippers.seams is not None:
             self._norm_of_engine()
+        elif self.auto and self._steps == 0 and not self.accelerator._optimizers:
+            self._steps_of.say_strays([], needed=True)
 
     def _hook_checkpoints(self) -> None:
         """State goes with `save_state` and `load_state`, through their pre-hooks: other checkpoints still load."""

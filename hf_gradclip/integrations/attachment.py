@@ -7,8 +7,7 @@ many there are. A skipped step and the loss scale are handled here, in one place
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,15 +17,19 @@ from torch import Tensor, nn
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.clippers import Clippers
-from hf_gradclip.integrations.refusals import refuse_second_record, refuse_swap, refuse_unsupported
+from hf_gradclip.integrations.refusals import (
+    refuse_second_record,
+    refuse_swap,
+    refuse_unsupported,
+)
+from hf_gradclip.integrations.steps import Steps
 from hf_gradclip.run.histogram import Histograms
 from hf_gradclip.run.loss import StepLoss
-from hf_gradclip.run.marks import Marks, Owners, is_idle
 from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.replicas import Replicas
 from hf_gradclip.run.startup import in_force, substitute_for
 from hf_gradclip.run.updates import Updates, innermost
-from hf_gradclip.run.wrapping import weakly, wrap, wrap_step
+from hf_gradclip.run.wrapping import weakly, wrap
 from hf_gradclip.say import announce, logger
 
 
@@ -62,20 +65,22 @@ class Attachment:
         self.updates = Updates(config, say=self._is_main)
         self.recording = recording
         self.histograms = Histograms(config.histogram_every)
-        self._missing = missing
         self._hears_loss = config.gradient.needs.loss or recording is not None
         loss = weakly(self._judged_loss) if self._hears_loss else lambda: None
         self._clippers = Clippers(config, self.updates, loss)
-        self._owners = Owners()
-        self._marks = Marks()
+        clip, look = weakly(self._clip), weakly(self._watch_updates)
+        self._steps_of = Steps(config, self._clippers, clip if auto else None, look, missing)
         self._prepared: tuple[int, int] | None = None
-        self._replicas = Replicas()
+        self._replicas = Replicas(config.check_every)
         self._loss = StepLoss()
         self._loss_of_step: Tensor | None = None
         self._steps = 0
-        self._paused = False
         self._finished = False
         self._follow(accelerator)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """While optimizer state is saved or loaded: torch may step once with zero gradients to make the state."""
+        return self._steps_of.paused()
 
     @property
     def accelerator(self) -> Accelerator:
@@ -122,7 +127,7 @@ class Attachment:
             return known
         refuse_second_record(self.recording is not None and bool(self._clippers.made))
         clipper = self._clippers.make(model, self.accelerator)
-        self._owners.clear()
+        self._steps_of.owners.clear()
         self._prepared = None
         self._record()
         if self._is_main:
@@ -134,6 +139,7 @@ class Attachment:
         self._finished = True
         if self.recording is not None:
             self.recording.finish()
+        self._replicas.insist()
         if self._is_main:
             for clipper in (*self._clippers.made, *self.updates.clippers):
                 announce(clipper.report.closing_line())
@@ -141,9 +147,9 @@ class Attachment:
     def forget(self) -> None:
         """Drop all clippers: the next call makes new ones."""
         self._clippers.forget()
-        self._owners.clear()
+        self._steps_of.owners.clear()
         self._prepared = None
-        self._marks.clear()
+        self._steps_of.marks.clear()
         self.updates.forget()
         self._loss.forget()
         self._finished = False
@@ -166,15 +172,18 @@ class Attachment:
             return self._norm_of_engine()  # decided and applied inside backward
         if self._is_behind():
             self.watch_optimizers()
+        if (norm := self._steps_of.marks.norm_of(clipper)) is not None:
+            return norm  # a second call for one step
         if self.recording is not None:
             self.recording.before_step()
         self._steps += 1
         norm = clipper.step(self._judged_loss(clipper) if self._hears_loss else None)
         if self.recording is not None:
             self._note()
-        if self.config.check_every and self._steps % self.config.check_every == 0:
-            self._replicas.check(clipper.view)
-        self._marks.set(clipper)
+        if self._steps == 1:
+            self._steps_of.say_strays(self.accelerator._optimizers)
+        self._replicas.compare(clipper.view, self._steps, self.accelerator._models)
+        self._steps_of.marks.set(clipper, norm)
         return norm
 
     def _norm_of_engine(self) -> Tensor | None:
@@ -215,15 +224,13 @@ class Attachment:
         self._prepared = len(accelerator._models), len(accelerator._optimizers)
         if self._clippers.seams is not None:
             return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
-        for optimizer in accelerator._optimizers:
-            if not hasattr(optimizer, "_gradclip_attachment"):
-                wrap_step(optimizer, _step)
-            optimizer._gradclip_attachment = self
+        self._steps_of.watch(accelerator._optimizers)
         self._watch_updates()
         if self.config.fold or not self.config.skip_sync:
             self._fold()
 
     def _watch_updates(self) -> None:
+        self._steps_of.cover(self.accelerator._optimizers)
         self.updates.watch(self.accelerator._optimizers, [model for model, _ in self._clippers.models])
         self._record()
 
@@ -233,14 +240,11 @@ class Attachment:
         for clipper in self._clippers.made:
             if clipper.folds:
                 continue
-            mine = [innermost(o) for o in self.accelerator._optimizers if clipper in self._owners.find(o, models)]
+            mine = [
+                innermost(o) for o in self.accelerator._optimizers if clipper in self._steps_of.owners.find(o, models)
+            ]
             if mine:
                 clipper.fold_into(mine[0])
-
-    def _find_clippers(self, optimizer: Any) -> list[Clipper]:
-        """The clippers of an optimizer that is new, or has other parameters; its updates are watched anew too."""
-        self._watch_updates()
-        return self._owners.find(optimizer, self._clippers.models)
 
     def _follow(self, accelerator: Accelerator) -> None:
         """Look at what is prepared before it is, and, where there is something to see, at every backward."""
@@ -253,47 +257,8 @@ class Attachment:
 
     def _before_backward(self, loss: Tensor, **_: Any) -> None:
         if self._clippers.seams is None:
-            self._marks.before_backward()
+            self._steps_of.marks.before_backward()
         if self._hears_loss:
             self._loss.add(loss, self.accelerator.gradient_accumulation_steps)
         if self.recording is not None:
             self.recording.begin()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While optimizer state is saved or loaded: torch may step once with zero gradients to make the state."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
-    def before_step(self, optimizer: Any) -> list[Clipper]:
-        """Clip what was not yet clipped if `auto`, else insist that somebody did; the clippers of the optimizer."""
-        known = self._owners.known(optimizer)
-        clippers = self._find_clippers(optimizer) if known is None else known
-        if not clippers:
-            self._owners.say_stranger(type(innermost(optimizer)).__name__)
-        for clipper in self._marks.missing(optimizer, clippers):
-            if len(clippers) > 1 and is_idle(clipper):
-                continue
-            if self.auto:
-                self._clip(clipper)
-            elif self._missing is not None:
-                raise RuntimeError(self._missing)
-        return clippers
-
-
-def _step(optimizer: Any, inner: Callable[..., Any], closure: Any) -> Any:
-    """An optimizer's `step`, clipped before and reported after.
-
-    A step that is skipped is not made; one with a loss scaler is left to the scaler, which must count it.
-    """
-    attachment: Attachment = optimizer._gradclip_attachment
-    if attachment._paused or not optimizer.gradient_state.sync_gradients:
-        return inner(closure)
-    skips = attachment._marks.take(optimizer, attachment.before_step(optimizer))
-    result = None if skips and optimizer.scaler is None else inner(closure)
-    if skips or optimizer.scaler is None:
-        optimizer._is_overflow = skips  # which Accelerate, and so its schedulers, ask for
-    return result

@@ -112,12 +112,20 @@ class ZeroSeams(Seams, ABC):
         return (self.norm * self.view.loss_scale).float()
 
     def _step_theirs(self, zero: Any, closure: Any) -> None:
-        """The optimizer's own step, its own clip held at 0; what that was set to is for its checkpoints."""
-        clip, zero.clip_grad = zero.clip_grad, 0.0
+        """The optimizer's own step, with what would get before us held off; its settings are for its checkpoints.
+
+        That is its own clip, and, where no loss scaler owns such steps, its own look for a NaN or inf: it would drop
+        the step before its norm is asked for, and neither policy nor limit would hear of it.
+        """
+        held = {"clip_grad": 0.0} if self.view.guarded else {"clip_grad": 0.0, "check_grad_overflow": False}
+        kept = {name: getattr(zero, name) for name in held if hasattr(zero, name)}
         try:
+            for name in kept:
+                setattr(zero, name, held[name])
             self._theirs["step"](closure)
         finally:
-            zero.clip_grad = clip
+            for name, value in kept.items():
+                setattr(zero, name, value)
 
 
 class InParts(ZeroSeams):

@@ -6,17 +6,16 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from hf_gradclip.config import ClipConfig
 from hf_gradclip.optim.optimizer import ClippedOptimizer
+from hf_gradclip.run.closure import repeats
 from hf_gradclip.run.refusal import Refusal, refuse
+from hf_gradclip.strategy import parts_of
 
 _OWN = "the backend's own clipping: clip=None in the Trainer, or no attach()"
-_IN_BACKWARD = (
-    "lomo",
-    "adalomo",
-    "galore_adamw_layerwise",
-    "galore_adafactor_layerwise",
-    "galore_adamw_8bit_layerwise",
-)
+_IN_BACKWARD = ("lomo", "adalomo", "layerwise")  # as the name of a Trainer's optimizer ends
 
 
 def refuse_unsupported(accelerator: Any) -> None:
@@ -57,12 +56,24 @@ def _of_accelerator(accelerator: Any) -> Iterator[Refusal]:
         "with DeepSpeed there instead, ddp_backend='gloo' in TrainingArguments, or "
         "Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')]).",
     )
-    stock = type(accelerator).clip_grad_norm_.__module__ == "accelerate.accelerator"
-    yield Refusal(
-        not stock or "clip_grad_norm_" in vars(accelerator),
-        "accelerator.clip_grad_norm_ is already replaced, by another library or by a second attach()",
-        "one of the two would be inactive.",
-        "Remove the other patch.",
+
+
+def refuse_replaced(accelerator: Any) -> None:
+    """Stop where somebody else has taken the clip call of a loop.
+
+    Raises:
+        UnsupportedBackendError: with the name of who has it.
+    """
+    call = vars(accelerator).get("clip_grad_norm_", type(accelerator).clip_grad_norm_)
+    refuse(
+        [
+            Refusal(
+                call.__module__ != "accelerate.accelerator",
+                f"accelerator.clip_grad_norm_ is already replaced, by {call.__module__}",
+                "a second attach(), or another library: one of the two would be inactive.",
+                "Remove the other patch.",
+            )
+        ]
     )
 
 
@@ -79,7 +90,7 @@ def refuse_optimizer(name: str, sagemaker: bool) -> None:
     refuse(
         (
             Refusal(
-                name in _IN_BACKWARD,
+                name.endswith(_IN_BACKWARD),
                 f"TrainingArguments(optim={name!r})",
                 "steps inside backward, before any gradient can be clipped.",
                 "Use another optim, or clip=None.",
@@ -89,6 +100,31 @@ def refuse_optimizer(name: str, sagemaker: bool) -> None:
                 "SageMaker model parallelism",
                 "it clips its own master gradients.",
                 "Use DDP, or clip=None.",
+            ),
+        )
+    )
+
+
+def refuse_several_gradients(optimizer: Any, config: ClipConfig) -> None:
+    """Stop where an optimizer takes several gradients for one step of the weights.
+
+    Args:
+        optimizer: without wrappers.
+        config: of the run.
+
+    Raises:
+        UnsupportedBackendError: by the optimizer's name, with what to use instead.
+    """
+    name = type(optimizer).__name__
+    skips = config.nonfinite == "skip" or any(part.skips for part in parts_of(config.gradient))
+    refuse(
+        (
+            repeats(name, isinstance(optimizer, torch.optim.LBFGS)),
+            Refusal(
+                hasattr(optimizer, "second_step") and skips,
+                f"{name} with steps that may be skipped",
+                "its first step moves the weights, and its second one, which would be left out, moves them back.",
+                "Use nonfinite='raise' or 'pass', and a strategy that skips nothing.",
             ),
         )
     )

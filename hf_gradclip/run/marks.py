@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.run.proof import Proof
+from hf_gradclip.run.updates import innermost
 from hf_gradclip.say import logger
 
 
@@ -18,10 +20,16 @@ class Mark(NamedTuple):
     Args:
         skips: whether it skips the step.
         taken: the `id` of each optimizer that has stepped with it.
+        norm: before clipping, 0-d.
+        backwards: how many backward passes there were by then.
+        grad: the place of the first parameter with a gradient, that gradient, and the version of its memory.
     """
 
     skips: bool
     taken: set[int]
+    norm: Tensor
+    backwards: int
+    grad: tuple[int, weakref.ref[Tensor], int] | None
 
 
 class Marks:
@@ -34,14 +42,41 @@ class Marks:
 
     def __init__(self) -> None:
         self._of: dict[Clipper, Mark] = {}
+        self._backwards = 0
+        self._proof = Proof()
 
     def clear(self) -> None:
         """Forget everything."""
         self._of.clear()
 
-    def set(self, clipper: Clipper) -> None:
-        """A clipper has clipped."""
-        self._of[clipper] = Mark(clipper.step_was_skipped, set())
+    def set(self, clipper: Clipper, norm: Tensor) -> None:
+        """A clipper has clipped, and measured this norm."""
+        self._proof.clipped(clipper, self._backwards)
+        grads = ((i, p.grad) for i, p in enumerate(clipper.view.here.watched()))
+        first = next(((i, weakref.ref(grad), grad._version) for i, grad in grads if grad is not None), None)
+        self._of[clipper] = Mark(clipper.step_was_skipped, set(), norm, self._backwards, first)
+
+    def norm_of(self, clipper: Clipper) -> Tensor | None:
+        """The norm of the clip of the coming step, if there was one and no backward since; None where one is due."""
+        mark = self._of.get(clipper)
+        if mark is None or mark.taken or mark.backwards != self._backwards:
+            return None
+        watched = clipper.view.watched()
+        if mark.grad is None or mark.grad[0] >= len(watched):
+            return mark.norm if all(p.grad is None for p in watched) else None
+        place, grad, version = mark.grad
+        same = watched[place].grad is grad() and (self._backwards > 0 or version == grad()._version)  # type: ignore[union-attr]
+        return mark.norm if same else None
+
+    def prove(self, clippers: Sequence[Clipper]) -> None:
+        """In the first steps, insist that what is stepped is what these have clipped; see `Proof.stepped`."""
+        for clipper in clippers:
+            self._proof.stepped(clipper, self._backwards)
+
+    def void(self, clippers: Sequence[Clipper]) -> None:
+        """What these have clipped counts no longer."""
+        for clipper in clippers:
+            self._of.pop(clipper, None)
 
     def missing(self, optimizer: Any, clippers: Sequence[Clipper]) -> list[Clipper]:
         """Which of an optimizer's clippers have not clipped for its coming step."""
@@ -56,6 +91,7 @@ class Marks:
 
     def before_backward(self) -> None:
         """What was clipped for a model that has been stepped since counts no longer."""
+        self._backwards += 1
         self._of = {clipper: mark for clipper, mark in self._of.items() if not mark.taken}
 
 
@@ -64,7 +100,7 @@ class Owners:
 
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[Any, tuple[int, list[Clipper]]] = weakref.WeakKeyDictionary()
-        self._said_stranger = False
+        self._said_stranger = self._said_strays = False
 
     def clear(self) -> None:
         """Find all of them anew."""
@@ -81,6 +117,34 @@ class Owners:
         clippers = [clipper for model, clipper in models if any(id(p) in mine for p in model.parameters())]
         self._of[optimizer] = sum(len(group["params"]) for group in optimizer.param_groups), clippers
         return clippers
+
+    def strays(self, clipper: Clipper, optimizers: Iterable[Any]) -> list[str]:
+        """The names of a clipper's parameters that none of these optimizers steps."""
+        mine = {id(p) for o in optimizers for group in innermost(o).param_groups for p in group["params"]}
+        watched, names = clipper.view.watched(), clipper.view.layout.names
+        named = zip(names, watched, strict=True) if len(names) == len(watched) else (("a flat one", p) for p in watched)
+        return [name for name, p in named if id(p) not in mine]
+
+    def say_strays(self, strays: Sequence[str], needed: bool) -> None:
+        """Name, once, parameters that no prepared optimizer steps.
+
+        Args:
+            strays: their names.
+            needed: whether nothing is clipped for that reason.
+
+        Raises:
+            RuntimeError: if so.
+        """
+        if self._said_strays or not strays:
+            return
+        self._said_strays = True
+        words = (
+            f"{len(strays)} trainable parameters are in no prepared optimizer ({', '.join(strays[:5])}"
+            f"{', ...' if len(strays) > 5 else ''}). Prepare their optimizer, or set requires_grad to False."
+        )
+        if needed:
+            raise RuntimeError(f"attach(..., auto=True): nothing would be clipped. {words}")
+        logger.warning("clip: %s Their gradients are measured, and nobody here sees them stepped.", words)
 
     def say_stranger(self, name: str) -> None:
         """Warn, once, of an optimizer of this name that steps without a clipper."""

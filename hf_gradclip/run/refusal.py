@@ -23,6 +23,11 @@ class Refusal(NamedTuple):
     reason: str
     instead: str
 
+    @property
+    def text(self) -> str:
+        """In one line."""
+        return f"{self.what}: {self.reason} {self.instead}"
+
 
 def refuse(rows: Iterable[Refusal]) -> None:
     """Stop at the first row that is found; a row after it is not looked at.
@@ -32,4 +37,4 @@ def refuse(rows: Iterable[Refusal]) -> None:
     """
     for row in rows:
         if row.found:
-            raise UnsupportedBackendError(f"{row.what}: {row.reason} {row.instead}")
+            raise UnsupportedBackendError(row.text)

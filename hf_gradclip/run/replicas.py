@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_gradclip.views.view import View
 
 SPREAD = 1e-6
+COMPARED = (1, 2, 5)
+"""The steps of a run in which the comparison is judged at once."""
+
+
+def joins(models: Iterable[nn.Module]) -> bool:
+    """Whether a model of DDP is in its `join()`, where a rank that is out of data answers no collective of ours."""
+    return any(getattr(getattr(model, "_join_config", None), "enable", False) for model in models)
 
 
 class Replicas:
-    """Compares the norms that ranks measure before they are reduced."""
+    """Compares the norms that ranks measure before they are reduced.
 
-    def __init__(self) -> None:
+    Args:
+        every: steps between two comparisons; 0 for none.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
         self._spread: Tensor | None = None
+
+    def compare(self, view: View, step: int, models: Iterable[nn.Module]) -> None:
+        """Look at a step: in the first ones the comparison is judged at once, later it waits for a log.
+
+        Args:
+            view: whose norms were measured in it.
+            step: counted from 1.
+            models: that were prepared.
+        """
+        first = step in COMPARED
+        if not self._every or not (first or step % self._every == 0) or joins(models):
+            return
+        self.check(view)
+        if first:
+            self.insist()
 
     def check(self, view: View) -> None:
         """Compare those of the last step; nothing is read to the host."""
@@ -35,5 +64,7 @@ class Replicas:
             raise RuntimeError(
                 f"The ranks measured gradient norms that differ by up to {float(spread):.3g} of the norm. Under DDP "
                 "and HSDP they must be equal, so the replicas have come apart: look for a gradient that is changed "
-                "after backward, or a parameter that is not reduced. check_every=0 switches this check off."
+                "after backward, a forward around the wrapper (model.module(...)), or a parameter that is not reduced. "
+                "Where they shall differ, as under LocalSGD, switch this check off by attach(..., check_every=0) or "
+                "clip={'gradient': ..., 'check_every': 0}."
             )

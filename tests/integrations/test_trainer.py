@@ -217,7 +217,7 @@ def test_policies_at_a_nan_step() -> None:
     class Ours(GradClipMixin, Poisoned):
         nan_at = (3,)
 
-    with pytest.raises(NonFiniteError, match=r"norm is nan, and.*Not finite: model\.embed_tokens\.weight"):
+    with pytest.raises(NonFiniteError, match=r"norm is nan in step 4, and.*Not finite: model\.embed_tokens\.weight"):
         train(Ours, clip={"gradient": "zclip", "nonfinite": "raise"}, max_steps=6)
     passed = train(Ours, clip=None, max_steps=6)
     assert weights_of(passed.model).isnan().any(), "clip=None is the stock Trainer, which trains on"

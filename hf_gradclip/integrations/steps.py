@@ -1,0 +1,127 @@
+"""The steps of an accelerator's optimizers: each must be clipped before, and one that is skipped is not made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.integrations.clippers import Clippers
+from hf_gradclip.integrations.refusals import refuse_several_gradients
+from hf_gradclip.run.closure import once
+from hf_gradclip.run.marks import Marks, Owners, is_idle
+from hf_gradclip.run.updates import innermost
+from hf_gradclip.run.wrapping import wrap_step
+
+
+class Steps:
+    """Guards the steps of the optimizers that were prepared.
+
+    Args:
+        config: of the run.
+        clippers: of the models.
+        clip: clips what no clip call preceded; None where a call is insisted on.
+        look: called where an optimizer is new, or has other parameters.
+        missing: the error for a step that no clip call preceded; None lets it pass, since somebody else clips it.
+    """
+
+    def __init__(
+        self,
+        config: ClipConfig,
+        clippers: Clippers,
+        clip: Callable[[Clipper], Any] | None,
+        look: Callable[[], None],
+        missing: str | None,
+    ) -> None:
+        self.marks = Marks()
+        self.owners = Owners()
+        self._config = config
+        self._clippers = clippers
+        self._clip = clip
+        self._look = look
+        self._missing = missing
+        self._paused = False
+
+    def watch(self, optimizers: Iterable[Any]) -> None:
+        """Wrap the step of every optimizer once.
+
+        Raises:
+            UnsupportedBackendError: by name, for one that takes several gradients for a step.
+        """
+        for optimizer in optimizers:
+            refuse_several_gradients(innermost(optimizer), self._config)
+            if not hasattr(optimizer, "_gradclip_steps"):
+                wrap_step(optimizer, _step)
+            optimizer._gradclip_steps = self
+
+    def cover(self, optimizers: Iterable[Any]) -> list[str]:
+        """Find the parameters that are clipped and that none of these optimizers steps.
+
+        A clipper that has none of them keeps the gradients of a skipped step, since nobody will step with them.
+        """
+        optimizers, found = list(optimizers), []
+        for clipper in self._clippers.made:
+            strays = self.owners.strays(clipper, optimizers)
+            clipper.withheld = not strays and not clipper.view.guarded
+            found += strays
+        return found
+
+    def say_strays(self, optimizers: Iterable[Any], needed: bool = False) -> None:
+        """Name those, once; see `Owners.say_strays`."""
+        self.owners.say_strays(self.cover(optimizers), needed)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While optimizer state is saved or loaded: torch may step once with zero gradients to make the state."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _of(self, optimizer: Any) -> list[Clipper]:
+        """The clippers of an optimizer; found anew where it is new, or has other parameters."""
+        known = self.owners.known(optimizer)
+        if known is not None:
+            return known
+        self._look()
+        return self.owners.find(optimizer, self._clippers.models)
+
+    def _before(self, optimizer: Any) -> list[Clipper]:
+        """Clip what was not yet clipped, or insist that somebody did; the clippers of the optimizer."""
+        clippers = self._of(optimizer)
+        if not clippers:
+            self.owners.say_stranger(type(innermost(optimizer)).__name__)
+        for clipper in self.marks.missing(optimizer, clippers):
+            if len(clippers) > 1 and is_idle(clipper):
+                continue
+            if self._clip is not None:
+                self._clip(clipper)
+            elif self._missing is not None:
+                raise RuntimeError(self._missing)
+        self.marks.prove(clippers)
+        return clippers
+
+    def make(self, optimizer: Any, inner: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
+        """A step of an optimizer, clipped before and reported after.
+
+        A closure is called first, and the optimizer is given one that repeats its loss. A step that is skipped is not
+        made; one with a loss scaler is left to the scaler, which must count it.
+        """
+        if self._paused or not optimizer.gradient_state.sync_gradients:
+            return inner(closure)
+        if closure is not None:
+            self.marks.void(self._of(optimizer))
+            closure = once(innermost(optimizer), closure)
+        skips = self.marks.take(optimizer, self._before(optimizer))
+        result = None if skips and optimizer.scaler is None else inner(closure)
+        if skips or optimizer.scaler is None:
+            optimizer._is_overflow = skips  # which Accelerate, and so its schedulers, ask for
+        return result
+
+
+def _step(optimizer: Any, inner: Callable[..., Any], closure: Any) -> Any:
+    steps: Steps = optimizer._gradclip_steps
+    return steps.make(optimizer, inner, closure)

@@ -1,0 +1,83 @@
+"""In the first steps: is what an optimizer steps what was clipped?
+
+A loop that clips before backward, or zeroes gradients after the clip, does so in every step, so that a few of them show
+it. Later steps cost nothing. An edit of a gradient between clip and step, such as a mask, is allowed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.say import logger
+
+STEPS = 5
+"""So many steps of a model are looked at."""
+
+
+class Seen(NamedTuple):
+    """The gradients of a model right after its clip.
+
+    Args:
+        backwards: how many there were.
+        grads: of each parameter its gradient and the version of its memory; None where it has none.
+    """
+
+    backwards: int
+    grads: list[tuple[weakref.ref[Tensor], int] | None]
+
+    def changed(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether any of the gradients is another one now, or was written to."""
+        return any(
+            grad is not None if old is None else old[0]() is not grad or grad is None or old[1] != grad._version
+            for old, grad in zip(self.grads, grads, strict=True)
+        )
+
+
+class Proof:
+    """Compares the gradients at the step with those at the clip. See Marks, which counts the backward passes."""
+
+    def __init__(self) -> None:
+        self._steps: weakref.WeakKeyDictionary[Clipper, int] = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakKeyDictionary[Clipper, Seen] = weakref.WeakKeyDictionary()
+
+    def clipped(self, clipper: Clipper, backwards: int) -> None:
+        """A clipper has clipped, after so many backward passes."""
+        if self._steps.setdefault(clipper, 0) < STEPS:
+            grads = [p.grad for p in clipper.view.watched()]
+            refs = [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
+            self._seen[clipper] = Seen(backwards, refs)
+            if not any(refs) and not clipper.step_was_skipped and self._steps[clipper] == 0:
+                logger.warning(
+                    "clip: no trainable parameter has a gradient in the first step, so nothing is clipped. Clip after "
+                    "backward; an optimizer that steps inside backward cannot be clipped at all."
+                )
+
+    def stepped(self, clipper: Clipper, backwards: int) -> None:
+        """An optimizer of its model is about to step.
+
+        Raises:
+            RuntimeError: if the gradients are not those that were clipped, with the reason.
+        """
+        seen = self._seen.pop(clipper, None)
+        if seen is None:
+            return
+        self._steps[clipper] += 1
+        grads = [p.grad for p in clipper.view.watched()]
+        if len(grads) != len(seen.grads):
+            return  # layers came or went, which the clipper says itself
+        before, now = any(old is not None for old in seen.grads), any(grad is not None for grad in grads)
+        why = ""
+        if (now and not before) or (now and backwards != seen.backwards and seen.changed(grads)):
+            why = "a backward came after the clip"
+        elif before and not now:
+            why = "they were zeroed after the clip"
+        if why:
+            raise RuntimeError(
+                f"optimizer.step(): the gradients are not those that were clipped, {why}. The order of a step is "
+                "backward, clip, optimizer.step(), zero_grad()."
+            )

@@ -1,0 +1,26 @@
+"""Which strategies a view can serve: the others are refused before the first step, by name."""
+
+from __future__ import annotations
+
+from hf_gradclip.strategy import Strategy, name_of, parts_of
+from hf_gradclip.views.view import UnsupportedBackendError, View
+
+
+def refuse_unsuited(strategy: Strategy, view: View) -> None:
+    """Stop where a strategy would be inactive or wrong.
+
+    Raises:
+        UnsupportedBackendError: with the strategy's name, the reason and what to use instead.
+    """
+    names = [name for name, p in zip(view.layout.names, view.watched(), strict=False) if p.is_complex()]
+    for part in parts_of(strategy):
+        if view.whole_only and part.per_parameter:
+            raise UnsupportedBackendError(
+                f"{name_of(part)} under FSDP1: its flat shards do not follow the parameters, so only the norm of the "
+                "whole gradient is known. Use FSDP2 (fsdp_version: 2), or adaptive_norm or global_norm."
+            )
+        if names and (part.bounds or part.needs.max_abs):
+            raise UnsupportedBackendError(
+                f"{name_of(part)} of complex gradients ({', '.join(names[:5])}): it goes by single elements, and would "
+                "take the real and the imaginary part for two. Use adaptive_norm, or global_norm with norm_type=2."
+            )
