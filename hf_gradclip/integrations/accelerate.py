@@ -135,7 +135,7 @@ class LoopAttachment(Attachment):
 
     def _follow(self, accelerator: Accelerator) -> None:
         """Make the clippers for what is prepared now, and for what `prepare` brings later."""
-        wrap(accelerator, "prepare", before=self._before_prepare, then=self._start)
+        wrap(accelerator, "prepare", before=self._before_prepare, result_to=self._replicas.meet, then=self._start)
         wrap(accelerator, "backward", before=self._before_backward, then=self._after_backward)
         wrap(accelerator, "free_memory", before=self._let_go)
 

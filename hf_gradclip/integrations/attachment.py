@@ -139,7 +139,7 @@ class Attachment:
         self._finished = True
         if self.recording is not None:
             self.recording.finish()
-        self._replicas.insist()
+        self._replicas.finish(clipper.view for clipper in self._clippers.made)
         if self._is_main:
             for clipper in (*self._clippers.made, *self.updates.clippers):
                 announce(clipper.report.closing_line())
@@ -182,7 +182,7 @@ class Attachment:
             self._note()
         if self._steps == 1:
             self._steps_of.say_strays(self.accelerator._optimizers)
-        self._replicas.compare(clipper.view, self._steps, self.accelerator._models)
+        self._replicas.compare(clipper.view, self._steps)
         self._steps_of.marks.set(clipper, norm)
         return norm
 
@@ -248,7 +248,7 @@ class Attachment:
 
     def _follow(self, accelerator: Accelerator) -> None:
         """Look at what is prepared before it is, and, where there is something to see, at every backward."""
-        wrap(accelerator, "prepare", before=self._before_prepare)
+        wrap(accelerator, "prepare", before=self._before_prepare, result_to=self._replicas.meet)
         if self._hears_loss or accelerator.distributed_type != DistributedType.DEEPSPEED:
             wrap(accelerator, "backward", before=self._before_backward)
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_gradclip.views.view import View
 
 SPREAD = 1e-6
 COMPARED = (1, 2, 5)
 """The steps of a run in which the comparison is judged at once."""
-
-
-def joins(models: Iterable[nn.Module]) -> bool:
-    """Whether a model of DDP is in its `join()`, where a rank that is out of data answers no collective of ours."""
-    return any(getattr(getattr(model, "_join_config", None), "enable", False) for model in models)
 
 
 class Replicas:
@@ -30,20 +27,41 @@ class Replicas:
     def __init__(self, every: int) -> None:
         self._every = every
         self._spread: Tensor | None = None
+        self._wrappers: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def compare(self, view: View, step: int, models: Iterable[nn.Module]) -> None:
+    def meet(self, prepared: Any) -> None:
+        """Know the wrappers among what was prepared: one object, or a tuple of them."""
+        for thing in prepared if isinstance(prepared, tuple) else (prepared,):
+            if hasattr(thing, "_join_config"):
+                self._wrappers.add(thing)
+
+    def _joins(self) -> bool:
+        """Whether a model of DDP is in its `join()`, where a rank that is out of data answers no collective of ours."""
+        return any(getattr(wrapper._join_config, "enable", False) for wrapper in self._wrappers)
+
+    def compare(self, view: View, step: int) -> None:
         """Look at a step: in the first ones the comparison is judged at once, later it waits for a log.
 
         Args:
             view: whose norms were measured in it.
             step: counted from 1.
-            models: that were prepared.
         """
         first = step in COMPARED
-        if not self._every or not (first or step % self._every == 0) or joins(models):
+        if not self._every or not (first or step % self._every == 0) or self._joins():
             return
         self.check(view)
         if first:
+            self.insist()
+
+    def finish(self, views: Iterable[View]) -> None:
+        """Compare those of the last step and judge, on every rank.
+
+        Raises:
+            RuntimeError: see `insist`.
+        """
+        if self._every and not self._joins():
+            for view in views:
+                self.check(view)
             self.insist()
 
     def check(self, view: View) -> None:

@@ -28,6 +28,7 @@ def wrap(
     name: str,
     before: Callable[..., None] | None = None,
     inside: Callable[[], AbstractContextManager[None]] | None = None,
+    result_to: Callable[[Any], None] | None = None,
     then: Callable[[], None] | None = None,
 ) -> None:
     """Replace a method of one object by a call that does more.
@@ -37,6 +38,7 @@ def wrap(
         name: of its method.
         before: is given the arguments first.
         inside: makes a context around the call.
+        result_to: is given what the call gave.
         then: is called last, after a call that did not raise.
     """
     original = getattr(owner, name)
@@ -50,6 +52,8 @@ def wrap(
         else:
             with inside():
                 result = find()(*args, **kwargs)
+        if result_to is not None:
+            result_to(result)
         if then is not None:
             then()
         return result
