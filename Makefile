@@ -4,7 +4,7 @@ install:
 	pip install -c constraints.txt -e '.[dev]'
 
 test:
-	pytest
+	pytest -n auto --dist loadfile
 
 test-all:
 	pytest -m ""

@@ -2,13 +2,21 @@
 
 Without a GPU Triton is imported as an interpreter, before anything else imports it: it reads TRITON_INTERPRET while its
 own functions are defined. The variable is gone again afterwards, so that child processes compile.
+
+What is there once all tests are collected stays to the end, and the garbage collector need not look through it again:
+a Trainer calls for it in every run.
+
+Files that start processes come first. With `-n 2 --dist loadfile` a file is one worker's, and the short ones are left
+to even out the end.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,3 +28,17 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 
     if asked is None:
         del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # else pytest-xdist begins with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("dist") or item.path.parent.name == "scripts"}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()

@@ -16,6 +16,7 @@ from hf_gradclip import optim
 from hf_gradclip.kernels import choice
 from hf_gradclip.kernels.rule import Memory, Places
 from tests.integrations.ranks import serve
+from tests.kernels.languages import quicken
 
 ADAGC = "adagc:warmup_steps=2,lambda_rel=1.01,max_norm=4"
 BLOCK_RMS = "block_rms:max_rms=0.6"
@@ -136,5 +137,6 @@ def scenario(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
+    quicken()
     COUNTS = spy()
     serve(scenario)

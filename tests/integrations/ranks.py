@@ -9,6 +9,7 @@ The scenarios that are left are started anew, in new processes. A scenario count
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -26,7 +27,10 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 SECONDS = 560
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes")
+ACCELERATE = (
+    *("accelerate.commands.launch", "--main_process_port", "0"),  # one that is free: there may be other launches
+    *("--multi_gpu", "--num_machines", "1", "--num_processes"),
+)
 
 
 class Found(dict[str, Any]):
@@ -96,6 +100,8 @@ def serve(scenario: Callable[[str], Any]) -> None:
     """
     folder, *names = sys.argv[1:]
     rank = int(os.environ["RANK"])
+    gc.collect()
+    gc.freeze()  # what was imported stays, and need not be looked through again: DeepSpeed collects in every start
     for name in names:
         _file(Path(folder), name, rank, "begun").touch()
         try:

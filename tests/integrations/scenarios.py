@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_gradclip
 from hf_gradclip import optim
+from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.record.files import read_record
 from hf_gradclip.run.updates import innermost
 from hf_gradclip.strategy import flatten
 from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.sharded import (
+    ADAPTIVE,
     BACKENDS,
+    LOUD,
     OPTIMIZERS,
     RATE,
     STEPS,
@@ -47,6 +50,11 @@ def table(name: str) -> dict[str, Any]:
         run = Run(BACKENDS[name], spec)
         found[word] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
     return found
+
+
+def loud(name: str) -> dict[str, Any]:
+    """The adaptive rules on one backend, with one loud batch."""
+    return {word: Run(BACKENDS[name], word).fit(loud=LOUD) for word in ADAPTIVE}
 
 
 def kinds(name: str) -> dict[str, Any]:
@@ -79,9 +87,11 @@ def collectives(name: str) -> dict[str, Any]:
     """c10d operations per step: with a strategy, with one that needs max_abs, and without any clip call."""
     found = {}
     backend = BACKENDS[name]
-    words: dict[str, Any] = {"none": None, "global_norm": "zclip", "value": "value:max_value=0.025", "agc": "agc"}
-    for word, spec in {**words, "update": {"gradient": "zclip", "update": "block_rms"}}.items():
-        run = Run(backend, spec)
+    words = {"global_norm": "zclip", "value": "value:max_value=0.025", "agc": "agc", "adaptive": "adaptive"}
+    specs: dict[str, Any] = {"none": None, **{word: {"gradient": gradient} for word, gradient in words.items()}}
+    specs["update"] = {"gradient": "zclip", "update": "block_rms"}
+    for word, spec in specs.items():
+        run = Run(backend, None if spec is None else {**spec, "check_every": 0})  # replicas are compared in step 2
         run.fit(range(1))
         with Counting() as counting:
             for i in range(1, 3):
@@ -105,6 +115,7 @@ class Counting(TorchDispatchMode):
 RESUMED: dict[str, Any] = {
     "zclip": STRATEGIES["zclip"],
     "adagc": STRATEGIES["adagc"],
+    "adaptive": "adaptive",
     "update": {"gradient": STRATEGIES["zclip"], "update": "adagc:warmup_steps=2,max_norm=2"},
 }
 
@@ -191,6 +202,24 @@ def skips(name: str) -> dict[str, Any]:
                 kept = len(inside) > 0 and all(map(torch.equal, inside, snapshot(run)))
         counts = run.attachment.scalars()
         found[case] = {"moved": moved, "said": said, "norms": norms, "counts": counts, "kept": kept}
+    return found
+
+
+def policies(name: str) -> dict[str, Any]:
+    """In bf16, NaN on one rank from the third step on: which step stops the run, and with which words."""
+    backend = {"deepspeed": {**BACKENDS[name]["deepspeed"], "bf16": {"enabled": True}}}
+    found = {}
+    for word, more in {"raise": {"nonfinite": "raise"}, "limit": {"max_consecutive_skips": 3}}.items():
+        run, said = Run(backend, {"gradient": STRATEGIES["zclip"], **more}), ""
+        for i in range(8):
+            before = whole_weights(run.model)
+            loss = run.model(**batch(i, dist.get_rank(), dist.get_world_size()), use_extra=0).loss
+            try:
+                run.step(loss * float("nan") if i >= 2 and dist.get_rank() == 1 else loss)
+            except NonFiniteError as error:
+                said = str(error)
+                break
+        found[word] = {"step": i, "said": said, "moved": not torch.equal(before, whole_weights(run.model))}
     return found
 
 
@@ -418,7 +447,7 @@ KINDS = ("lora", "tied", "unused", "groups")
 SCENARIOS = {
     f.__name__: f
     for f in (
-        table, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned, updates, folded,
-        flat, scaled, swap, accumulated, noted, lacking, looked,
+        table, loud, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned, updates,
+        folded, flat, scaled, swap, accumulated, noted, lacking, looked, policies,
     )
 }  # fmt: skip

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from tests.integrations.ranks import serve
 from tests.integrations.scenarios import SCENARIOS
+from tests.integrations.sharded import without_shared_memory
 
 
 def scenario(name: str) -> Any:
@@ -22,6 +23,7 @@ if __name__ == "__main__":
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
+        without_shared_memory()
         deepspeed.init_distributed(dist_backend="gloo")
     else:
         dist.init_process_group("gloo")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.cpp_extension import verify_ninja_availability
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -40,6 +41,11 @@ def engine(
         "zero_offload_param": lambda self: offload["p"],
     }
     return type(kind, (), members)()
+
+
+def test_ninja_comes_with_it() -> None:
+    """DeepSpeed compiles at its start; the launches of the tests leave that out, see `without_shared_memory`."""
+    verify_ninja_availability()
 
 
 def test_a_plain_setting_passes() -> None:

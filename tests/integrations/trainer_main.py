@@ -21,7 +21,7 @@ from transformers import DistributedConfig, LlamaForCausalLM, Trainer
 from hf_gradclip import GradClipTrainer
 from hf_gradclip.strategy import flatten
 from tests.integrations.ranks import serve
-from tests.integrations.sharded import deepspeed_config, fsdp_on_cpu, whole_weights
+from tests.integrations.sharded import deepspeed_config, fsdp_on_cpu, whole_weights, without_shared_memory
 from tests.tiny import logged, tiny_llama, train
 
 CLIPS = {
@@ -120,4 +120,6 @@ def scenario(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if any("zero" in name for name in sys.argv[2:]):
+        without_shared_memory()
     serve(scenario)

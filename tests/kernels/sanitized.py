@@ -1,11 +1,11 @@
 """The kernels in C under AddressSanitizer, handed what fits and what does not: run by test_sanitizer.py in a process.
 
-    python -m tests.kernels.sanitized FOLDER [overrun]
+    python -m tests.kernels.sanitized FOLDER
 
 FOLDER holds the library, compiled with -fsanitize=address. Every operation is called directly, without the choice of a
 language before it. Each call gives the right numbers, or raises and writes nothing; a read or a write of memory that
-is not there ends the process. What came of the calls is printed as JSON. With `overrun` the library is told of more
-elements than there are, to see that somebody watches.
+is not there ends the process. What came of the calls is printed as JSON. At last the library is told of more elements
+than there are, which must end the process: somebody watched.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def overrun() -> None:
     from hf_gradclip.kernels.table import table_of
 
     grad = torch.ones(1000)
-    table = table_of([[grad]], CPU, 1 << 16)
+    table = table_of([[grad]], CPU, whole.CHUNK)  # the one that the call will find
     table.numel_S.add_(1)
     whole.statistics([grad], torch.float64, CPU, True)
 
@@ -278,8 +278,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     assert choice.c_language().whole is whole
     assert library.library()._name.startswith(sys.argv[1])
-    if sys.argv[2:] == ["overrun"]:
-        overrun()
     for operations in (wholes, by_unit, steps):
         operations()
-    print(json.dumps(SEEN))
+    print(json.dumps(SEEN), flush=True)
+    overrun()
+    print("nobody watched")

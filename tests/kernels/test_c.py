@@ -173,13 +173,19 @@ def test_memory_of_another_device_is_refused(c, library):
 
 
 def test_using_threads_uses_them():
-    """What the tests of every language rely on."""
+    """What the tests of every language rely on: three threads are in a call at once, each waits for the others."""
     with using("C in threads") as found:
         from hf_gradclip.kernels.c import library
 
-        seen = set()
-        call = library.call
+        met, call, seen = threading.Barrier(3, timeout=30), library.call, []
+
+        def meet(*given: object) -> None:
+            seen.append(met.wait())
+            call(*given)
+
+        grad = torch.ones(300_000)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "call", lambda *given: seen.add(threading.get_ident()) or call(*given))
-            found.whole.apply_([torch.ones(300_000)], torch.tensor(0.5), None)
-    assert len(seen) == 3
+            patch.setattr(library, "call", meet)
+            found.whole.apply_([grad], torch.tensor(0.5), None)
+    assert sorted(seen) == [0, 1, 2]
+    assert torch.equal(grad, torch.full_like(grad, 0.5))

@@ -43,12 +43,9 @@ def forms(kernel: str, dtypes: str | None = None) -> list[str]:
 @cache
 def loops(ptx: str) -> list[str]:
     """The text between every label and the last jump back to it."""
-    found = []
-    for label in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE):
-        jumps = list(re.finditer(rf"\bbra(?:\.uni)?\s+{re.escape(label[1])};", ptx[label.end() :]))
-        if jumps:
-            found.append(ptx[label.end() : label.end() + jumps[-1].start()])
-    return found
+    last = {jump[1]: jump.start() for jump in re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx)}
+    labels = re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)
+    return [ptx[label.end() : last[label[1]]] for label in labels if last.get(label[1], 0) > label.end()]
 
 
 def widths(text: str, move: str) -> set[int]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_shares_of_a_step(tmp_path) -> None:
-    words = ["--clip", "zclip", "agc", "--steps", "2", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "scripts/bench_job.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+def test_shares_of_a_step(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script, threads = importlib.import_module("bench_job"), torch.get_num_threads()
+    parse = script.parse
+    monkeypatch.setattr(script, "parse", lambda words: parse([*words, "--max_text_bytes", "500000"]))
+    script.main(["--clip", "zclip", "agc", "--steps", "2", "--out", str(tmp_path)])
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
     (written,) = tmp_path.glob("job_*.json")
     report = json.loads(written.read_text("utf-8"))
     assert [row["strategy"] for row in report["rows"]] == ["zclip", "agc"]
@@ -26,6 +28,6 @@ def test_shares_of_a_step(tmp_path) -> None:
         assert 0 < row["clipping_ms"] < row["step_ms"]
         assert row["clipping_share"] == pytest.approx(row["clipping_ms"] / row["step_ms"])
         assert row["recording_share"] == pytest.approx(row["recording_ms"] / row["step_ms"])
-        assert f"| {row['strategy']} | 2 |" in done.stdout
+        assert f"| {row['strategy']} | 2 |" in printed
     assert "4,212,992 parameters in 38 tensors" in report["job"]
     assert str(tmp_path) not in written.read_text("utf-8")

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
 
-def printed(script: str, *words: str) -> str:
-    command = [sys.executable, f"scripts/{script}.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a script prints, given the words of a command line."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def printed(script: str, *words: str) -> str:
+        threads = torch.get_num_threads()
+        importlib.import_module(script).main(words)
+        torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return printed
 
 
-def test_bench_fixed() -> None:
+def test_bench_fixed(printed) -> None:
     """Its first rounds insist that rows clip where they should."""
     text = printed("bench_fixed", "--tensors", "3", "--size", "4", "--rounds", "3")
     assert len(re.findall(r"^\| (?:nothing clips|clips) +\|", text, re.MULTILINE)) == 8
 
 
-def test_bench_against_itself() -> None:
+def test_bench_against_itself(printed) -> None:
     """Two processes of the same checkout; every row of ours is there."""
     words = ["--script", "clip", "step", "--workload", "tiny", "--dtype", "fp32", "--pairs", "3"]
     lines = printed("bench_against", str(ROOT), *words).splitlines()
@@ -34,7 +44,7 @@ def test_bench_against_itself() -> None:
         assert min(float(ours), float(other), float(ratio)) > 0
 
 
-def test_profile_step() -> None:
+def test_profile_step(printed) -> None:
     """A step of the optimizers of this package: every function that it lists is there."""
     text = printed("profile_step", "--step", "fused", "--names")
     counts = re.search(r"\| fused +\| nothing clips +\| (\d+) +\| (\d+) +\| (\d+) +\| (\d+)", text)
