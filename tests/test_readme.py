@@ -170,7 +170,7 @@ class TestUse:
     def test_the_two_commands(self):
         assert [block.strip() for block in blocks(README, "sh")][:2] == [
             "pip install -c constraints.txt -e . && accelerate launch scripts/finetune.py --clip adaptive",
-            "pip install -c constraints.txt -e '.[test]' && pytest",
+            "pip install -c constraints.txt -e '.[test]' && pytest -n auto --dist loadfile",
         ]
 
     @pytest.mark.parametrize("command", COMMANDS)
@@ -189,7 +189,7 @@ class TestUse:
         launched = "accelerate launch --config_file configs/accelerate/{}.yaml scripts/finetune.py --clip adagc"
         assert others == [
             "pip install -c constraints.txt -e . && accelerate launch scripts/finetune.py --clip adaptive",
-            "pip install -c constraints.txt -e '.[test]' && pytest",
+            "pip install -c constraints.txt -e '.[test]' && pytest -n auto --dist loadfile",
             "pip install -c constraints.txt -e '.[deepspeed]'",
             *(f"{launched.format(name)}:warmup_steps=20" for name in ("zero2", "zero3")),
         ]
