@@ -3,6 +3,8 @@
 Without a GPU Triton is imported as an interpreter, before anything else imports it: it reads TRITON_INTERPRET while its
 own functions are defined. The variable is gone again afterwards, so that child processes compile.
 
+Which language serves is chosen anew for each test, so that none inherits what another one asked for or gave up.
+
 What is there once all tests are collected stays to the end, and the garbage collector need not look through it again:
 a Trainer calls for it in every run.
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -42,3 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def chosen_anew() -> Iterator[None]:
+    """Only the choice: what was checked stays checked."""
+    yield
+    from hf_gradclip.kernels import choice
+
+    choice.language_of.cache_clear()
+    choice._given_up.clear()

@@ -9,6 +9,7 @@ The files are in tests/fixtures/2bed812; tests/fixtures/make.py, which made them
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tests.fixtures.make import (
     load,
     net,
 )
+from tests.kernels.languages import serving
 from tests.strategies.past import Past
 
 FOLDER = Path(__file__).parent / "fixtures" / COMMIT
@@ -50,11 +52,11 @@ ADAPTIVE = "zclip:max_norm=1"
 OPTIMIZERS = [tuple(word.split()) for word in load(FOLDER / "optim_next.pt")]
 
 
-@pytest.fixture(params=["auto", "eager"])
-def kernels(request: Any, monkeypatch: Any) -> str:
-    """What computes: the compiled kernels where there are some, plain torch."""
-    monkeypatch.setenv("HF_GRADCLIP_KERNELS", request.param)
-    return request.param
+@pytest.fixture(params=["C", "torch"])
+def kernels(request: Any) -> Iterator[str]:
+    """The language that computes."""
+    with serving(request.param):
+        yield request.param
 
 
 def close(mine: Any, theirs: Any, what: str, relative: float = CLOSE) -> None:

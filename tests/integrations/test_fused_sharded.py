@@ -13,6 +13,7 @@ import pytest
 from hf_gradclip.kernels import choice
 from tests.integrations.fused_main import GROUPS, RUNS, STEPS, Net, fit
 from tests.integrations.ranks import Found, launch
+from tests.kernels.languages import serving
 
 pytestmark = pytest.mark.dist
 CLIPPED = [word for word in RUNS if word != "without"]
@@ -30,8 +31,7 @@ def on_shards(tmp_path_factory) -> list[Found]:
 @pytest.fixture(scope="module")
 def reference() -> dict[str, dict[str, Any]]:
     """One process, whose parameters are plain; every clipper clips some tensors and leaves some, and both matter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(choice.VARIABLE, "eager")
+    with serving("torch"):
         found = {word: fit(Net(), options, 0, 1)[1] for word, options in RUNS.items()}
     for word in CLIPPED:
         assert (found[word]["weights"] - found["without"]["weights"]).abs().max() > 1e-3
