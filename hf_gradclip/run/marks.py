@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.run.proof import Proof
-from hf_gradclip.run.updates import innermost
+from hf_gradclip.run.updates import are_same, innermost, stepped_by
 from hf_gradclip.say import logger
 
 
@@ -99,7 +99,7 @@ class Owners:
     """Of each optimizer the clippers of the models whose parameters it steps, as they were found last."""
 
     def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[Any, tuple[int, list[Clipper]]] = weakref.WeakKeyDictionary()
+        self._of: weakref.WeakKeyDictionary[Any, tuple[list[Tensor], list[Clipper]]] = weakref.WeakKeyDictionary()
         self._said_stranger = self._said_strays = False
 
     def clear(self) -> None:
@@ -107,20 +107,21 @@ class Owners:
         self._of.clear()
 
     def known(self, optimizer: Any) -> list[Clipper] | None:
-        """The clippers of an optimizer; None where it has another number of parameters since, or nobody has looked."""
-        size, clippers = self._of.get(optimizer, (-1, None))
-        return clippers if size == sum(len(group["params"]) for group in optimizer.param_groups) else None
+        """The clippers of an optimizer; None where it has other parameters since, or nobody has looked."""
+        stepped, clippers = self._of.get(optimizer, ((), None))
+        return clippers if clippers is not None and are_same(stepped, stepped_by(optimizer)) else None
 
     def find(self, optimizer: Any, models: Sequence[tuple[nn.Module, Clipper]]) -> list[Clipper]:
         """The same, found among these models with their clippers."""
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = stepped_by(optimizer)
+        mine = {*map(id, stepped)}
         clippers = [clipper for model, clipper in models if any(id(p) in mine for p in model.parameters())]
-        self._of[optimizer] = sum(len(group["params"]) for group in optimizer.param_groups), clippers
+        self._of[optimizer] = stepped, clippers
         return clippers
 
     def strays(self, clipper: Clipper, optimizers: Iterable[Any]) -> list[str]:
         """The names of a clipper's parameters that none of these optimizers steps."""
-        mine = {id(p) for o in optimizers for group in innermost(o).param_groups for p in group["params"]}
+        mine = {id(p) for optimizer in optimizers for p in stepped_by(innermost(optimizer))}
         watched, names = clipper.view.watched(), clipper.view.layout.names
         named = zip(names, watched, strict=True) if len(names) == len(watched) else (("a flat one", p) for p in watched)
         return [name for name, p in named if id(p) not in mine]

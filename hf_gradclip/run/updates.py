@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,12 +28,12 @@ class Known:
 
     Args:
         clipper: of the updates.
-        size: how many parameters the optimizer had; None where somebody else sees to it.
+        stepped: the parameters that the optimizer had; None where somebody else sees to it.
         hook: what recovers them; None where the optimizer tells them itself.
     """
 
     clipper: Clipper
-    size: int | None = None
+    stepped: list[Tensor] | None = None
     hook: WeightDifference | None = None
 
 
@@ -66,9 +67,8 @@ class Updates:
         """
         models, self.settled = list(models), True
         for optimizer in map(innermost, optimizers):
-            size = sum(len(group["params"]) for group in optimizer.param_groups)
-            known = self._of.get(optimizer)
-            if known is not None and known.size in (None, size):
+            stepped, known = stepped_by(optimizer), self._of.get(optimizer)
+            if known is not None and (known.stepped is None or are_same(known.stepped, stepped)):
                 continue
             refuse_own_clip(optimizer)
             if self._config.update is None:
@@ -80,9 +80,9 @@ class Updates:
             _refuse_flat(models)
             if known is not None:
                 _let_go(optimizer, known)
-            self._take(optimizer, named, size)
+            self._take(optimizer, named, stepped)
 
-    def _take(self, optimizer: Any, named: list[tuple[str, Tensor]], size: int) -> None:
+    def _take(self, optimizer: Any, named: list[tuple[str, Tensor]], stepped: list[Tensor]) -> None:
         """Make a clipper for these parameters of an optimizer, in the place of an earlier one."""
         order = list(self._of)
         number = order.index(optimizer) if optimizer in self._of else len(order)
@@ -93,18 +93,24 @@ class Updates:
         else:
             hook = WeightDifference(optimizer, clipper)
             self.say_cost(type(optimizer).__name__, sum(4 * local(p).numel() for p in clipper.view.watched()))
-        self.add(optimizer, clipper, size, hook)
+        self.add(optimizer, clipper, stepped, hook)
 
-    def add(self, owner: Any, clipper: Clipper, size: int | None = None, hook: WeightDifference | None = None) -> None:
+    def add(
+        self,
+        owner: Any,
+        clipper: Clipper,
+        stepped: list[Tensor] | None = None,
+        hook: WeightDifference | None = None,
+    ) -> None:
         """Take in the clipper of an optimizer.
 
         Args:
             owner: the optimizer.
             clipper: of its updates.
-            size: see Known.
+            stepped: see Known.
             hook: see Known.
         """
-        self._of[owner] = Known(clipper, size, hook)
+        self._of[owner] = Known(clipper, stepped, hook)
         if self._say and (words := small_limit(owner, clipper)):
             logger.warning(words)
 
@@ -133,9 +139,19 @@ class Updates:
         return found
 
 
+def stepped_by(optimizer: Any) -> list[Tensor]:
+    """The parameters that an optimizer steps, trainable or not, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two lists hold the same objects in the same order."""
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
 def _named_of(optimizer: Any, models: Iterable[nn.Module]) -> list[tuple[str, Tensor]]:
     """The parameters of some models that an optimizer steps, trainable or not."""
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    mine = {*map(id, stepped_by(optimizer))}
     return [(name, p) for model in models for name, p in named_parameters(model) if id(p) in mine]
 
 

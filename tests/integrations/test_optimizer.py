@@ -249,6 +249,28 @@ def test_updates_of_what_trains_later_are_clipped_too(late, ours, caplog) -> Non
         assert [rms > 0 for rms in moved] == [step >= 2, step >= 2, True, True]
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_updates_of_as_many_other_parameters_are_clipped_too(ours, caplog) -> None:
+    """An optimizer that goes on to the next layer, as in training layer by layer."""
+    limit, make = 1e-6, optim.AdamW if ours else torch.optim.AdamW
+    torch.manual_seed(0)
+    accelerator, model = Accelerator(cpu=True), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    hf_gradclip.attach(accelerator, {"gradient": "none", "update": f"block_rms:max_rms={limit}"}, auto=True)
+    model, optimizer = accelerator.prepare(model, make(model[0].parameters(), lr=0.1, weight_decay=0.0))
+    for step in range(6):
+        if step == 3:
+            optimizer.param_groups[0]["params"] = list(model[1].parameters())
+        before = [p.detach().double() for p in model.parameters()]
+        accelerator.backward(model(torch.randn(8, 4)).square().sum())
+        optimizer.step()
+        model.zero_grad()
+        pairs = zip(model.parameters(), before, strict=True)
+        moved = [float((p.detach().double() - b).square().mean().sqrt()) for p, b in pairs]
+        assert max(moved) <= 0.1 * limit * 1.5, "to the rounding of float32 weights"
+        assert [rms > 0 for rms in moved] == [step < 3, step < 3, step >= 3, step >= 3]
+    assert "has other parameters now, so the statistics of its updates start anew" in caplog.text
+
+
 def test_a_skipped_step_has_no_update() -> None:
     params = parameters()
     optimizer, clipper = MAKE["AdamW fused"](params), clipper_of(params, "zclip")
