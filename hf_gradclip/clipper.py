@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_gradclip import kernels
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import (
     CLIP,
@@ -67,7 +68,6 @@ class Clipper:
             view.divide(units)
         self.config = config
         self.view = view
-        self.step_was_skipped = False
         self.withheld = False
         self.recorder: Recorder | None = None
         self._fold: Fold | None = None
@@ -111,6 +111,11 @@ class Clipper:
         return clipper
 
     @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was left out; with `skip_sync=False` this is a host read."""
+        return bool(self._skipped)
+
+    @property
     def folds(self) -> bool:
         """Whether an optimizer takes numbers from this clipper."""
         return self._fold is not None
@@ -136,7 +141,7 @@ class Clipper:
         self._layout = layout
         self.state: State = self.config.gradient.init(self._layout)
         self.guard = Guard(self.config, layout.device, self.view.guarded)
-        self.step_was_skipped = False
+        self._skipped: bool | Tensor = False
 
     def adopt(self, config: ClipConfig) -> None:
         """Go on with another configuration. The strategy starts anew, the report goes on."""
@@ -170,13 +175,15 @@ class Clipper:
         Args:
             loss: see `step`.
             measure: gives the statistics, reduced over ranks, of what is to be clipped; None takes the view's.
-            rescale: see View.measure.
+            rescale: see View.measure. Nobody reads that a square overflowed with `skip_sync=False`, so it is done there
+                in every step where squares are of float32.
 
         Raises:
             ValueError: if the strategy judges the loss and none is given.
         """
         strategy = self.config.gradient
         measure = self.view.measure if measure is None else measure
+        rescale = rescale or (not self.config.skip_sync and kernels.squares_overflow(self._layout.device))
         stats = measure(strategy.needs, rescale)
         layout = stats.layout
         if layout is not self._layout:
@@ -208,14 +215,14 @@ class Clipper:
                 decision, action = again, int(again.action)
         if action in (SKIP, NONFINITE):
             return self._leave_out(decision, action)
-        self.step_was_skipped, self.guard.skips_in_a_row = False, 0
+        self._skipped, self.guard.skips_in_a_row = False, 0
         self._count(decision, finite=True, skipped=False, clipped=action == CLIP)
         return Outcome(decision.stats, decision.plan if action == CLIP else None)
 
     def _leave_out(self, decision: Decision, action: int) -> Outcome:
         """A step that is skipped, or whose NaN or inf is passed on."""
         overflow = action == NONFINITE and self.view.guarded  # the loss scaler's, which has a limit of its own
-        self.step_was_skipped = skipped = overflow or self.guard.skips(action)
+        self._skipped = skipped = overflow or self.guard.skips(action)
         self._count(decision, finite=action != NONFINITE, skipped=skipped, clipped=False)
         if not overflow:
             self.guard.insist(action, decision.stats, self._steps)
@@ -225,16 +232,16 @@ class Clipper:
         """Nobody need know what the action is: the plan is exact without it."""
         finite = action != NONFINITE
         self._count(decision, finite, ~finite if self.view.guarded else torch.zeros_like(finite))
-        self.step_was_skipped = False
+        self._skipped = False
         return Outcome(decision.stats, decision.plan)
 
     def _settle_unread(self, decision: Decision) -> Outcome:
-        """The optimizer reads the flag itself: count on the device; `check_skips` looks at the limit."""
+        """The optimizer reads the flag itself: count on the device, and look at the limit now and then."""
         action = torch.as_tensor(decision.action, device=self._layout.device)
-        skip = self.guard.skips_unread(action)
+        self._skipped = skip = self.guard.skips_unread(action)
         self.guard.count_unread(skip)
         self._count(decision, action != NONFINITE, skip)
-        self.step_was_skipped = False
+        self.guard.look_now_and_then()
         return Outcome(decision.stats, decision.plan, skip=skip)
 
     def apply_(self, outcome: Outcome) -> None:
@@ -254,7 +261,7 @@ class Clipper:
 
     def count_overflow(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""
-        self.step_was_skipped, self._steps = True, self._steps + 1
+        self._skipped, self._steps = True, self._steps + 1
         self.report.add_overflow()
         if self.recorder is not None:
             self.recorder.add_overflow(self._layout)

@@ -12,6 +12,9 @@ from hf_gradclip.say import logger, now_and_then
 from hf_gradclip.strategy import name_of
 from hf_gradclip.types import NormStats
 
+LOOK_EVERY = 50
+"""Steps between two looks at a limit that no step reads."""
+
 
 class NonFiniteError(RuntimeError):
     """The gradient norm is NaN or inf, and the policy or the limit says to stop."""
@@ -33,6 +36,7 @@ class Guard:
     def __init__(self, config: ClipConfig, device: torch.device, guarded: bool) -> None:
         self.adopt(config, guarded)
         self.skips_in_a_row = self._skipped = 0
+        self._since_look = 0
         self._unread = self._most = torch.zeros((), dtype=torch.int64, device=device)
 
     def adopt(self, config: ClipConfig, guarded: bool) -> None:
@@ -95,8 +99,14 @@ class Guard:
 
     def count_unread(self, skipped: Tensor) -> None:
         """Count such a step on the device; `look` reads the count."""
+        self._since_look += 1
         self._unread = torch.where(skipped, self._unread + 1, 0)
         self._most = torch.maximum(self._most, self._unread)
+
+    def look_now_and_then(self) -> None:
+        """After such a step was counted: `look` in every LOOK_EVERY-th, for a loop that never asks."""
+        if self._since_look >= LOOK_EVERY:
+            self.look()
 
     def look(self) -> None:
         """Stop if too many steps in a row were skipped unread since the last look. One host read.
@@ -104,6 +114,7 @@ class Guard:
         Raises:
             NonFiniteError: after `max_consecutive_skips` skipped steps in a row.
         """
+        self._since_look = 0
         most, self._most = int(self._most), self._unread
         if most >= self.config.max_consecutive_skips:
             raise NonFiniteError(

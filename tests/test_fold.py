@@ -15,6 +15,7 @@ from hf_gradclip.strategy import SpecError
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.loops import batches
+from tests.kernels.languages import serving
 from tests.tiny import SkipThird, logged, tiny_llama, train, weights_of
 
 FUSED: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -81,6 +82,47 @@ def test_too_many_unread_skips_stop_the_run_when_logging() -> None:
     with pytest.raises(NonFiniteError, match=r"4 steps in a row were skipped \(max_consecutive_skips=3\)"):
         clipper.check_skips()
     clipper.check_skips()
+
+
+def one_weight(**settings: Any) -> tuple[torch.nn.Parameter, Clipper, Any]:
+    model = torch.nn.Linear(5, 5, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    return model.weight, Clipper.for_model(model, optimizer=optimizer, skip_sync=False, **settings), optimizer
+
+
+def test_too_many_unread_skips_stop_a_loop_that_never_asks() -> None:
+    weight, clipper, optimizer = one_weight(spec="none", max_consecutive_skips=5)
+    weight.grad = torch.full((5, 5), float("nan"))
+    for _ in range(49):
+        clipper.step()
+        optimizer.step()
+    with pytest.raises(NonFiniteError, match=r"50 steps in a row were skipped \(max_consecutive_skips=5\)"):
+        clipper.step()
+
+
+def test_an_unread_skip_is_read_by_who_asks() -> None:
+    weight, clipper, optimizer = one_weight(spec="none")
+    found = []
+    for number in (1.0, float("nan"), 1.0):
+        weight.grad = torch.full((5, 5), number)
+        clipper.step()
+        optimizer.step()
+        found.append(clipper.step_was_skipped)
+    assert found == [False, True, False]
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("name", ["C", "torch"])
+def test_a_large_finite_gradient_is_clipped_and_not_skipped(name, fold) -> None:
+    with serving(name):
+        weight, clipper, optimizer = one_weight(spec="global_norm:max_norm=1", fold=fold)
+        for number in (1e25, -1e30, 3.0):
+            weight.grad = torch.full((5, 5), number)
+            before = weight.detach().clone()
+            assert clipper.step().item() == pytest.approx(5 * abs(number))
+            optimizer.step()
+            torch.testing.assert_close(before - weight.detach(), torch.full((5, 5), 0.2 if number > 0 else -0.2))
+        assert clipper.report.summary()["skipped"] == 0
 
 
 def test_the_trainer_folds_and_its_scheduler_goes_on() -> None:

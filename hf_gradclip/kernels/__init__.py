@@ -22,6 +22,11 @@ from hf_gradclip.kernels.rule import Memory, Places, Rule
 from hf_gradclip.types import ClipPlan
 
 
+def squares_overflow(device: torch.device) -> bool:
+    """Whether a finite gradient on this device may have an infinite sum of squares: plain torch squares in float32."""
+    return choice.language_of(device).dtypes is None
+
+
 @_disable_dynamo
 def statistics(
     grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device, max_abs: bool

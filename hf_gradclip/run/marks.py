@@ -54,7 +54,8 @@ class Marks:
         self._proof.clipped(clipper, self._backwards)
         grads = ((i, p.grad) for i, p in enumerate(clipper.view.here.watched()))
         first = next(((i, weakref.ref(grad), grad._version) for i, grad in grads if grad is not None), None)
-        self._of[clipper] = Mark(clipper.step_was_skipped, set(), norm, self._backwards, first)
+        skips = clipper.config.skip_sync and clipper.step_was_skipped  # else the optimizer reads that itself
+        self._of[clipper] = Mark(skips, set(), norm, self._backwards, first)
 
     def norm_of(self, clipper: Clipper) -> Tensor | None:
         """The norm of the clip of the coming step, if there was one and no backward since; None where one is due."""
