@@ -52,9 +52,11 @@ class Clipper:
     Args:
         config: what to do; of it `update` is not looked at, see `ClipConfig.of_update`.
         view: where the gradients are.
-        prefix: of the keys of the report.
+        prefix: see the attribute.
 
     Attributes:
+        prefix: of the keys of a report that is begun.
+        steps: how many were decided on since this was made or reset.
         recorder: is given every step, where somebody has put one here.
         withheld: set where no optimizer will be called for a step that is skipped; its gradients stay then.
 
@@ -71,7 +73,7 @@ class Clipper:
         self.withheld = False
         self.recorder: Recorder | None = None
         self._fold: Fold | None = None
-        self._prefix = prefix
+        self.prefix = prefix
         self.reset()
 
     @classmethod
@@ -132,9 +134,9 @@ class Clipper:
 
     def reset(self) -> None:
         """Forget everything: the strategy's state, the counters, the report."""
-        self._steps = 0
+        self.steps = 0
         self._start_anew(self.view.layout)
-        self.report = ClipReport(self._layout.device, self._layout.dtype, self._prefix)
+        self.report = ClipReport(self._layout.device, self._layout.dtype, self.prefix)
 
     def _start_anew(self, layout: Layout) -> None:
         """Forget what was learnt of other parameters; what the run has done so far stays in the report."""
@@ -175,8 +177,7 @@ class Clipper:
         Args:
             loss: see `step`.
             measure: gives the statistics, reduced over ranks, of what is to be clipped; None takes the view's.
-            rescale: see View.measure. Nobody reads that a square overflowed with `skip_sync=False`, so it is done there
-                in every step where squares are of float32.
+            rescale: see View.measure; done in every step where nobody reads whether a square overflowed.
 
         Raises:
             ValueError: if the strategy judges the loss and none is given.
@@ -201,7 +202,7 @@ class Clipper:
 
     def settle(self, decision: Decision) -> Outcome:
         """Read the action where it matters, guard against non-finite norms, count the step; raises as `step` does."""
-        self._steps += 1
+        self.steps += 1
         if not self.config.skip_sync:
             return self._settle_unread(decision)
         needed = self.guard.must_read or decision.plan.skip is not None
@@ -225,7 +226,7 @@ class Clipper:
         self._skipped = skipped = overflow or self.guard.skips(action)
         self._count(decision, finite=action != NONFINITE, skipped=skipped, clipped=False)
         if not overflow:
-            self.guard.insist(action, decision.stats, self._steps)
+            self.guard.insist(action, decision.stats, self.steps)
         return Outcome(decision.stats, None, skipped, drop=skipped and not overflow and not self.withheld)
 
     def _pass_on(self, decision: Decision, action: Tensor) -> Outcome:
@@ -261,7 +262,7 @@ class Clipper:
 
     def count_overflow(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""
-        self._skipped, self._steps = True, self._steps + 1
+        self._skipped, self.steps = True, self.steps + 1
         self.report.add_overflow()
         if self.recorder is not None:
             self.recorder.add_overflow(self._layout)

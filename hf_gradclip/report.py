@@ -36,7 +36,7 @@ class ClipReport:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, prefix: str = "clip") -> None:
-        self._prefix = prefix
+        self.prefix = prefix
         self._at: Meters = {}
         self._all_norms: list[float] = []
         self._run = dict.fromkeys(("steps", "clipped", "skipped", "nonfinite"), 0)
@@ -132,7 +132,7 @@ class ClipReport:
         shown["rate"] = sums["clipped"] / steps
         shown["tensor_rate"] = sums["tensors"] / max(tensor_steps, 1)
         shown["skipped"], shown["nonfinite"] = sums["skipped"], sums["nonfinite"]
-        return {f"{self._prefix}/{k}": v for k, v in shown.items() if v is not None and v == v}
+        return {f"{self.prefix}/{k}": v for k, v in shown.items() if v is not None and v == v}
 
     def summary(self) -> dict[str, float]:
         """The whole run on this process: steps, clipped, rate, skipped, nonfinite, norm_median, norm_max, threshold."""
@@ -150,7 +150,7 @@ class ClipReport:
         """The whole run on this process, in words."""
         run = self.summary()
         text = (
-            f"{self._prefix}: steps {run['steps']:.0f}, clipped {run['clipped']:.0f} ({run['rate']:.1%}), "
+            f"{self.prefix}: steps {run['steps']:.0f}, clipped {run['clipped']:.0f} ({run['rate']:.1%}), "
             f"skipped {run['skipped']:.0f}, non-finite {run['nonfinite']:.0f}"
         )
         if "norm_median" in run:

@@ -11,8 +11,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hf_gradclip.config import ClipConfig
+from hf_gradclip.clipper import Clipper
 from hf_gradclip.integrations.attachment import Attachment
+from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_replaced
 from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
@@ -26,6 +27,7 @@ def attach(
     clip: Any = "adaptive",
     *,
     auto: bool = False,
+    joint: bool = False,
     nonfinite: str | None = None,
     max_consecutive_skips: int | None = None,
     check_every: int | None = None,
@@ -39,12 +41,15 @@ def attach(
 
     Args:
         accelerator: of this process.
-        clip: see hf_gradclip.config.
+        clip: see hf_gradclip.config. With several models also {model: spec, ...}, by the model as it was before
+            `prepare` or as that returned it; every model that is prepared and has trainable parameters must be named.
         auto: clip before every optimizer step, so that the loop needs no clip call.
+        joint: clip all prepared models by one norm; a clip call is given the parameters of all of them.
         nonfinite: "skip", "raise" or "pass"; wins over the spec.
         max_consecutive_skips: wins over the spec.
         check_every: wins over the spec; 0 where replicas shall differ, as under LocalSGD.
-        record: a folder; every step's norms and scales go into `gradclip` in it. The record is written in
+        record: a folder; every step's norms and scales go into `gradclip` in it, and where {model: spec, ...} names
+            several models, of each into a folder in it that is called as its class. The record is written in
             `attachment.scalars()`, in `save_state` and in `end_training`.
 
     Returns:
@@ -55,29 +60,32 @@ def attach(
         SpecError: for a wrong spec.
         UnsupportedBackendError: by name, with what to use instead.
     """
-    config = ClipConfig.parse(
-        clip, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips, check_every=check_every
+    models = Models.parse(
+        clip, joint, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips, check_every=check_every
     )
     refuse_replaced(accelerator)
-    if config.record and record is None:
+    if models.config.record and record is None:
         raise SpecError("attach(accelerator, {'record': ...}): there is no output_dir here. Give record='a/folder'.")
-    recording = None if record is None else Recording(record, accelerator.process_index, together=False)
     missing = (
-        f"attach(accelerator, {name_of(config.gradient)!r}): optimizer.step() was called without "
+        f"attach(accelerator, {name_of(models.config.gradient)!r}): optimizer.step() was called without "
         "accelerator.clip_grad_norm_(model.parameters(), max_norm) before it, for every model that it steps, so "
         "something would not be clipped. Add that call between backward and step (in a closure at its end), or use "
         "attach(..., auto=True)."
     )
-    return LoopAttachment(accelerator, config, auto=auto, recording=recording, missing=missing)
+    return LoopAttachment(record, accelerator, models, auto=auto, missing=missing)
 
 
 class LoopAttachment(Attachment):
     """For a loop that a person writes: `clip_grad_norm_`, `prepare`, `free_memory`, `save_state` and `load_state`.
 
-    Made by `attach`, with the arguments of Attachment.
+    Made by `attach`, with the arguments of Attachment after the folder of the record.
     """
 
-    def __init__(self, accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, record: str | os.PathLike[str] | None, accelerator: Accelerator, *args: Any, **kwargs: Any
+    ) -> None:
+        self._folder = record
+        self._by_name: dict[str, Recording] = {}
         self._frozen: list[weakref.ref[nn.Module]] = []
         self._said_max_norm = False
         super().__init__(accelerator, *args, **kwargs)
@@ -86,8 +94,9 @@ class LoopAttachment(Attachment):
         self._start()
 
     def scalars(self) -> dict[str, float]:
-        """The `clip/` values since the last call, for `accelerator.log`. One host read.
+        """The `clip/` values since the last call, for `accelerator.log`. One host read per model.
 
+        Where there are several models, and no `joint`, the values of each begin with `clip_` and the name of its class.
         With `histogram_every` the trackers of the accelerator get a histogram too.
 
         Raises:
@@ -98,8 +107,24 @@ class LoopAttachment(Attachment):
         boards = [trackers["tensorboard"].writer] if "tensorboard" in trackers else []
         runs = [trackers["wandb"].run] if "wandb" in trackers else []
         if self._is_main:
-            self.histograms.send(self.clipper, self._steps, boards, runs)
-        return self.scalars_of(self.clipper)
+            self.histograms.send(self._clippers.made, boards, runs)
+        found: dict[str, float] = {}
+        for clipper in self._clippers.made:
+            found |= self.scalars_of(clipper)
+        return found
+
+    @property
+    def _records(self) -> bool:
+        return self._folder is not None
+
+    def _recording_for(self, model: nn.Module) -> Recording | None:
+        """The one of this folder; where models are named and several, each has a folder in it."""
+        if self._folder is None:
+            return None
+        folder = os.path.join(self._folder, self.models.name(model) if self.models.several else "")
+        if folder not in self._by_name:
+            self._by_name[folder] = Recording(folder, self.accelerator.process_index, together=False)
+        return self._by_name[folder]
 
     def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor | None:
         """In the place of `accelerator.clip_grad_norm_`."""
@@ -108,7 +133,8 @@ class LoopAttachment(Attachment):
             self._said_max_norm = True
             announce(f"clip_grad_norm_(max_norm={max_norm}): the strategy decides, this number is not used.")
         if self._clippers.seams is None and not self.accelerator.sync_gradients:
-            return self.clipper_of(model).view.measure(self.config.gradient.needs).total
+            clipper = self.clipper_of(model)
+            return clipper.view.measure(clipper.config.gradient.needs).total
         return self.clip(model)
 
     def _model_of(self, parameters: Iterable[Tensor]) -> nn.Module:
@@ -123,14 +149,21 @@ class LoopAttachment(Attachment):
             if watched and len(watched) == len(in_order) and all(map(is_, watched, in_order)):
                 return model
         given, sizes = {*map(id, in_order)}, []
-        for model in self.accelerator._models:  # in another order, or not known to the view
-            trainable = {id(p) for p in model.parameters() if p.requires_grad}
-            if given == trainable:
+        models = self.accelerator._models
+        trainable = [{id(p) for p in model.parameters() if p.requires_grad} for model in models]
+        together = set().union(*trainable)
+        for model, own in zip(models, trainable, strict=True):  # in another order, or not known to the view
+            if given == (together if self.models.joint else own):
                 return model
-            sizes.append(len(trainable))
+            sizes.append(len(own))
+        must, call = "of one prepared model, which", "model.parameters()"
+        if self.models.joint:
+            must, call = "of all prepared models (joint=True), which", "those of each, itertools.chain(...)"
+        elif given == together:
+            call = "the parameters of each in a call of its own, or use attach(..., joint=True) for one norm over all"
         raise ValueError(
-            f"accelerator.clip_grad_norm_({len(given)} trainable parameters): must be all trainable parameters of one "
-            f"prepared model, which have {sizes or 'none been prepared'}. Pass model.parameters()."
+            f"accelerator.clip_grad_norm_({len(given)} trainable parameters): must be all trainable parameters {must} "
+            f"have {sizes or 'none been prepared'}. Pass {call}."
         )
 
     def _follow(self, accelerator: Accelerator) -> None:
@@ -143,18 +176,25 @@ class LoopAttachment(Attachment):
         """Before Accelerate drops its models: write and say what there is of them, and hold them no longer."""
         if self._clippers.made and not self._finished:
             self.finish()
-        if self.recording is not None:
-            self.recording.let_go()
+        for recording in self._recordings.values():
+            recording.let_go()
         self.forget()
 
     def _start(self) -> None:
         """Make the missing clippers and watch the new optimizers."""
         self._frozen = []
+        trained = []
         for model in self.accelerator._models:
             if any(p.requires_grad for p in model.parameters()):
-                self.clipper_of(model)
+                trained.append(model)
             else:
                 self._frozen.append(weakref.ref(model))
+        if self.models.joint and trained:
+            if (clipper := self._clippers.join(trained, self.accelerator)) is not None:
+                self._begin(clipper, trained[0])
+        else:
+            for model in trained:
+                self.clipper_of(model)
         self.watch_optimizers()
 
     def _after_backward(self) -> None:
@@ -167,6 +207,14 @@ class LoopAttachment(Attachment):
         elif self.auto and self._steps == 0 and not self.accelerator._optimizers:
             self._steps_of.say_strays([], needed=True)
 
+    def _numbered(self) -> list[tuple[int, Clipper]]:
+        """Each clipper once, with the place among the prepared models of the first that it is of."""
+        found: dict[Clipper, int] = {}
+        for i, model in enumerate(self.accelerator._models):
+            if (clipper := self._clippers.known(model)) is not None:
+                found.setdefault(clipper, i)
+        return [(i, clipper) for clipper, i in found.items()]
+
     def _hook_checkpoints(self) -> None:
         """State goes with `save_state` and `load_state`, through their pre-hooks: other checkpoints still load."""
         for name in ("save_state", "load_state"):
@@ -174,22 +222,21 @@ class LoopAttachment(Attachment):
         wrap(self.accelerator, "end_training", before=self.finish)
 
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
-            if self.recording is not None:
-                self.recording.save_step(output_dir)
+            for i, clipper in self._numbered():
+                if (recording := self._recordings.get(clipper)) is not None:
+                    recording.save_step(output_dir, i)
+                if self._is_main:
+                    save_state(clipper, os.path.join(output_dir, numbered(STATE_NAME, i)))
             if self._is_main:
-                for i, model in enumerate(self.accelerator._models):
-                    if (clipper := self._clippers.known(model)) is not None:
-                        save_state(clipper, os.path.join(output_dir, numbered(STATE_NAME, i)))
                 save_updates(self.updates.clippers, output_dir)
 
         def load(models: list[nn.Module], input_dir: str) -> None:
-            for i, model in enumerate(self.accelerator._models):
-                if (clipper := self._clippers.known(model)) is not None:
-                    path = os.path.join(input_dir, numbered(STATE_NAME, i))
-                    load_state(clipper, path, say=self._is_main)
+            for i, clipper in self._numbered():
+                load_state(clipper, os.path.join(input_dir, numbered(STATE_NAME, i)), say=self._is_main)
             load_updates(self.updates.clippers, input_dir, say=self._is_main)
-            if self.recording is not None:
-                self.recording.load_step(input_dir)
+            for i, clipper in self._numbered():
+                if (recording := self._recordings.get(clipper)) is not None:
+                    recording.load_step(input_dir, i)
 
         self.accelerator.register_save_state_pre_hook(save)
         self.accelerator.register_load_state_pre_hook(load)

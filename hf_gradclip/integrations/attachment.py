@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.clippers import Clippers
+from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import (
     refuse_second_record,
     refuse_swap,
@@ -34,13 +35,13 @@ from hf_gradclip.say import announce, logger
 
 
 class Attachment:
-    """The clippers of an accelerator: one per prepared model, each with its own state.
+    """The clippers of an accelerator: one per prepared model, each with its own state, or one for all of them.
 
     Args:
         accelerator: of this process.
-        config: what to do.
+        models: what is done to which.
         auto: clip before every optimizer step that no clip call preceded.
-        recording: where every step is kept.
+        recording: where every step of the one model is kept; see `_recording_for`.
         missing: the error for a step that no clip call preceded; None lets it pass, since somebody else clips it.
 
     Raises:
@@ -50,7 +51,7 @@ class Attachment:
     def __init__(
         self,
         accelerator: Accelerator,
-        config: ClipConfig,
+        models: Models,
         auto: bool = False,
         recording: Recording | None = None,
         missing: str | None = None,
@@ -60,16 +61,18 @@ class Attachment:
         if self._is_main and (words := substitute_for(accelerator)):
             logger.warning(words)
         self._accelerator = weakref.ref(accelerator)
-        self.config = config
+        self.models = models
         self.auto = auto
+        config = models.config
         self.updates = Updates(config, say=self._is_main)
         self.recording = recording
+        self._recordings: dict[Clipper, Recording] = {}
         self.histograms = Histograms(config.histogram_every)
-        self._hears_loss = config.gradient.needs.loss or recording is not None
+        self._hears_loss = models.hears_loss or self._records
         loss = weakly(self._judged_loss) if self._hears_loss else lambda: None
-        self._clippers = Clippers(config, self.updates, loss)
+        self._clippers = Clippers(models, self.updates, loss)
         clip, look = weakly(self._clip), weakly(self._watch_updates)
-        self._steps_of = Steps(config, self._clippers, clip if auto else None, look, missing)
+        self._steps_of = Steps(models.configs, self._clippers, clip if auto else None, look, missing)
         self._prepared: tuple[int, int] | None = None
         self._replicas = Replicas(config.check_every)
         self._loss = StepLoss()
@@ -81,6 +84,15 @@ class Attachment:
     def paused(self) -> AbstractContextManager[None]:
         """While optimizer state is saved or loaded: torch may step once with zero gradients to make the state."""
         return self._steps_of.paused()
+
+    @property
+    def _records(self) -> bool:
+        """Whether every step is kept."""
+        return self.recording is not None
+
+    def _recording_for(self, model: nn.Module) -> Recording | None:
+        """Where the steps of a model are kept that comes now."""
+        return self.recording
 
     @property
     def accelerator(self) -> Accelerator:
@@ -116,8 +128,8 @@ class Attachment:
         """
         self._replicas.insist()
         clipper.check_skips()
-        if self.recording is not None:
-            self.recording.flush()
+        if (recording := self._recordings.get(clipper)) is not None:
+            recording.flush()
         return clipper.report.scalars() | self.updates.scalars()
 
     def clipper_of(self, model: nn.Module) -> Clipper:
@@ -125,8 +137,14 @@ class Attachment:
         known = self._clippers.known(model)
         if known is not None:
             return known
-        refuse_second_record(self.recording is not None and bool(self._clippers.made))
-        clipper = self._clippers.make(model, self.accelerator)
+        several = self._records and bool(self._clippers.made)
+        refuse_second_record(several and not self.models.by_model)
+        return self._begin(self._clippers.make(model, self.accelerator), model)
+
+    def _begin(self, clipper: Clipper, model: nn.Module) -> Clipper:
+        """A clipper is new: record it, and say what is in force."""
+        if (recording := self._recording_for(model)) is not None:
+            self._recordings[clipper] = recording
         self._steps_of.owners.clear()
         self._prepared = None
         self._record()
@@ -137,8 +155,8 @@ class Attachment:
     def finish(self) -> None:
         """At the end of a run, on every rank: write the rest of the record; rank 0 says what clipping did."""
         self._finished = True
-        if self.recording is not None:
-            self.recording.finish()
+        for recording in self._recordings.values():
+            recording.finish()
         self._replicas.finish(clipper.view for clipper in self._clippers.made)
         if self._is_main:
             for clipper in (*self._clippers.made, *self.updates.clippers):
@@ -147,6 +165,7 @@ class Attachment:
     def forget(self) -> None:
         """Drop all clippers: the next call makes new ones."""
         self._clippers.forget()
+        self._recordings.clear()
         self._steps_of.owners.clear()
         self._prepared = None
         self._steps_of.marks.clear()
@@ -156,7 +175,6 @@ class Attachment:
 
     def adopt(self, config: ClipConfig) -> None:
         """Go on with another configuration, see `Clipper.adopt`; not under DeepSpeed."""
-        self.config = config
         self._clippers.adopt(config)
 
     def clip(self, model: nn.Module) -> Tensor | None:
@@ -174,15 +192,15 @@ class Attachment:
             self.watch_optimizers()
         if (norm := self._steps_of.marks.norm_of(clipper)) is not None:
             return norm  # a second call for one step
-        if self.recording is not None:
-            self.recording.before_step()
+        if (recording := self._recordings.get(clipper)) is not None:
+            recording.before_step()
         self._steps += 1
         norm = clipper.step(self._judged_loss(clipper) if self._hears_loss else None)
-        if self.recording is not None:
-            self._note()
+        if recording is not None:
+            self._note(clipper, recording)
         if self._steps == 1:
             self._steps_of.say_strays(self.accelerator._optimizers)
-        self._replicas.compare(clipper.view, self._steps)
+        self._replicas.compare(clipper.view, clipper.steps)
         self._steps_of.marks.set(clipper, norm)
         return norm
 
@@ -192,25 +210,34 @@ class Attachment:
         if seams.stepped:
             seams.stepped = False
             self._steps += 1
-            if self.recording is not None:
-                self._note()
+            if (recording := self._recordings.get(seams.clipper)) is not None:
+                self._note(seams.clipper, recording)
         return seams.norm
 
     def _judged_loss(self, clipper: Clipper | None = None) -> Tensor | None:
         """The loss of the step, reduced over ranks, where the strategy judges it; else it is for the record only."""
-        judged = self.config.gradient.needs.loss
+        judged = (self.models.config if clipper is None else clipper.config).gradient.needs.loss
         self._loss_of_step = self._loss.reduced(clipper) if judged else self._loss.local(clipper)
         return self._loss_of_step if judged else None
 
-    def _note(self) -> None:
-        """Tell the record what it cannot see of the step that was decided on last."""
-        assert self.recording is not None
-        groups = [group for o in self.accelerator._optimizers[:1] for group in innermost(o).param_groups]
-        self.recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
+    def _note(self, clipper: Clipper, recording: Recording) -> None:
+        """Tell a record what it cannot see of the step that was decided on last."""
+        optimizers = self.accelerator._optimizers
+        if len(self._recordings) > 1:
+            optimizers = [o for o in optimizers if clipper in (self._steps_of.owners.known(o) or ())]
+        groups = [group for o in optimizers[:1] for group in innermost(o).param_groups]
+        recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
 
     def _record(self) -> None:
-        if self.recording is not None and (made := self._clippers.made):
-            self.recording.watch(made[0], self.updates.clippers)
+        for clipper, recording in self._recordings.items():
+            recording.watch(clipper, self._updates_of(clipper))
+
+    def _updates_of(self, clipper: Clipper) -> list[Clipper]:
+        """The clippers of updates whose optimizers step what a clipper clips."""
+        if len(self._recordings) == 1:
+            return self.updates.clippers
+        mine = {*map(id, clipper.view.watched())}
+        return [update for update in self.updates.clippers if any(id(p) in mine for p in update.view.watched())]
 
     def _is_behind(self) -> bool:
         """Whether something was prepared since, or an optimizer could not be watched yet."""
@@ -226,7 +253,7 @@ class Attachment:
             return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
         self._steps_of.watch(accelerator._optimizers)
         self._watch_updates()
-        if self.config.fold or not self.config.skip_sync:
+        if self.models.config.fold or not self.models.config.skip_sync:
             self._fold()
 
     def _watch_updates(self) -> None:
@@ -260,5 +287,5 @@ class Attachment:
             self._steps_of.marks.before_backward()
         if self._hears_loss:
             self._loss.add(loss, self.accelerator.gradient_accumulation_steps)
-        if self.recording is not None:
-            self.recording.begin()
+        for recording in self._recordings.values():
+            recording.begin()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.optim.optimizer import ClippedOptimizer
@@ -105,18 +106,18 @@ def refuse_optimizer(name: str, sagemaker: bool) -> None:
     )
 
 
-def refuse_several_gradients(optimizer: Any, config: ClipConfig) -> None:
+def refuse_several_gradients(optimizer: Any, configs: Sequence[ClipConfig]) -> None:
     """Stop where an optimizer takes several gradients for one step of the weights.
 
     Args:
         optimizer: without wrappers.
-        config: of the run.
+        configs: of the models.
 
     Raises:
         UnsupportedBackendError: by the optimizer's name, with what to use instead.
     """
     name = type(optimizer).__name__
-    skips = config.nonfinite == "skip" or any(part.skips for part in parts_of(config.gradient))
+    skips = any(c.nonfinite == "skip" or any(part.skips for part in parts_of(c.gradient)) for c in configs)
     refuse(
         (
             repeats(name, isinstance(optimizer, torch.optim.LBFGS)),
@@ -174,4 +175,38 @@ def refuse_second_record(found: bool) -> None:
     Raises:
         UnsupportedBackendError: with what to do instead.
     """
-    refuse([Refusal(found, "record with two prepared models", "one is recorded only.", "Leave record out.")])
+    refuse(
+        [
+            Refusal(
+                found,
+                "record with two prepared models",
+                "each needs a folder of its name, which must be known before the first is recorded.",
+                "Name them, attach(accelerator, {model: spec, ...}, record=...), or use joint=True.",
+            )
+        ]
+    )
+
+
+def refuse_joint(engine: bool, models: Sequence[nn.Module]) -> None:
+    """Stop where the norms of several models cannot be one.
+
+    Args:
+        engine: whether DeepSpeed has them.
+        models: prepared.
+
+    Raises:
+        UnsupportedBackendError: with what to use instead.
+    """
+    flat = any(type(module).__name__ == "FullyShardedDataParallel" for model in models for module in model.modules())
+    own = "Use a norm for each model, attach(accelerator, {model: spec, ...})"
+    refuse(
+        (
+            Refusal(engine, "joint=True with DeepSpeed", "an engine clips its own model inside its step.", f"{own}."),
+            Refusal(
+                flat and len(models) > 1,
+                "joint=True with FSDP1",
+                "the shards of two models need not add up over the same ranks.",
+                f"{own}, or FSDP2 (fsdp_version: 2).",
+            ),
+        )
+    )

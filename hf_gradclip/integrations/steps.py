@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ class Steps:
     """Guards the steps of the optimizers that were prepared.
 
     Args:
-        config: of the run.
+        configs: of the models.
         clippers: of the models.
         clip: clips what no clip call preceded; None where a call is insisted on.
         look: called where an optimizer is new, or has other parameters.
@@ -29,7 +29,7 @@ class Steps:
 
     def __init__(
         self,
-        config: ClipConfig,
+        configs: Sequence[ClipConfig],
         clippers: Clippers,
         clip: Callable[[Clipper], Any] | None,
         look: Callable[[], None],
@@ -37,7 +37,7 @@ class Steps:
     ) -> None:
         self.marks = Marks()
         self.owners = Owners()
-        self._config = config
+        self._configs = configs
         self._clippers = clippers
         self._clip = clip
         self._look = look
@@ -51,7 +51,7 @@ class Steps:
             UnsupportedBackendError: by name, for one that takes several gradients for a step.
         """
         for optimizer in optimizers:
-            refuse_several_gradients(innermost(optimizer), self._config)
+            refuse_several_gradients(innermost(optimizer), self._configs)
             if not hasattr(optimizer, "_gradclip_steps"):
                 wrap_step(optimizer, _step)
             optimizer._gradclip_steps = self

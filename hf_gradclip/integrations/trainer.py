@@ -15,6 +15,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
+from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_optimizer, refuse_unsupported
 from hf_gradclip.integrations.trainer_recording import RecordCallback, RecordingMixin
 from hf_gradclip.run.examples import take_indices
@@ -99,7 +100,9 @@ class GradClipMixin(RecordingMixin):
         if config is None or self._clip_attachment is not None:
             return
         recording = self._make_recording(config)
-        self._clip_attachment = Attachment(self.accelerator, config, recording=recording, missing=self._clip_missing())
+        self._clip_attachment = Attachment(
+            self.accelerator, Models(config), recording=recording, missing=self._clip_missing()
+        )
         self.pop_callback(RecordCallback)  # type: ignore[attr-defined]
         self.add_callback(RecordCallback(self))  # type: ignore[attr-defined]
 
@@ -216,7 +219,7 @@ class GradClipMixin(RecordingMixin):
                 callbacks = self.callback_handler.callbacks
                 boards = [b for callback in callbacks if (b := getattr(callback, "tb_writer", None)) is not None]
                 runs = [w for callback in callbacks if (w := getattr(callback, "_wandb", None)) is not None]
-                self._clip_attachment.histograms.send(self.clipper, int(self.state.global_step), boards, runs)
+                self._clip_attachment.histograms.send([self.clipper], boards, runs, int(self.state.global_step))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 

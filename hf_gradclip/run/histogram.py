@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hf_gradclip.clipper import Clipper
 
-NAME = "clip/param_norm"
+NAME = "param_norm"
 
 
 class Histograms:
@@ -22,22 +22,33 @@ class Histograms:
         self._every = every
         self._sent_at = 0
 
-    def send(self, clipper: Clipper, step: int, boards: Iterable[Any], runs: Iterable[Any]) -> None:
-        """Send the norms of the last step, if it is time. One host read then.
+    def send(
+        self, clippers: Sequence[Clipper], boards: Iterable[Any], runs: Iterable[Any], step: int | None = None
+    ) -> None:
+        """Send the norms of the last step, if it is time. One host read per clipper then.
 
         Args:
-            clipper: of the run.
-            step: of the run.
+            clippers: of the run.
             boards: TensorBoard's `SummaryWriter`s.
             runs: of Weights & Biases, or its module.
+            step: of the run; None counts those of the clippers.
         """
+        if step is None:
+            step = max((clipper.steps for clipper in clippers), default=0)
+        clippers = [clipper for clipper in clippers if clipper.report.last is not None]
         if step < self._sent_at:
             self._sent_at = 0  # a new run
-        if not self._every or step - self._sent_at < self._every or clipper.report.last is None:
+        if not clippers or not self._every or step - self._sent_at < self._every:
             return
         self._sent_at = step
+        for clipper in clippers:
+            self._send(clipper, boards, runs, step)
+
+    def _send(self, clipper: Clipper, boards: Iterable[Any], runs: Iterable[Any], step: int) -> None:
+        assert clipper.report.last is not None
+        name = f"{clipper.report.prefix}/{NAME}"
         norms = clipper.report.last.by_param.norm_S.float().cpu().numpy()
         for board in boards:
-            board.add_histogram(NAME, norms, step)
+            board.add_histogram(name, norms, step)
         for run in runs:
-            run.log({NAME: sys.modules["wandb"].Histogram(norms), "train/global_step": step})
+            run.log({name: sys.modules["wandb"].Histogram(norms), "train/global_step": step})

@@ -116,7 +116,8 @@ class Owners:
         """The same, found among these models with their clippers."""
         stepped = stepped_by(optimizer)
         mine = {*map(id, stepped)}
-        clippers = [clipper for model, clipper in models if any(id(p) in mine for p in model.parameters())]
+        found = (clipper for model, clipper in models if any(id(p) in mine for p in model.parameters()))
+        clippers = list(dict.fromkeys(found))  # one may be of several models
         self._of[optimizer] = stepped, clippers
         return clippers
 

@@ -25,6 +25,7 @@ from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.record.files import FOLDER, drop_after, join_small, parts_of, read_record, write_part
 from hf_gradclip.record.spikes import describe_spike, drop_spikes_after, find_spikes, known, write_spike
 from hf_gradclip.run.startup import world_size
+from hf_gradclip.run.state import numbered
 from hf_gradclip.say import announce, logger
 from hf_gradclip.strategy import describe
 from hf_gradclip.types import Layout
@@ -204,18 +205,18 @@ class Recording:
         write_part(self.folder, kind, rows, meta)
         join_small(self.folder, kind)
 
-    def save_step(self, folder: str) -> None:
-        """Write the rest, and how far the record is into a checkpoint of Accelerate."""
+    def save_step(self, folder: str, number: int = 0) -> None:
+        """Write the rest, and how far the record is into a checkpoint of Accelerate, where it has this number."""
         self.flush(force=True)
         if self._rank == 0:
-            path = Path(folder, STEP_NAME)
+            path = Path(folder, numbered(STEP_NAME, number))
             aside = path.with_suffix(".tmp")
             aside.write_text(json.dumps({"step": self._recorder.step}) + "\n", "utf-8")
             aside.replace(path)
 
-    def load_step(self, folder: str) -> None:
+    def load_step(self, folder: str, number: int = 0) -> None:
         """Go on where a checkpoint of Accelerate was, or say that its steps were not recorded."""
-        path = Path(folder, STEP_NAME)
+        path = Path(folder, numbered(STEP_NAME, number))
         if path.is_file():
             self.start_after(int(json.loads(path.read_text("utf-8"))["step"]))
             return

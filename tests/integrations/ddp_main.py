@@ -21,6 +21,7 @@ from tests.integrations.recorded import RECORD, PoisonedTrainer, poisoned_data
 from tests.tiny import logged, tiny_llama, train, weights_of
 
 OPTIMIZERS = {"adamw_torch_fused": 3e-3, "adamw_torch": 3e-3, "sgd": 0.3, "rmsprop": 1e-3}
+SPECS = ("global_norm:max_norm=0.1", "global_norm:max_norm=0.5")
 LIMIT = 0.38  # the global batch is twice that of one process, so the norms are smaller
 
 
@@ -113,6 +114,33 @@ def plain_loop() -> dict[str, Any]:
     }
 
 
+def two_models(joint: bool) -> tuple[list[torch.nn.Module], list[torch.optim.Optimizer], torch.Tensor]:
+    """An encoder and a decoder with an optimizer for both or for each, and a batch of eight rows."""
+    torch.manual_seed(3)
+    models = [torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6)) for _ in range(2)]
+    parts = [[*models[0].parameters(), *models[1].parameters()]] if joint else [m.parameters() for m in models]
+    return models, [torch.optim.SGD(part, lr=0.1) for part in parts], torch.randn(8, 6)
+
+
+def several(how: str) -> dict[str, Any]:
+    """Two models under DDP, by one norm or each by its own spec; each rank takes half of every batch."""
+    accelerator, joint = Accelerator(cpu=True), how == "joint"
+    models, optimizers, x = two_models(joint)
+    spec = SPECS[0] if joint else dict(zip(models, SPECS, strict=True))
+    attachment = hf_gradclip.attach(accelerator, spec, joint=joint)
+    a, b, *optimizers = accelerator.prepare(*models, *optimizers)
+    half = x[4 * accelerator.process_index :][:4]
+    for step in range(12):
+        accelerator.backward(b(a(half)).square().mean() * (3.0 if step % 3 == 0 else 0.3))
+        for parameters in [[*a.parameters(), *b.parameters()]] if joint else [a.parameters(), b.parameters()]:
+            accelerator.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = torch.cat([p.detach().flatten() for model in (a, b) for p in model.parameters()])
+    return {"weights": weights.tolist(), "scalars": attachment.scalars(), "backend": type(a).__name__}
+
+
 def replicas_come_apart(every: str, when: str = "3") -> str:
     """Rank 1 changes its gradients after DDP has reduced them: nobody would notice but for the check."""
     steps = 0
@@ -183,12 +211,14 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
     "specs": different_specs,
     "loss": loss_on_one_rank,
     "loop": plain_loop,
+    "several": several,
     "recorded": recorded,
     "full": full,
 }
 NAMES = (
     *(f"parity:{optim}" for optim in OPTIMIZERS), "engaged", "nan", "apart:4", "apart:0",
-    "apart:100:0", "apart:100:7", "uneven", "specs", "loss", "loop", "recorded", "full",
+    "apart:100:0", "apart:100:7", "uneven", "specs", "loss", "loop", "several:joint", "several:each",
+    "recorded", "full",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 
 from hf_gradclip import Clipper
 from hf_gradclip.record.files import read_record
-from tests.integrations.ddp_main import LIMIT, NAMES, OPTIMIZERS
+from tests.integrations.ddp_main import LIMIT, NAMES, OPTIMIZERS, SPECS, two_models
 from tests.integrations.loops import batches
 from tests.integrations.ranks import ACCELERATE, Found, launch
 from tests.integrations.recorded import POISON
@@ -98,6 +98,35 @@ def test_a_plain_loop_equals_one_process(ranks) -> None:
         assert result["loop"]["names"] == clipper.state_dict()["names"], "no wrapper prefix in the names"
         torch.testing.assert_close(torch.tensor(result["loop"]["norms"]), torch.tensor(norms), rtol=1e-5, atol=0)
         torch.testing.assert_close(torch.tensor(result["loop"]["weights"]), weights_of(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["joint", "each"])
+def test_two_models_equal_one_process(ranks, how) -> None:
+    """Against torch's own clip, over the chain of both models or of each; some steps clip and some do not."""
+    joint = how == "joint"
+    (a, b), optimizers, x = two_models(joint)
+    limits = [float(spec.split("=")[1]) for spec in SPECS]
+    norms = [[], []]
+    for step in range(12):
+        (b(a(x)).square().mean() * (3.0 if step % 3 == 0 else 0.3)).backward()
+        parts = [[*a.parameters(), *b.parameters()]] if joint else [[*a.parameters()], [*b.parameters()]]
+        for part, limit, found in zip(parts, limits, norms, strict=False):
+            found.append(float(torch.nn.utils.clip_grad_norm_(part, limit)))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = torch.cat([p.detach().flatten() for model in (a, b) for p in model.parameters()])
+    keys = ["clip"] if joint else ["clip_Sequential", "clip_Sequential_2"]
+    for key, found, limit in zip(keys, norms, limits, strict=False):
+        rate = sum(norm > limit for norm in found) / 12
+        assert 0 < rate < 1
+        for result in ranks:
+            scalars = result[f"several:{how}"]["scalars"]
+            assert scalars[f"{key}/rate"] == pytest.approx(rate)
+            assert scalars[f"{key}/norm_mean"] == pytest.approx(sum(found) / 12)
+    for result in ranks:
+        assert result[f"several:{how}"]["backend"] == "DistributedDataParallel"
+        assert (torch.tensor(result[f"several:{how}"]["weights"]) - weights).abs().max() < 1e-6
 
 
 def test_the_record_has_the_mean_over_ranks(ranks, folder) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import nn
+from torch import Tensor, nn
 
 import hf_gradclip
+from hf_gradclip.strategy import SpecError, flatten
 
 LIMIT = 1e-3
+
+
+class Generator(nn.Sequential): ...
+
+
+class Discriminator(nn.Sequential): ...
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +215,209 @@ def test_an_idle_model_of_an_optimizer_needs_no_clip_call() -> None:
     optimizer.step()
     assert 0 < moved(a, before[0]) <= LIMIT * 1.001
     assert moved(b, before[1]) == 0
+
+
+class TestByModel:
+    """attach(accelerator, {model: spec, ...})."""
+
+    @staticmethod
+    def gan(when: str, **settings: Any) -> tuple[Any, Any, list[nn.Module], list[Any], Tensor]:
+        """A small generator that is limited to LIMIT, and a discriminator that is limited to ten times that."""
+        accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+        a, b = Generator(*a), Discriminator(*b)
+        specs = {b: f"global_norm:max_norm={10 * LIMIT}", a: f"global_norm:max_norm={LIMIT}"}
+        if when == "before":
+            attachment = hf_gradclip.attach(accelerator, specs, **settings)
+        a, b, of_a, of_b = accelerator.prepare(a, b, sgd(a), sgd(b))
+        if when == "after":
+            attachment = hf_gradclip.attach(accelerator, specs, **settings)
+        return accelerator, attachment, [a, b], [of_a, of_b], x
+
+    @pytest.mark.parametrize("auto", [True, False])
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_each_is_clipped_by_its_own(self, when, auto) -> None:
+        accelerator, attachment, models, optimizers, x = self.gan(when, auto=auto)
+        for _ in range(3):
+            for model, optimizer, limit in zip(models, optimizers, (LIMIT, 10 * LIMIT), strict=True):
+                before = vector(model)
+                accelerator.backward(model(x).square().sum())
+                norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+                if not auto:
+                    assert accelerator.clip_grad_norm_(model.parameters(), 1.0) == pytest.approx(norm.item())
+                optimizer.step()
+                optimizer.zero_grad()
+                assert moved(model, before) == pytest.approx(limit, rel=1e-3)
+        found = attachment.scalars()
+        assert found["clip_Generator/norm_post"] == pytest.approx(LIMIT, rel=1e-3)
+        assert found["clip_Discriminator/norm_post"] == pytest.approx(10 * LIMIT, rel=1e-3)
+        assert found["clip_Generator/norm_mean"] > 1
+        assert not any(key.startswith("clip/") for key in found)
+
+    def test_each_has_a_record(self, tmp_path) -> None:
+        from hf_gradclip.record.files import read_record
+
+        accelerator, _, models, optimizers, x = self.gan("before", auto=True, record=tmp_path / "run")
+        norms = {"Generator": [], "Discriminator": []}
+        for step in range(12):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                if model is models[0] and step % 3 == 2:
+                    continue
+                accelerator.backward(model(x).square().sum())
+                norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+                norms[type(model).__name__].append(norm.item())
+                optimizer.step()
+                optimizer.zero_grad()
+            if step == 5:
+                accelerator.save_state(str(tmp_path / "saved"))
+        accelerator.end_training()
+        for name, expected in norms.items():
+            record = read_record(tmp_path / "run" / name)
+            assert record.norm_T.tolist() == pytest.approx(expected)
+            assert record.names == ("0.weight", "0.bias", "1.weight", "1.bias")
+        assert [len(found) for found in norms.values()] == [8, 12]
+
+    def test_the_state_of_each_comes_back(self, tmp_path) -> None:
+        def fit(steps, folder=None):
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+            accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+            specs = {a: "zclip:warmup_steps=3", b: "autoclip"}
+            attachment = hf_gradclip.attach(accelerator, specs, auto=True)
+            prepared = accelerator.prepare(a, b, sgd(a), sgd(b))
+            if folder is not None:
+                accelerator.load_state(str(folder))
+            for step in steps:
+                for model, optimizer in zip(prepared[:2], prepared[2:], strict=True):
+                    accelerator.backward(model(x).square().mean() * (1 + step % 4) * 1e-3)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return accelerator, [flatten(attachment.clipper_of(model).state) for model in prepared[:2]]
+
+        accelerator, _ = fit(range(6))
+        accelerator.save_state(str(tmp_path))
+        _, resumed = fit(range(6, 12), tmp_path)
+        _, whole = fit(range(12))
+        for mine, theirs in zip(resumed, whole, strict=True):
+            assert mine
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+    def test_one_that_is_not_named_is_an_error(self) -> None:
+        accelerator, (a, _), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+        hf_gradclip.attach(accelerator, {a: "adaptive"})
+        accelerator.prepare(a)
+        with pytest.raises(SpecError, match=r"\{model: spec, ...\}\): Sequential was prepared, has"):
+            accelerator.prepare(b)
+
+    def test_a_frozen_one_need_not_be_named(self) -> None:
+        accelerator, (a, _), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+        hf_gradclip.attach(accelerator, {a: "adaptive"})
+        accelerator.prepare(a, b.requires_grad_(False))
+
+    @pytest.mark.parametrize(
+        ("specs", "more", "words"),
+        [
+            (lambda a, b: {a: "adaptive", "unet": "agc"}, {}, "'unet'.*must be a model"),
+            (lambda a, b: {a: "adaptive", b: "agc"}, {"joint": True}, "one norm over all models has one spec"),
+            (
+                lambda a, b: {a: "adaptive", b: {"gradient": "agc", "update": "value:max_value=1"}},
+                {},
+                "update is None and .*must be the same for all models",
+            ),
+            (lambda a, b: {a: "adaptive", b: "adaptiv"}, {}, "adaptiv"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(self, specs, more, words) -> None:
+        (a, _), (b, _) = two_layers(), two_layers()
+        with pytest.raises(SpecError, match=words):
+            hf_gradclip.attach(Accelerator(cpu=True), specs(a, b), **more)
+
+
+class TestJoint:
+    """attach(accelerator, spec, joint=True)."""
+
+    @pytest.mark.parametrize("order", [1, -1])
+    @pytest.mark.parametrize("auto", [True, False])
+    def test_one_norm_over_all_models(self, auto, order) -> None:
+        """Against torch's clip over the chain of both, steps that clip and steps that do not."""
+
+        def fit(ours: bool) -> tuple[Tensor, list[float], dict[str, float]]:
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+            accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+            attachment = (
+                hf_gradclip.attach(accelerator, "global_norm:max_norm=2", joint=True, auto=auto) if ours else None
+            )
+            a, b, optimizer = accelerator.prepare(a, b, torch.optim.SGD([*a.parameters(), *b.parameters()], lr=0.01))
+            norms = []
+            for step in range(10):
+                accelerator.backward(b(a(x)).square().mean() * (0.01 if step % 2 else 1.0))
+                chain = itertools.chain(*(model.parameters() for model in (a, b)[::order]))
+                if not (ours and auto):
+                    norms.append(float(accelerator.clip_grad_norm_(chain, 2.0)))
+                optimizer.step()
+                optimizer.zero_grad()
+            return torch.cat([vector(a), vector(b)]), norms, attachment.scalars() if ours else {}
+
+        (mine, norms, found), (theirs, expected, _) = fit(True), fit(False)
+        assert (mine - theirs).abs().max() < 1e-6
+        assert 0 < sum(norm > 2 for norm in expected) < len(expected)
+        assert found["clip/norm_mean"] == pytest.approx(sum(expected) / len(expected))
+        if not auto:
+            assert norms == pytest.approx(expected)
+
+    def test_the_record_names_parameters_by_model(self, tmp_path) -> None:
+        from hf_gradclip.record.files import read_record
+
+        accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+        hf_gradclip.attach(accelerator, "adaptive_norm", joint=True, auto=True, record=tmp_path)
+        a, b, optimizer = accelerator.prepare(Generator(*a), Discriminator(*b), sgd(a, b))
+        accelerator.backward(b(a(x)).square().mean())
+        optimizer.step()
+        accelerator.end_training()
+        names = read_record(tmp_path).names
+        assert names[0] == "Generator.0.weight"
+        assert names[-1] == "Discriminator.1.bias"
+
+    def test_a_model_that_comes_later_is_in_it(self, caplog) -> None:
+        accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+        hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}", joint=True, auto=True)
+        a, of_a = accelerator.prepare(a, sgd(a))
+        accelerator.backward(a(x).square().sum())
+        of_a.step()
+        b, of_b = accelerator.prepare(b, sgd(b))
+        before = torch.cat([vector(a), vector(b)])
+        of_a.zero_grad()
+        accelerator.backward(b(a(x)).square().sum())
+        of_a.step()
+        of_b.step()
+        assert float((torch.cat([vector(a), vector(b)]) - before).norm()) == pytest.approx(LIMIT, rel=1e-3)
+        assert "start anew" in caplog.text
+
+    def test_a_call_with_one_of_them_says_what_it_must_be(self) -> None:
+        accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+        hf_gradclip.attach(accelerator, "adaptive", joint=True)
+        a, b, _ = accelerator.prepare(a, b, sgd(a, b))
+        accelerator.backward(b(a(x)).square().sum())
+        with pytest.raises(ValueError, match=r"must be all trainable parameters of all prepared models \(joint=True\)"):
+            accelerator.clip_grad_norm_(a.parameters(), 1.0)
+
+
+def test_a_call_over_two_models_is_told_of_joint() -> None:
+    accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+    hf_gradclip.attach(accelerator, "adaptive")
+    a, b, _ = accelerator.prepare(a, b, sgd(a, b))
+    accelerator.backward(b(a(x)).square().sum())
+    with pytest.raises(ValueError, match=r"or use attach\(..., joint=True\) for one norm over all"):
+        accelerator.clip_grad_norm_([*a.parameters(), *b.parameters()], 1.0)
+
+
+def test_models_of_one_spec_are_logged_apart_and_two_of_a_class_by_number() -> None:
+    accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+    attachment = hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}", auto=True)
+    a, b, optimizer = accelerator.prepare(a, b, sgd(a, b))
+    accelerator.backward(b(a(x)).square().sum())
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() for model in (a, b)]
+    optimizer.step()
+    found = attachment.scalars()
+    assert found["clip_Sequential/norm_mean"] == pytest.approx(norms[0])
+    assert found["clip_Sequential_2/norm_mean"] == pytest.approx(norms[1])
