@@ -24,6 +24,7 @@ from hf_gradclip.integrations.refusals import (
     refuse_unsupported,
 )
 from hf_gradclip.integrations.steps import Steps
+from hf_gradclip.run.advice import Advice
 from hf_gradclip.run.histogram import Histograms
 from hf_gradclip.run.loss import StepLoss
 from hf_gradclip.run.recording import Recording
@@ -76,6 +77,7 @@ class Attachment:
         self._prepared: tuple[int, int] | None = None
         self._replicas = Replicas(config.check_every)
         self._loss = StepLoss()
+        self._advice = Advice()
         self._loss_of_step: Tensor | None = None
         self._steps = 0
         self._finished = False
@@ -130,7 +132,17 @@ class Attachment:
         clipper.check_skips()
         if (recording := self._recordings.get(clipper)) is not None:
             recording.flush()
-        return clipper.report.scalars() | self.updates.scalars()
+        scalars = clipper.report.scalars()
+        if self._is_main:
+            self._advice.at_log(clipper, scalars, self._stepping(clipper))
+        return scalars | self.updates.scalars()
+
+    def _stepping(self, clipper: Clipper) -> list[Any]:
+        """The optimizers, without wrappers, that step what a clipper clips."""
+        optimizers = self.accelerator._optimizers
+        if len(self._clippers.made) > 1:
+            optimizers = [o for o in optimizers if clipper in (self._steps_of.owners.known(o) or ())]
+        return [innermost(optimizer) for optimizer in optimizers]
 
     def clipper_of(self, model: nn.Module) -> Clipper:
         """The clipper of a model, made at the first call. The model may be wrapped or not."""
@@ -222,22 +234,13 @@ class Attachment:
 
     def _note(self, clipper: Clipper, recording: Recording) -> None:
         """Tell a record what it cannot see of the step that was decided on last."""
-        optimizers = self.accelerator._optimizers
-        if len(self._recordings) > 1:
-            optimizers = [o for o in optimizers if clipper in (self._steps_of.owners.known(o) or ())]
-        groups = [group for o in optimizers[:1] for group in innermost(o).param_groups]
+        groups = [group for optimizer in self._stepping(clipper)[:1] for group in optimizer.param_groups]
         recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
 
     def _record(self) -> None:
+        several = len(self._recordings) > 1
         for clipper, recording in self._recordings.items():
-            recording.watch(clipper, self._updates_of(clipper))
-
-    def _updates_of(self, clipper: Clipper) -> list[Clipper]:
-        """The clippers of updates whose optimizers step what a clipper clips."""
-        if len(self._recordings) == 1:
-            return self.updates.clippers
-        mine = {*map(id, clipper.view.watched())}
-        return [update for update in self.updates.clippers if any(id(p) in mine for p in update.view.watched())]
+            recording.watch(clipper, self.updates.of(clipper) if several else self.updates.clippers)
 
     def _is_behind(self) -> bool:
         """Whether something was prepared since, or an optimizer could not be watched yet."""
@@ -249,6 +252,8 @@ class Attachment:
         """Wrap the step of every prepared optimizer once: a step must be clipped, and a skip must be seen."""
         accelerator = self.accelerator
         self._prepared = len(accelerator._models), len(accelerator._optimizers)
+        if self._is_main:
+            self._advice.at_start(map(innermost, accelerator._optimizers), self.models.configs)
         if self._clippers.seams is not None:
             return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
         self._steps_of.watch(accelerator._optimizers)

@@ -14,10 +14,10 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.device import local
 from hf_gradclip.optim.optimizer import PLACES, ClippedOptimizer
+from hf_gradclip.run.advice import small_limit
 from hf_gradclip.run.refusal import Refusal, refuse
 from hf_gradclip.run.weight_difference import WeightDifference
 from hf_gradclip.say import announce, logger
-from hf_gradclip.strategy import describe, parts_of
 from hf_gradclip.views import view_of
 from hf_gradclip.views.trainable import named_parameters
 
@@ -58,6 +58,11 @@ class Updates:
     def clippers(self) -> list[Clipper]:
         """In the order in which the optimizers came."""
         return [known.clipper for known in self._of.values()]
+
+    def of(self, clipper: Clipper) -> list[Clipper]:
+        """Those whose optimizers step what a clipper of gradients clips."""
+        mine = {*map(id, clipper.view.watched())}
+        return [update for update in self.clippers if any(id(p) in mine for p in update.view.watched())]
 
     def watch(self, optimizers: Iterable[Any], models: Iterable[nn.Module]) -> None:
         """Clip the updates of the optimizers that are new or have other parameters, as far as those are of the models.
@@ -162,25 +167,6 @@ def _let_go(optimizer: Any, known: Known) -> None:
     )
     if known.hook is not None:
         known.hook.remove()
-
-
-def small_limit(optimizer: Any, clipper: Clipper) -> str:
-    """Words for a limit on the norm that an update of RMS 1, as Adam makes them, is far above; "" for none."""
-    keys = set(optimizer.param_groups[0])
-    if not {"betas", "alpha"} & keys or "lambd" in keys:  # ASGD has an alpha of another kind
-        return ""
-    numel_S = clipper.view.layout.numel_S
-    for part in parts_of(clipper.config.gradient):
-        limit = getattr(part, "max_norm", float("inf"))
-        usual = float(numel_S.max() if part.per_parameter else numel_S.sum()) ** 0.5
-        if 10 * limit < usual:
-            when = "every step of the warm-up" if hasattr(part, "warmup_steps") else "every step"
-            return (
-                f"update={describe(part)!r}: max_norm={limit:g}, and the norm of an update of "
-                f"{type(optimizer).__name__} is about the root of the number of weights, {usual:.4g} here. That cuts "
-                f"{when}. Set max_norm to suit, or max_norm=inf where it is for the warm-up only."
-            )
-    return ""
 
 
 def innermost(optimizer: Any) -> Any:
