@@ -17,9 +17,11 @@ class AGC(Strategy):
     start at zero, as LoRA's B does, leave it. The limit is exact, without the 1e-6 that torch adds to a
     norm: the norm of a row may well be of that size.
 
-    Parameters of one dimension (biases, the weights of norms) and the head are left alone unless asked for. The head
-    is what `get_output_embeddings()` gives, or a layer with a usual name (lm_head, score, classifier, ...); where it
-    is tied to the embedding, both are left alone.
+    Parameters of one dimension (biases, the weights of norms) and the heads are left alone unless asked for; the start
+    line of a run names the heads. A head is what the model says, by `get_output_embeddings()` or timm's
+    `get_classifier()`, or else a layer with a usual name: lm_head, classifier, score, head, fc, ... (views/heads.py has
+    the rule). Of a head of several layers it is the last one with a matrix. Where a head is tied to an embedding, both
+    are left alone; where none is found, every matrix is clipped. If that leaves nothing to clip, `agc` is refused.
 
     Args:
         clip_factor: the largest |g| as a multiple of |w|; > 0. The paper's best is 0.01 for large batches and up to
@@ -28,7 +30,7 @@ class AGC(Strategy):
         unit_axis: the axis of a matrix that counts its outputs: 0 for (out, in), 1 for (in, out); None goes by the
             kind of the layer.
         include_1d: clip parameters of one dimension too, each as one unit.
-        include_head: clip the head too.
+        include_head: clip the heads too.
 
     Example:
         >>> preview(AGC(clip_factor=0.01), [[0.005, 0.5]], weights=2.0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_gradclip.kernels.rule import ByAxes
 from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views.heads import Heads, heads_of
+from hf_gradclip.views.units import Shape, axes_of
 
 Place = tuple[int, ByAxes | None]
 """Of a parameter its first segment and, where it is cut into units, those of them that are here."""
@@ -36,11 +39,15 @@ class Here(ABC):
         whole_only: True where nothing is known of single parameters.
         layout: the segments, equal on every process, as they were when somebody looked last.
         owned_S: of which segments this process adds its numbers to a sum over ranks, bool, shape (S,); None for all.
+        heads: the layers that `divide` leaves whole since they make the model's output.
+        uncut: the names of the parameters that it leaves whole, those of heads included.
     """
 
     whole_only: ClassVar[bool] = False
     layout: Layout
     owned_S: Tensor | None = None
+    heads: Heads = MappingProxyType({})
+    uncut: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -61,6 +68,15 @@ class Here(ABC):
         Raises:
             UnsupportedBackendError: where the units are not known.
         """
+
+    def _axes(
+        self, model: nn.Module | None, named: Sequence[tuple[str, Tensor]], shapes: Sequence[Shape], units: Units
+    ) -> list[tuple[int, ...] | None]:
+        """Find the heads, and of each parameter the axes that count units; see `axes_of` for both."""
+        self.heads = {} if units.head else heads_of(model, named)
+        axes = axes_of(model, named, shapes, units, self.heads)
+        self.uncut = tuple(name for (name, _), kept in zip(named, axes, strict=True) if kept is None)
+        return axes
 
     @abstractmethod
     def watched(self) -> Sequence[Tensor]:

@@ -19,7 +19,7 @@ from hf_gradclip.views.division import Division
 from hf_gradclip.views.gradients import blocks_of, gradients_of, measure, shaped
 from hf_gradclip.views.here import Here, Place
 from hf_gradclip.views.trainable import Trainable, Watched
-from hf_gradclip.views.units import Shape, axes_of
+from hf_gradclip.views.units import Shape
 
 
 class Parameters(Here):
@@ -81,7 +81,7 @@ class Parameters(Here):
         else:
             self._sizes = [*map(Tensor.size, parameters)]
             named = list(zip(names, parameters, strict=True))
-            axes = axes_of(self._trainable.model, named, self._sizes, self._units)
+            axes = self._axes(self._trainable.model, named, self._sizes, self._units)
             division = Division(names, self._sizes, axes, device)
             self._first = division.first[:-1]
             self.layout = division.layout

@@ -130,6 +130,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once, under a name without the prefixes that compilation and checkpointing put inside it."""
     for name, parameter in model.named_parameters():
-        for prefix in _INNER:
-            name = name.replace(prefix, "")
-        yield name, parameter
+        yield bare(name), parameter
+
+
+def bare(name: str) -> str:
+    """The name of a parameter or module without the prefixes that compilation and checkpointing put inside it."""
+    for prefix in _INNER:
+        name = name.replace(prefix, "")
+    return name

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from hf_gradclip.strategy import Units
-
-HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
-TOP_HEADS = frozenset({"head", "fc"})
+from hf_gradclip.views.heads import Heads
 
 Shape = Sequence[int]
 
 
 def axes_of(
-    model: nn.Module | None, named: Sequence[tuple[str, Tensor]], shapes: Sequence[Shape], units: Units
+    model: nn.Module | None, named: Sequence[tuple[str, Tensor]], shapes: Sequence[Shape], units: Units, heads: Heads
 ) -> list[tuple[int, ...] | None]:
     """Per parameter the axes that count units; () for one unit, None for a parameter that is not cut.
 
@@ -28,16 +26,15 @@ def axes_of(
         named: the parameters.
         shapes: of the whole parameters.
         units: what the strategy asks for.
+        heads: see `heads_of`; their parameters are not cut.
     """
     layers = (
         {} if model is None else {id(p): layer for layer in model.modules() for p in layer.parameters(recurse=False)}
     )
-    heads = _heads(model)
+    apart = {name for names in heads.values() for name in names}
     axes: list[tuple[int, ...] | None] = []
     for (name, p), shape in zip(named, shapes, strict=True):
-        path = name.split(".")[:-1]
-        head = id(p) in heads or bool(HEADS.intersection(path)) or (len(path) == 1 and path[0] in TOP_HEADS)
-        if head and not units.head:
+        if name in apart:
             axes.append(None)
         elif len(shape) < 2 or name.endswith("bias"):
             axes.append(() if units.vectors else None)
@@ -58,9 +55,3 @@ def _matrix_axes(layer: nn.Module | None, name: str, ndim: int, axis: int | None
     if ndim == 2:
         return (axis,)
     return (0, 1 + axis) if layer is not None or "expert" in name else (0,)
-
-
-def _heads(model: nn.Module | None) -> set[int]:
-    find = getattr(model, "get_output_embeddings", None)
-    layer = find() if callable(find) else None
-    return {id(p) for p in layer.parameters()} if isinstance(layer, nn.Module) else set()

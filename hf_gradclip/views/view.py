@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views.heads import Heads
 from hf_gradclip.views.here import Here, Place
 from hf_gradclip.views.ranks import Ranks, spread_of
 
@@ -66,6 +67,16 @@ class View:
     def backend(self) -> str:
         """A few words for the start-up line: where the gradients live."""
         return self.here.backend
+
+    @property
+    def heads(self) -> Heads:
+        """The layers that `divide` leaves whole, since they make the model's output; of the last look."""
+        return self.here.heads
+
+    @property
+    def uncut(self) -> tuple[str, ...]:
+        """The names of the parameters that `divide` leaves whole, those of heads included; of the last look."""
+        return self.here.uncut
 
     @property
     def loss_scale(self) -> float:

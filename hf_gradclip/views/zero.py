@@ -20,7 +20,6 @@ from hf_gradclip.views.here import Here, Place
 from hf_gradclip.views.partitions import Kind, Moved, Partition, Piece
 from hf_gradclip.views.ranks import Ranks
 from hf_gradclip.views.trainable import named_parameters
-from hf_gradclip.views.units import axes_of
 from hf_gradclip.views.view import View
 
 
@@ -92,7 +91,7 @@ class Pieces(Here):
 
     def divide(self, units: Units) -> None:
         """See Here."""
-        self._cut(axes_of(self.module, self.named, self._shapes, units), self.layout.device)
+        self._cut(self._axes(self.module, self.named, self._shapes, units), self.layout.device)
 
     def watched(self) -> Sequence[Tensor]:
         """None: no gradient is in `.grad`."""
