@@ -21,6 +21,7 @@ from hf_gradclip.decision import (
     judge_on_device,
     judge_on_host,
 )
+from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
 from hf_gradclip.record.buffer import Recorder
@@ -62,12 +63,14 @@ class Clipper:
 
     Raises:
         UnsupportedBackendError: see `refuse_unsuited`.
+        SpecError: see `refuse_idle`.
     """
 
     def __init__(self, config: ClipConfig, view: View, prefix: str = "clip") -> None:
         refuse_unsuited(config.gradient, view)
         if (units := config.gradient.needs.units) is not None:
             view.divide(units)
+        refuse_idle(config.gradient, view)
         self.config = config
         self.view = view
         self.withheld = False
@@ -152,7 +155,8 @@ class Clipper:
         self.state = config.gradient.init(self._layout)
 
     def __repr__(self) -> str:
-        return f"Clipper({self.config}, {self.view.backend}, {len(self._layout)} segments)"
+        words = exempt(self.config.gradient, self.view)
+        return f"Clipper({self.config}, {self.view.backend}, {len(self._layout)} segments{words and ', '}{words})"
 
     def step(self, loss: Tensor | None = None) -> Tensor:
         """Clip the gradients, between backward and `optimizer.step()`.
@@ -280,6 +284,8 @@ class Clipper:
         logger.warning("%s: the statistics of %s start anew.", layout.changed_from(self._layout), strategy)
         self._start_anew(layout)
         self.report.move_to(layout.device, layout.dtype)
+        if words := idle(self.config.gradient, self.view):
+            logger.warning(words)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, on the CPU, loadable with `weights_only=True`; keyed by parameter name."""

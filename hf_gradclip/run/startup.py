@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.exempt import exempt
 from hf_gradclip.strategy import name_of, parts_of, warmup_of
 
 
@@ -39,7 +40,7 @@ def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
 
 
 def in_force(clipper: Clipper, accelerator: Any) -> str:
-    """One line for the start of a run: strategy with its parameters, backend, segments, what a step costs."""
+    """One line for the start of a run: the strategy, the backend, the segments, what a step costs, what is exempt."""
     config, view = clipper.config, clipper.view
     needs, world, segments = config.gradient.needs, accelerator.num_processes, len(view.layout)
     ranks = f", {accelerator.distributed_type.value} x {world}" if world > 1 else ""
@@ -49,11 +50,13 @@ def in_force(clipper: Clipper, accelerator: Any) -> str:
     sent = f"sends {numbers} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
     if needs.loss and world > 1:
         sent += " and the loss"
+    left_alone = exempt(config.gradient, view)
     return (
         f"clip: {config}; {view.backend}{ranks}, {segments} segments; "
         f"a step reads the gradients {'and the weights ' if needs.weights else ''}once, {sent}, "
         f"reads {reads} number{'s'[: reads != 1]} to the host"
         f"{'; the same again for the update' if config.update is not None else ''}"
+        f"{left_alone and '; '}{left_alone}"
     )
 
 
