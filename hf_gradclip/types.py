@@ -6,12 +6,40 @@ The three records hold tensors and know nothing of ranks, backends or strategies
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class cached(Generic[T]):  # noqa: N801  (it is written as functools.cached_property is)
+    """A property that is computed once, without the lock of functools.cached_property before Python 3.12.
+
+    That lock is one for all objects, and a process that is forked while another thread holds it never gets it.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> cached[T]: ...
+
+    @overload
+    def __get__(self, owner: object, kind: type) -> T: ...
+
+    def __get__(self, owner: object, kind: type) -> cached[T] | T:
+        if owner is None:
+            return self
+        value = vars(owner)[self._name] = self._compute(owner)
+        return value
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -47,7 +75,7 @@ class Layout:
     def __len__(self) -> int:
         return int(self.numel_S.shape[0])
 
-    @cached_property
+    @cached
     def by_param(self) -> Layout:
         """The same parameters with one segment each."""
         if self.unit_S is None:
@@ -56,7 +84,7 @@ class Layout:
         places_P = torch.arange(len(self.names), device=self.device)
         return Layout(self.names, zero_P.index_add(0, self.param_S, self.numel_S), places_P)
 
-    @cached_property
+    @cached
     def segments_P(self) -> Tensor:
         """How many segments each parameter has, int64, shape (P,)."""
         zero_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)
@@ -113,17 +141,17 @@ class NormStats:
     loss: Tensor | None = None
     weight_sumsq_S: Tensor | None = None
 
-    @cached_property
+    @cached
     def norm_S(self) -> Tensor:
         """2-norm per segment, shape (S,)."""
         return self.sumsq_S.sqrt()
 
-    @cached_property
+    @cached
     def total(self) -> Tensor:
         """2-norm of the whole gradient, 0-d."""
         return self.sumsq_S.sum().sqrt()
 
-    @cached_property
+    @cached
     def max_abs(self) -> Tensor:
         """Largest absolute element of the whole gradient, 0-d.
 
@@ -134,7 +162,7 @@ class NormStats:
             raise ValueError("NormStats.max_abs: not measured. Set needs = Needs(max_abs=True) on the strategy.")
         return self.max_abs_S.amax() if len(self.layout) else self.sumsq_S.new_zeros(())
 
-    @cached_property
+    @cached
     def by_param(self) -> NormStats:
         """The same measurement with one segment per parameter."""
         layout = self.layout

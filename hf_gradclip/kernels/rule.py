@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_gradclip.kernels.table import Column, MisfitError, allocated, are_on, are_plain, dense
-from hf_gradclip.types import ClipPlan
+from hf_gradclip.types import ClipPlan, cached
 
 MOMENTS = {"sgd": ("", "a"), "nesterov": ("a",), "adam": ("ab", "abc"), "rmsprop": ("a", "ab", "ac", "abc")}
 """Which moments of a rule there may be."""
@@ -58,17 +57,17 @@ class Places:
         if min((*self.gradient, *self.update), default=0) < 0:
             raise MisfitError(f"Places({self.gradient}, {self.update}): a segment must be >= 0.")
 
-    @cached_property
+    @cached
     def pairs(self) -> tuple[int, ...]:
         """Both segments of each parameter, one parameter after another."""
         return tuple(segment for pair in zip(self.gradient, self.update, strict=True) for segment in pair)
 
-    @cached_property
+    @cached
     def furthest(self) -> tuple[int, int]:
         """The highest segment of each kind, -1 without parameters."""
         return max(self.gradient, default=-1), max(self.update, default=-1)
 
-    @cached_property
+    @cached
     def ends(self) -> tuple[int, int]:
         """The lowest and the highest segment of a unit; 0 and -1 without any, and on a GPU, where nobody waits."""
         found = [cut.segments for cut in self.units or () if cut is not None and len(cut.segments)]

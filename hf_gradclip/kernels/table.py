@@ -7,6 +7,7 @@ segment is cut into chunks and one program takes one chunk, so the number of lau
 from __future__ import annotations
 
 import operator
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ class Table(NamedTuple):
 
 _tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a child has no thread that would give back a lock that another one held
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _is_on_cpu = operator.attrgetter("is_cpu")
 
 

@@ -5,14 +5,18 @@ The numbers are in test_whole.py, test_units.py and test_step.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import signal
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from hf_gradclip import clip_grad_norm_
+from hf_gradclip import Clipper, clip_grad_norm_
 from hf_gradclip.kernels.operations import Language, WrittenError
 from hf_gradclip.kernels.rule import Memory
 from tests.kernels.failing import FUNCTIONS, READS, WRITES, Failing, call
@@ -111,6 +115,55 @@ def test_a_child_has_threads_of_its_own(language):
     if child == 0:
         os._exit(0 if kernels.statistics([grad], torch.float64, CPU, True)[0].tolist() == [300_000.0] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+def test_a_child_that_is_forked_while_threads_clip_ends(c):
+    """Whatever those threads held: forty children, each of which clips by unit and whole."""
+
+    def clip() -> None:
+        clip_grad_norm_([tensor_with_grad()], 1.0)
+        Clipper.for_model(torch.nn.Linear(3, 2), "adaptive").step()
+
+    def tensor_with_grad() -> torch.nn.Parameter:
+        p = torch.nn.Parameter(torch.ones(next(sizes)))
+        p.grad = torch.ones_like(p)
+        return p
+
+    def go_on() -> None:
+        while not stop.is_set():
+            clip()
+
+    sizes, stop = itertools.count(2), threading.Event()
+    with serving("C"):
+        clip()
+        threads = [threading.Thread(target=go_on) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            ended = [ends_in_time(clip) for _ in range(40)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert ended == [True] * 40
+
+
+def ends_in_time(work: Callable[[], None], seconds: float = 20) -> bool:
+    """Whether a forked child comes to the end of its work."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
