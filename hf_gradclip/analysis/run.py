@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradclip.record.files import FOLDER, Record, folder_of, parts_of, read_record
+from hf_gradclip.record.files import FOLDER, Record, folder_of, read_record
+from hf_gradclip.record.parts import parts_of
 
 UPDATE = "update"
 

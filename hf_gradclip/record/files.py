@@ -1,40 +1,17 @@
-"""A run's record as Parquet parts in OUTPUT_DIR/gradclip: one row per optimizer step.
-
-A part is written aside and renamed, so every file of the folder is whole. Small parts are joined into a larger one,
-which covers the same steps; until the small ones are gone a reader leaves them out, so a crash at any moment neither
-loses nor doubles a step.
-
-| column | meaning |
-|---|---|
-| `step` | 1 is the first optimizer step |
-| `loss` | mean over micro-batches (and ranks, where the Trainer writes); NaN where it is not known |
-| `learning_rate` | of the first parameter group |
-| `norm` | of the whole, before clipping |
-| `threshold` | where clipping begins; NaN where it is not one number |
-| `finite`, `skipped`, `bounded` | is the norm finite, was the step left out, were elements bounded |
-| `norms`, `scales` | per parameter: norm before clipping, norm after / before without bounds |
-"""
+"""The record of a run, in OUTPUT_DIR/gradclip, as it is read: all its steps, from all its parts (see `parts`)."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-FOLDER = "gradclip"
-VERSION = 1
-JOIN_AT = 20
-LARGE = 1000
-NUMBERS = ("loss", "learning_rate", "norm", "threshold")
-FLAGS = ("finite", "skipped", "bounded")
+from hf_gradclip.record.parts import FLAGS, NUMBERS, Part, columns_of, meta_of, parts_of
 
-_PART = re.compile(r"([a-z0-9_]+)-(\d{9})-(\d{9})\.parquet")
+FOLDER = "gradclip"
 
 
 @dataclass(frozen=True)
@@ -45,7 +22,7 @@ class Record:
         names: of the parameters.
         numel_P: their numbers of elements, int64.
         step_T: int64, rising.
-        loss_T: float64, and so are learning_rate_T, norm_T and threshold_T; the file's docstring has their meaning.
+        loss_T: float64, and so are learning_rate_T, norm_T and threshold_T; `parts` has their meaning.
         finite_T: bool, and so are skipped_T and bounded_T.
         norm_TP: float32.
         scale_TP: float32.
@@ -81,109 +58,6 @@ class Record:
         }
 
 
-@dataclass(frozen=True, order=True)
-class Part:
-    """One file: the steps from `first` to `last`."""
-
-    first: int
-    last: int
-    path: Path
-
-
-def write_part(folder: Path, place: str, rows: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-    """Write rows as one part, so that nobody sees half a file.
-
-    Args:
-        folder: is made where it is missing.
-        place: "gradient" or "update".
-        rows: a column each, of equal lengths; `norms` and `scales` of shape (T, P).
-        meta: what `Record.meta` gives back, with `names` and `numel`.
-    """
-    pa, parquet = _arrow()
-    folder.mkdir(parents=True, exist_ok=True)
-    columns: dict[str, Any] = {"step": pa.array(rows["step"], pa.int64())}
-    for name in NUMBERS:
-        columns[name] = pa.array(rows[name], pa.float64() if name in ("norm", "threshold") else pa.float32())
-    columns |= {name: pa.array(rows[name], pa.bool_()) for name in FLAGS}
-    for name in ("norms", "scales"):
-        block = np.ascontiguousarray(rows[name], dtype=np.float32)
-        flat = pa.array(block.reshape(-1), pa.float32())
-        columns[name] = pa.FixedSizeListArray.from_arrays(flat, block.shape[1])
-    table = pa.table(columns).replace_schema_metadata({"hf_gradclip": json.dumps({"version": VERSION, **meta})})
-    first, last = int(rows["step"][0]), int(rows["step"][-1])
-    path = folder / f"{place}-{first:09d}-{last:09d}.parquet"
-    aside = path.with_suffix(".tmp")
-    parquet.write_table(
-        table,
-        aside,
-        compression="zstd",
-        use_dictionary=False,
-        column_encoding={
-            **dict.fromkeys(("loss", "learning_rate", "norm", "threshold"), "BYTE_STREAM_SPLIT"),
-            **dict.fromkeys(("norms.list.element", "scales.list.element"), "BYTE_STREAM_SPLIT"),
-        },
-    )
-    aside.replace(path)
-
-
-def parts_of(folder: Path, place: str) -> list[Part]:
-    """The parts of a place in order, without those whose steps an earlier one covers."""
-    found = []
-    for path in folder.glob(f"{place}-*.parquet"):
-        match = _PART.fullmatch(path.name)
-        if match and match[1] == place:
-            found.append(Part(int(match[2]), int(match[3]), path))
-    kept: list[Part] = []
-    for part in sorted(found, key=lambda part: (part.first, -part.last)):
-        if not kept or part.last > kept[-1].last:
-            kept.append(part)
-    return kept
-
-
-def join_small(folder: Path, place: str, at: int = JOIN_AT) -> None:
-    """Join the last parts into one when `at` of them have fewer than LARGE steps each, and remove what it covers.
-
-    Parts that were recorded under another configuration stay apart.
-    """
-    small: list[Part] = []
-    for part in reversed(parts_of(folder, place)):
-        if part.last - part.first + 1 >= LARGE:
-            break
-        small.insert(0, part)
-    if len(small) < max(at, 2):
-        return
-    configs = [_meta_of(part).get("config") for part in small]
-    while any(config != configs[-1] for config in configs):
-        small, configs = small[1:], configs[1:]
-    if len(small) < 2:
-        return
-    record = _read(small)
-    write_part(folder, place, record.of(slice(None)), record.meta)
-    joined = (int(record.step_T[0]), int(record.step_T[-1]))
-    for part in small:
-        if (part.first, part.last) != joined:
-            part.path.unlink(missing_ok=True)
-
-
-def drop_after(folder: Path, place: str, step: int) -> int:
-    """Remove the rows past a step; how many there were."""
-    dropped = 0
-    for part in reversed(parts_of(folder, place)):
-        if part.last <= step:
-            break
-        record = _read([part])
-        kept = record.step_T <= step
-        dropped += int((~kept).sum())
-        if kept.any():
-            write_part(folder, place, record.of(kept), record.meta)
-        part.path.unlink()
-    for path in folder.glob(f"{place}-*.parquet"):  # leftovers that a joined part covered
-        match = _PART.fullmatch(path.name)
-        if match and match[1] == place and int(match[3]) > step:
-            path.unlink()
-    return dropped
-
-
 def folder_of(run: str | Path) -> Path:
     """The folder with the record: `run` itself, or its `gradclip`.
 
@@ -212,17 +86,23 @@ def read_record(run: str | Path, place: str = "gradient") -> Record:
 
     Raises:
         FileNotFoundError: if there is none.
+        DamagedPartError: if a part of it cannot be read.
         ValueError: if it was written by a later version.
     """
     folder = folder_of(run)
     parts = parts_of(folder, place)
     if not parts:
         raise FileNotFoundError(f"{folder}: holds no record of the {place}.")
-    return _read(parts)
+    return read_parts(parts)
 
 
-def _read(parts: Iterable[Part]) -> Record:
-    _, parquet = _arrow()
+def read_parts(parts: Iterable[Part]) -> Record:
+    """The record that these parts make, see `read_record`.
+
+    Raises:
+        DamagedPartError: if one cannot be read.
+        ValueError: if it was written by a later version.
+    """
     found: dict[str, list[np.ndarray]] = {}
     numel: dict[str, int] = {}
     owners: list[list[str]] = []
@@ -230,21 +110,16 @@ def _read(parts: Iterable[Part]) -> Record:
     earlier: list[dict[str, Any]] = []
     until = -1
     for part in parts:
-        table = parquet.read_table(part.path)
-        new_meta = _meta_of(part)
-        if meta and meta.get("config") != new_meta.get("config"):
+        new_meta = meta_of(part)
+        columns = columns_of(part, len(new_meta["names"]))
+        if meta and meta["config"] != new_meta["config"]:
             earlier.append({**meta, "last": until})
         meta = new_meta
         numel |= dict(zip(meta["names"], meta["numel"], strict=True))
         owners.append(meta["names"])
-        new = table["step"].to_numpy() > until
+        new = columns["step"] > until
         until = part.last
-        for name in table.column_names:
-            column = table[name].combine_chunks()
-            if name in ("norms", "scales"):
-                values = column.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, len(meta["names"]))
-            else:
-                values = column.to_numpy(zero_copy_only=False)
+        for name, values in columns.items():
             found.setdefault(name, []).append(values[new])
     for name in ("norms", "scales"):
         found[name] = [_spread(values, own, [*numel]) for values, own in zip(found[name], owners, strict=True)]
@@ -265,14 +140,6 @@ def _read(parts: Iterable[Part]) -> Record:
     )
 
 
-def _meta_of(part: Part) -> dict[str, Any]:
-    _, parquet = _arrow()
-    meta: dict[str, Any] = json.loads(parquet.read_schema(part.path).metadata[b"hf_gradclip"])
-    if meta["version"] > VERSION:
-        raise ValueError(f"{part.path.name}: was written by a later version of hf_gradclip. Install that one.")
-    return meta
-
-
 def _spread(values: np.ndarray, own: list[str], names: list[str]) -> np.ndarray:
     """The columns of `own` at their places among `names`, NaN elsewhere."""
     if own == names:
@@ -280,12 +147,3 @@ def _spread(values: np.ndarray, own: list[str], names: list[str]) -> np.ndarray:
     wide = np.full((len(values), len(names)), np.nan, dtype=values.dtype)
     wide[:, [names.index(name) for name in own]] = values
     return wide
-
-
-def _arrow() -> tuple[ModuleType, ModuleType]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError("a record needs pyarrow: pip install 'hf_gradclip[report]'.") from None
-    return pyarrow, pyarrow.parquet

@@ -1,7 +1,7 @@
 """The record of a run: which step, learning rate and loss a decision belongs to, and when it goes to disk.
 
 Every rank buffers, since every rank decides from the same numbers; rank 0 writes. Each rank writes which examples it
-held in a spike.
+held in a spike. Nothing that goes wrong with a file stops the run: it is said once, and the record ends there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections import deque
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradclip.clipper import Clipper
-from hf_gradclip.outlier import WINDOW
 from hf_gradclip.record.buffer import Recorder
-from hf_gradclip.record.files import FOLDER, drop_after, join_small, parts_of, read_record, write_part
-from hf_gradclip.record.spikes import describe_spike, drop_spikes_after, find_spikes, known, write_spike
+from hf_gradclip.record.files import FOLDER, read_record
+from hf_gradclip.record.keeping import drop_after, is_taken, join_small, put_damaged_aside, take
+from hf_gradclip.record.parts import parts_of, write_part
+from hf_gradclip.record.spikes import drop_spikes_after
+from hf_gradclip.run.spikes import SpikeWatch
 from hf_gradclip.run.startup import world_size
 from hf_gradclip.run.state import numbered
 from hf_gradclip.say import announce, logger
@@ -32,6 +34,8 @@ from hf_gradclip.types import Layout
 
 GRADIENT, UPDATE = "gradient", "update"
 AT_ONCE = 10
+MOST_HELD = 1000
+"""Steps that are held at most where nobody asks for them to be written."""
 STEP_NAME = "gradclip_record.json"
 
 
@@ -51,13 +55,12 @@ class Recording:
         self.folder = Path(output_dir) / FOLDER
         self._rank = rank
         self._together = together
-        self._text_of = text_of
+        self._run = uuid.uuid4().hex
+        self._spikes = SpikeWatch(self.folder, rank, text_of)
         self._clippers: dict[str, Clipper] = {}
         self._recorder = Recorder()
         self._losses: list[Tensor] = []
         self._examples: list[Any] = []
-        self._held: deque[tuple[int, list[Any]]] = deque()
-        self._norms: deque[float] = deque(maxlen=WINDOW)
         self._facts: dict[int, tuple[float, float]] = {}
         self._begun = False
         self._broken = False
@@ -103,26 +106,29 @@ class Recording:
             if clipper.recorder is not None:
                 clipper.recorder.start_after(step)
         self._forget()
-        self._held.clear()
-        self._norms.clear()
+        self._spikes.start()
         if self._rank == 0:
             self._writing(lambda: self._clear_after(step))
         if world_size() > 1:
-            norms = [list(self._norms)]
-            dist.broadcast_object_list(norms)
-            self._norms = deque(norms[0], maxlen=WINDOW)
+            shared: list[Any] = [self._run, self._spikes.norms]
+            dist.broadcast_object_list(shared)
+            self._run, norms = shared
+            self._spikes.start(norms)
 
     def _clear_after(self, step: int) -> None:
+        for kind in (GRADIENT, UPDATE) if step else ():
+            for sentence in put_damaged_aside(self.folder, kind):
+                logger.warning("record: %s", sentence)
         if step == 0 and parts_of(self.folder, GRADIENT):
             self._put_aside()
+        take(self.folder, self._run)
         for kind in (GRADIENT, UPDATE):
             dropped = drop_after(self.folder, kind, step)
             if dropped and kind == GRADIENT:
                 announce(f"record: {dropped} steps past the resumed step {step} are dropped; they are trained again.")
         drop_spikes_after(self.folder, step)
         if parts_of(self.folder, GRADIENT):
-            record = read_record(self.folder)
-            self._norms.extend(known(record.norm_T.tolist()))
+            self._spikes.start(read_record(self.folder).norm_T.tolist())
 
     def _put_aside(self) -> None:
         """A new run in an old folder: the old record stays, under another name."""
@@ -142,8 +148,11 @@ class Recording:
         if self._losses:
             loss = self._losses[0] if len(self._losses) == 1 else sum(self._losses[1:], self._losses[0])
         self._recorder.note(learning_rate, loss)
-        self._held.append((self._recorder.step, self._examples))
+        if not self._broken:
+            self._spikes.hold(self._recorder.step, self._examples)
         self._forget()
+        if len(self._recorder) >= MOST_HELD:
+            self.flush()
 
     def _forget(self) -> None:
         self._losses, self._examples = [], []
@@ -168,17 +177,24 @@ class Recording:
         try:
             write()
         except Exception as error:
-            self._broken = True
-            logger.warning("record: %s cannot be written (%s). The run goes on without it.", self.folder, error)
+            self._end(f"cannot be written ({error})")
+
+    def _end(self, why: str) -> None:
+        """Write nothing from now on, and say so."""
+        self._broken = True
+        self._spikes.start()
+        logger.warning("record: %s %s. The run goes on without it.", self.folder, why)
 
     def finish(self) -> None:
         """Write the rest, and join what is small."""
         self.flush(force=True)
-        if self._rank == 0 and not self._broken:
+        if self._rank == 0:
             for kind in self._clippers:
-                join_small(self.folder, kind, at=2)
+                self._writing(functools.partial(join_small, self.folder, kind, at=2))
 
     def _flush(self, together: bool) -> None:
+        if not self._broken and is_taken(self.folder, self._run):
+            self._end("belongs to another run now, which was started with the same folder")
         for kind, clipper in self._clippers.items():
             recorder = clipper.recorder
             if recorder is None or not len(recorder):
@@ -190,7 +206,7 @@ class Recording:
                 losses = losses / world_size()
             rows = recorder.drain(losses)
             if kind == GRADIENT:
-                self._writing(functools.partial(self._look_for_spikes, rows, layout.names))
+                self._writing(functools.partial(self._spikes.look, rows, layout.names))
                 facts = zip(rows["learning_rate"].tolist(), rows["loss"].tolist(), strict=True)
                 self._facts |= dict(zip(rows["step"].tolist(), facts, strict=True))
             else:  # an update is decided on after the loop has said what it knows of the step
@@ -215,37 +231,20 @@ class Recording:
             aside.replace(path)
 
     def load_step(self, folder: str, number: int = 0) -> None:
-        """Go on where a checkpoint of Accelerate was, or say that its steps were not recorded."""
+        """Go on where a checkpoint of Accelerate was, or say that its steps were not recorded.
+
+        The file that rank 0 reads counts for every rank.
+        """
         path = Path(folder, numbered(STEP_NAME, number))
-        if path.is_file():
-            self.start_after(int(json.loads(path.read_text("utf-8"))["step"]))
-            return
-        if self._rank == 0:
-            logger.warning("record: %s is missing, so the recorded steps count from 1.", path)
-        self.start_after(0)
-
-    def _look_for_spikes(self, rows: dict[str, np.ndarray], names: Sequence[str]) -> None:
-        norms = rows["norm"].tolist()
-        for spike in find_spikes(norms, list(self._norms)):
-            found = {
-                **describe_spike(spike, rows, names),
-                "rank": self._rank,
-                **self._cause(int(rows["step"][spike.row])),
-            }
-            write_spike(self.folder, found, self._rank)
-        self._norms.extend(known(norms))
-        while self._held and self._held[0][0] <= rows["step"][-1]:
-            self._held.popleft()
-
-    def _cause(self, step: int) -> dict[str, Any]:
-        """The examples that this rank held in a step; reads their indices to the host."""
-        batches = next((batches for held, batches in self._held if held == step), [])
-        if not batches or any(batch is None for batch in batches):
-            return {"examples": "unknown"}
-        examples = [int(i) for batch in batches for i in batch]
-        if self._text_of is None:
-            return {"examples": examples}
-        return {"examples": examples, "text": [self._text_of(i) for i in examples]}
+        found: list[int | str] = [_step_in(path)]
+        if world_size() > 1:
+            dist.broadcast_object_list(found)
+        (step,) = found
+        if isinstance(step, str):
+            if self._rank == 0:
+                logger.warning("record: %s %s, so the recorded steps count from 1.", path, step)
+            step = 0
+        self.start_after(step)
 
     def _meta(self, kind: str, clipper: Clipper, layout: Layout) -> dict[str, Any]:
         return {
@@ -257,3 +256,14 @@ class Recording:
             "backend": clipper.view.backend,
             "world": world_size(),
         }
+
+
+def _step_in(path: Path) -> int | str:
+    """The step that a checkpoint was made after, or what is wrong with the file that says so."""
+    try:
+        step = json.loads(path.read_text("utf-8"))["step"]
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "is damaged"
+    return step if type(step) is int and step >= 0 else "is damaged"

@@ -11,7 +11,8 @@ from torch import nn
 
 from hf_gradclip import Clipper
 from hf_gradclip.record.buffer import Recorder
-from hf_gradclip.record.files import FOLDER, Record, read_record, write_part
+from hf_gradclip.record.files import FOLDER, Record, read_record
+from hf_gradclip.record.parts import write_part
 from hf_gradclip.strategy import describe
 
 NAMES = ("embed.weight", "layers.0.up.weight", "layers.0.down.weight", "head.weight")

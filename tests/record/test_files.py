@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from hf_gradclip.record import files
-from hf_gradclip.record.files import drop_after, join_small, read_record, write_part
+from hf_gradclip.record import parts as parts_
+from hf_gradclip.record.files import read_record
+from hf_gradclip.record.keeping import drop_after, join_small
+from hf_gradclip.record.parts import write_part
 
 NAMES = ["a.weight", "b.weight", "b.bias"]
 META = {"names": NAMES, "numel": [6, 4, 2], "place": "gradient", "spec": "none", "world": 1}
@@ -200,6 +202,6 @@ def test_places_are_apart(tmp_path) -> None:
 def test_words_for_nothing_and_for_later_versions(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no record"):
         read_record(tmp_path)
-    write_part(tmp_path, "gradient", rows(1, 2), {**META, "version": files.VERSION + 1})
+    write_part(tmp_path, "gradient", rows(1, 2), {**META, "version": parts_.VERSION + 1})
     with pytest.raises(ValueError, match="a later version"):
         read_record(tmp_path)
