@@ -11,6 +11,7 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.run.examples import Collate, Indexed, has_indices, text_of
 from hf_gradclip.run.recording import Recording
+from hf_gradclip.say import logger
 
 
 class RecordingMixin:
@@ -19,10 +20,11 @@ class RecordingMixin:
     # What GradClipMixin and the Trainer beside us provide.
     _clip_attachment: Attachment | None
     _attach: Any
+    accelerator: Any
     args: Any
     data_collator: Any
-    train_dataset: Any
     processing_class: Any
+    _clip_examples: Any = None
     _remove_unused_columns: Any
     _get_collator_with_removed_columns: Any
 
@@ -37,17 +39,26 @@ class RecordingMixin:
         return Recording(self.args.output_dir, self.args.process_index, together=True, text_of=words)
 
     def _words_of(self, example: int) -> str:
-        return text_of(self.train_dataset, self.processing_class, example)
+        return text_of(self._clip_examples, self.processing_class, example)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        make = super()._get_dataloader  # type: ignore[misc]
         if description.lower() == "training" and has_indices(dataset):
             self._attach()
             if self._clip_recording is not None:
-                return self._with_indices(dataset, description, *args, **kwargs)
-        return super()._get_dataloader(dataset, description, *args, **kwargs)  # type: ignore[misc]
+                loader = self._with_indices(make, dataset, description, *args, **kwargs)
+                if loader is not None:
+                    return loader
+        return make(dataset, description, *args, **kwargs)
 
-    def _with_indices(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's dataloader over examples that come with their index; the columns are removed as it would."""
+    def _with_indices(self, make: Any, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's dataloader over examples that come with their index; the columns are removed as it would.
+
+        None where this Trainer's own way to make one does not take them: with another collator than `data_collator`,
+        or with a dataset of one kind only. An error that has another cause rises from its next try.
+        """
+        prepared = len(self.accelerator._dataloaders)
+        self._clip_examples = dataset
         collator = self.data_collator
         if hasattr(dataset, "column_names"):
             inner, collate = self._remove_unused_columns(dataset, description=description), collator
@@ -55,12 +66,22 @@ class RecordingMixin:
             inner, collate = dataset, self._get_collator_with_removed_columns(collator, description=description)
         sample = kwargs.get("sampler_fn")
         if sample is not None:
-            kwargs["sampler_fn"] = lambda indexed: sample(indexed.dataset)
+            kwargs["sampler_fn"] = lambda given: sample(given.dataset if isinstance(given, Indexed) else given)
         self.data_collator = Collate(collate)
         try:
-            return super()._get_dataloader(Indexed(inner), description, *args, **kwargs)  # type: ignore[misc]
+            loader = make(Indexed(inner), description, *args, **kwargs)
+            if _takes_indices(loader):
+                return loader
+            why = "it has a collator of its own"
+        except Exception as error:  # of a subclass that is not ours
+            why = " ".join(f"{type(error).__name__}: {error}".split())
         finally:
             self.data_collator = collator
+        del self.accelerator._dataloaders[prepared:]
+        if self.args.process_index == 0:
+            lost = f"{type(self).__name__}._get_dataloader lost them ({why})"
+            logger.warning("record: the examples of a spike are not known: %s.", lost)
+        return None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; what was not yet recorded is written however it ends."""
@@ -74,6 +95,14 @@ class RecordingMixin:
         if self._clip_recording is not None:
             self._clip_recording.flush(force=True)  # a checkpoint never holds a step that the record lacks
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+
+def _takes_indices(loader: Any) -> bool:
+    """Whether a dataloader collates by a Collate, alone or inside the Trainer's collator that removes columns."""
+    collate = getattr(loader, "collate_fn", None)
+    while collate is not None and not isinstance(collate, Collate):
+        collate = getattr(collate, "data_collator", None)
+    return collate is not None
 
 
 class RecordCallback(TrainerCallback):
