@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ from hf_gradclip.decision import (
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
+from hf_gradclip.misuse import as_loss, insist_on_model, insist_on_parts, refuse_copy
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
 from hf_gradclip.say import logger
 from hf_gradclip.state import packed, unpacked
-from hf_gradclip.strategy import SpecError, State, describe, name_of
-from hf_gradclip.suits import refuse_unsuited
+from hf_gradclip.strategy import State, describe, name_of
+from hf_gradclip.suits import refuse_in_a_loop, refuse_unsuited
 from hf_gradclip.types import ClipPlan, Layout
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import View
@@ -66,7 +67,8 @@ class Clipper:
         SpecError: see `refuse_idle`.
     """
 
-    def __init__(self, config: ClipConfig, view: View, prefix: str = "clip") -> None:
+    def __init__(self, config: ClipConfig, view: View = None, prefix: str = "clip") -> None:  # type: ignore[assignment]
+        insist_on_parts(config, view)
         refuse_unsuited(config.gradient, view)
         if (units := config.gradient.needs.units) is not None:
             view.divide(units)
@@ -93,23 +95,14 @@ class Clipper:
             **settings: `nonfinite`, `max_consecutive_skips`, `fold`, `skip_sync`; they win over the spec.
 
         Raises:
+            TypeError: for something else than a model.
             SpecError: for a wrong spec; for one with an `update`, which only the optimizer can clip.
             UnsupportedBackendError: where `fold=True` or `skip_sync=False` cannot be exact.
             ValueError: if nothing is trainable.
         """
+        insist_on_model(model)
         config = ClipConfig.parse(spec, **settings)
-        if config.update is not None:
-            raise SpecError(
-                f"Clipper.for_model(..., {describe(config.gradient)!r} with update={describe(config.update)!r}): an "
-                "update is known to the optimizer only. Give hf_gradclip.optim.AdamW(..., update_clip=...), or use "
-                "GradClipTrainer or attach()."
-            )
-        for word in ("record", "histogram_every"):
-            if getattr(config, word):
-                raise SpecError(
-                    f"Clipper.for_model(..., {word}={getattr(config, word)!r}): there is no run here that could write "
-                    f"it. Leave {word} out and log `clipper.report.scalars()`, or use GradClipTrainer or attach()."
-                )
+        refuse_in_a_loop(config)
         clipper = cls(config, view_of(model, guarded=scaler is not None and scaler.is_enabled()))
         if config.fold or not config.skip_sync:
             clipper.fold_into(optimizer)
@@ -158,11 +151,14 @@ class Clipper:
         words = exempt(self.config.gradient, self.view)
         return f"Clipper({self.config}, {self.view.backend}, {len(self._layout)} segments{words and ', '}{words})"
 
-    def step(self, loss: Tensor | None = None) -> Tensor:
+    def __reduce__(self) -> NoReturn:
+        refuse_copy(self)
+
+    def step(self, loss: Tensor | float | None = None) -> Tensor:
         """Clip the gradients, between backward and `optimizer.step()`.
 
         Args:
-            loss: of this step, 0-d, for strategies that judge it; the same on every rank.
+            loss: of this step, 0-d or a number, for strategies that judge it; the same on every rank.
 
         Returns:
             The 2-norm of the whole gradient before clipping, 0-d, on the device.
@@ -175,7 +171,9 @@ class Clipper:
         return outcome.stats.total
 
     @torch.no_grad()
-    def decide(self, loss: Tensor | None = None, measure: Measure | None = None, rescale: bool = False) -> Decision:
+    def decide(
+        self, loss: Tensor | float | None = None, measure: Measure | None = None, rescale: bool = False
+    ) -> Decision:
         """Measure and decide; keep the strategy's new state where the norm is finite. On a device without a host read.
 
         Args:
@@ -199,7 +197,7 @@ class Clipper:
                     f"{describe(strategy)} judges the loss: call clipper.step(loss=loss). Trainer and attach() do so "
                     "by themselves."
                 )
-            stats = replace(stats, loss=loss.detach().to(device=layout.device, dtype=layout.dtype))
+            stats = replace(stats, loss=as_loss(loss, layout))
         judge = judge_on_host if layout.device.type == "cpu" else judge_on_device
         plan, action, self.state = judge(strategy, stats, self.state)
         return Decision(stats, plan, action, measure)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hf_gradclip.strategy import Strategy, name_of, parts_of
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 from hf_gradclip.views.view import UnsupportedBackendError, View
 
 
@@ -23,4 +24,24 @@ def refuse_unsuited(strategy: Strategy, view: View) -> None:
             raise UnsupportedBackendError(
                 f"{name_of(part)} of complex gradients ({', '.join(names[:5])}): it goes by single elements, and would "
                 "take the real and the imaginary part for two. Use adaptive_norm, or global_norm with norm_type=2."
+            )
+
+
+def refuse_in_a_loop(config: ClipConfig) -> None:
+    """Stop where a plain loop is asked for what only an optimizer or a run can do.
+
+    Raises:
+        SpecError: with what to use instead.
+    """
+    if config.update is not None:
+        raise SpecError(
+            f"Clipper.for_model(..., {describe(config.gradient)!r} with update={describe(config.update)!r}): an "
+            "update is known to the optimizer only. Give hf_gradclip.optim.AdamW(..., update_clip=...), or use "
+            "GradClipTrainer or attach()."
+        )
+    for word in ("record", "histogram_every"):
+        if getattr(config, word):
+            raise SpecError(
+                f"Clipper.for_model(..., {word}={getattr(config, word)!r}): there is no run here that could write "
+                f"it. Leave {word} out and log `clipper.report.scalars()`, or use GradClipTrainer or attach()."
             )

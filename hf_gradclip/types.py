@@ -110,6 +110,8 @@ class Layout:
             "resized": sum(before[name] != now[name] for name in now.keys() & before.keys()),
         }
         words = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "replaced by others"
+        if len(before) == len(now):
+            return f"The {len(now)} trainable parameters changed ({words})"
         return f"The trainable parameters changed, from {len(before)} to {len(now)} ({words})"
 
     @property

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.integrations.arguments import insist_on_accelerator, record_folder
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_replaced
@@ -19,7 +20,7 @@ from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
 from hf_gradclip.run.wrapping import wrap
 from hf_gradclip.say import announce
-from hf_gradclip.strategy import SpecError, name_of
+from hf_gradclip.strategy import name_of
 
 
 def attach(
@@ -57,22 +58,23 @@ def attach(
         it, and what is prepared; the attachment does not hold the accelerator.
 
     Raises:
+        TypeError: for something else than an Accelerator.
         SpecError: for a wrong spec.
         UnsupportedBackendError: by name, with what to use instead.
     """
+    insist_on_accelerator(accelerator)
     models = Models.parse(
         clip, joint, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips, check_every=check_every
     )
     refuse_replaced(accelerator)
-    if models.config.record and record is None:
-        raise SpecError("attach(accelerator, {'record': ...}): there is no output_dir here. Give record='a/folder'.")
+    folder = record_folder(record, wanted=bool(models.config.record))
     missing = (
         f"attach(accelerator, {name_of(models.config.gradient)!r}): optimizer.step() was called without "
         "accelerator.clip_grad_norm_(model.parameters(), max_norm) before it, for every model that it steps, so "
         "something would not be clipped. Add that call between backward and step (in a closure at its end), or use "
         "attach(..., auto=True)."
     )
-    return LoopAttachment(record, accelerator, models, auto=auto, missing=missing)
+    return LoopAttachment(folder, accelerator, models, auto=auto, missing=missing)
 
 
 class LoopAttachment(Attachment):

@@ -14,6 +14,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.integrations.arguments import insist_on_order, limit_of
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_optimizer, refuse_unsupported
@@ -54,12 +55,17 @@ class GradClipMixin(RecordingMixin):
     is_world_process_zero: Any
     is_deepspeed_enabled: bool
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        insist_on_order(cls, GradClipMixin, Trainer)
+
     def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
         self._clip_spec = clip
         self._clip_config: ClipConfig | None = None
         self._clip_attachment: Attachment | None = None
         self._clip_started: tuple[Any, ...] | None = None
         self._clip_limit: Any = None
+        self._clip_untold = False
         super().__init__(*args, **kwargs)
 
     @property
@@ -107,12 +113,8 @@ class GradClipMixin(RecordingMixin):
         self.add_callback(RecordCallback(self))  # type: ignore[attr-defined]
 
     def _parse_clip(self) -> ClipConfig:
-        self._clip_limit = limit = self.args.max_grad_norm
-        if limit is None or limit < 0:
-            raise ValueError(
-                f"TrainingArguments(max_grad_norm={limit}): must be a number >= 0. 0 switches clipping off."
-            )
-        return ClipConfig.parse(self._clip_spec, max_grad_norm=limit)
+        self._clip_limit = self.args.max_grad_norm
+        return ClipConfig.parse(self._clip_spec, max_grad_norm=limit_of(self._clip_limit))
 
     def _clip_missing(self) -> str | None:
         if self._clip_spec is None:
@@ -127,6 +129,8 @@ class GradClipMixin(RecordingMixin):
         """Clip; without `clip` by the number that TrainingArguments hold now, which a callback may have changed."""
         attachment = self._clip_attachment
         assert attachment is not None
+        if self._clip_untold:
+            self._tell()
         if self._clip_spec is None and self.args.max_grad_norm != self._clip_limit and not self.is_deepspeed_enabled:
             attachment.adopt(self._parse_clip())
         return attachment.clip(model)
@@ -150,7 +154,7 @@ class GradClipMixin(RecordingMixin):
             announce("The optimizer or the batch size is a new one, so the clip state starts anew.")
         attachment.forget()
         try:
-            clipper = attachment.clipper_of(self.model_wrapped)
+            attachment.clipper_of(self.model_wrapped)
         except UnsupportedBackendError:
             if self._clip_spec is not None:
                 raise
@@ -158,15 +162,21 @@ class GradClipMixin(RecordingMixin):
             return
         self._clip_started = started
         attachment.watch_optimizers()
-        if self.accelerator.is_main_process:
-            for warning in check_run(clipper, self.state.max_steps):
-                logger.warning(warning)
-            if self._clip_spec is not None and self.args.max_grad_norm not in (0, 1):
-                logger.warning(
-                    "max_grad_norm=%s is set and overruled by clip=%s.",
-                    self.args.max_grad_norm,
-                    self._clip_spec if isinstance(self._clip_spec, ClipConfig) else repr(self._clip_spec),
-                )
+        self._clip_untold = self.accelerator.is_main_process
+
+    def _tell(self) -> None:
+        """Warn of what a person can change; at the first step, which a try of `auto_find_batch_size` may not reach."""
+        self._clip_untold = False
+        if self.clipper is None:
+            return
+        for warning in check_run(self.clipper, self.state.max_steps):
+            logger.warning(warning)
+        if self._clip_spec is not None and self.args.max_grad_norm not in (0, 1):
+            logger.warning(
+                "max_grad_norm=%s is set and overruled by clip=%s.",
+                self.args.max_grad_norm,
+                self._clip_spec if isinstance(self._clip_spec, ClipConfig) else repr(self._clip_spec),
+            )
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; the record keeps the loss, and which examples the batch holds."""

@@ -1,0 +1,88 @@
+"""What `attach` and a class with GradClipMixin are given, checked before anything is done with it."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from contextlib import suppress
+from typing import Any
+
+from hf_gradclip.misuse import INSTEAD, kind_of, shown
+from hf_gradclip.strategy import SpecError
+
+ATTACH = "attach(accelerator, 'adaptive')"
+
+
+def insist_on_accelerator(accelerator: Any) -> None:
+    """Stop where `attach` is given something else than an Accelerator.
+
+    Raises:
+        TypeError: in words.
+    """
+    kind = kind_of(accelerator)
+    if kind == "Accelerator":
+        return
+    instead = {
+        **INSTEAD,
+        "optimizer": f"This is an optimizer. Pass the accelerator that prepared it: {ATTACH}.",
+        "parameters": f"Write {ATTACH}.",
+    }.get(kind, f"Write {ATTACH}.")
+    raise TypeError(f"attach({shown(accelerator)}): must be an accelerate.Accelerator. {instead}")
+
+
+def record_folder(record: Any, wanted: bool) -> str | os.PathLike[str] | None:
+    """Where `attach` shall record; None for nowhere.
+
+    Args:
+        record: as it was given.
+        wanted: whether the spec asks for a record.
+
+    Raises:
+        SpecError: for something else than a folder, and where a record is wanted and there is none.
+    """
+    if record is None or record is False:
+        if wanted:
+            raise SpecError(
+                "attach(accelerator, {'record': ...}): there is no output_dir here. Give record='a/folder'."
+            )
+        return None
+    if not isinstance(record, (str, os.PathLike)):
+        raise SpecError(
+            f"attach(accelerator, record={record!r}): must be a folder, since there is no output_dir here. "
+            "Give record='a/folder'."
+        )
+    return record
+
+
+def limit_of(max_grad_norm: Any) -> float:
+    """The number in TrainingArguments, as it is.
+
+    Raises:
+        ValueError: for something else than a number >= 0.
+    """
+    if isinstance(max_grad_norm, numbers.Real) and float(max_grad_norm) >= 0:
+        return max_grad_norm  # type: ignore[return-value]
+    fix = ""
+    if isinstance(max_grad_norm, str):
+        with suppress(ValueError):
+            fix = f" Write max_grad_norm={float(max_grad_norm):g}."
+    raise ValueError(
+        f"TrainingArguments(max_grad_norm={max_grad_norm!r}): must be a number >= 0. 0 switches clipping off.{fix}"
+    )
+
+
+def insist_on_order(cls: type, mixin: type, trainer: type) -> None:
+    """Stop where a class has a mixin behind the Trainer, whose methods hide the mixin's.
+
+    Raises:
+        TypeError: in words.
+    """
+    order = cls.__mro__
+    if trainer not in order or order.index(mixin) < order.index(trainer):
+        return
+    bases = [base.__name__ for base in cls.__bases__]
+    first = [mixin.__name__, *(name for name in bases if name != mixin.__name__)]
+    raise TypeError(
+        f"class {cls.__name__}({', '.join(bases)}): {mixin.__name__} must come before the Trainer, whose methods would "
+        f"hide its own, so that nothing would be clipped. Write class {cls.__name__}({', '.join(first)})."
+    )
