@@ -38,10 +38,13 @@ def unpacked(saved: dict[str, Any], strategy: Strategy, layout: Layout) -> tuple
         The state, None if it cannot be taken; and one sentence that says what happens instead, "" if the state is
         taken as it is.
     """
-    if not {"spec", "strategy", "names", "state"} <= set(saved):
+    if not _is_readable(saved):
         return None, f"The saved clip state cannot be read, so {name_of(strategy)} starts anew."
     like = strategy.init(layout)
     mine = flatten(like)
+    if broken := [key for key, value in saved["state"].items() if key in mine and _is_broken(value, mine[key])]:
+        words = f"The checkpoint's clip state is damaged: {', '.join(broken)} cannot be so. {describe(strategy)}"
+        return None, f"{words} starts anew."
     if why := _why_not(saved, strategy, layout, mine):
         return None, f"The checkpoint's clip state is {why}, so {describe(strategy)} starts anew."
     flat = {key: value.clone() for key, value in {**mine, **saved["state"]}.items()}
@@ -53,6 +56,39 @@ def unpacked(saved: dict[str, Any], strategy: Strategy, layout: Layout) -> tuple
     if saved["spec"] != describe(strategy):
         return state, f"The checkpoint was made with {saved['spec']}; its statistics go on under {describe(strategy)}."
     return state, ""
+
+
+def _is_readable(saved: Any) -> bool:
+    """Whether everything is of the kind that `packed` makes, whatever its values."""
+    if not isinstance(saved, dict) or not {"spec", "strategy", "names", "state"} <= set(saved):
+        return False
+    names, state, skips = saved["names"], saved["state"], saved.get("skips_in_a_row", 0)
+    return (
+        isinstance(saved["spec"], str)
+        and isinstance(saved["strategy"], str)
+        and isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and isinstance(state, dict)
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+        and type(skips) is int
+        and skips >= 0
+    )
+
+
+def _is_broken(value: Tensor, like: Tensor) -> bool:
+    """Whether a saved tensor is none of this state: of another kind, or not finite where a new one is.
+
+    What a state remembers is finite; only what nothing was put in yet may be something else.
+    """
+    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+        return True
+    if value.is_complex() or value.is_floating_point() != like.is_floating_point():
+        return True
+    if (value.dtype is torch.bool) != (like.dtype is torch.bool):
+        return True
+    if not value.is_floating_point():
+        return False
+    return bool(value.isnan().any() > like.isnan().any().cpu() or value.isinf().any() > like.isinf().any().cpu())
 
 
 def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: dict[str, Tensor]) -> str:
