@@ -29,7 +29,7 @@ from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
 from hf_gradclip.say import logger
 from hf_gradclip.state import packed, unpacked
-from hf_gradclip.strategy import State, describe, name_of
+from hf_gradclip.strategy import State, name_of
 from hf_gradclip.suits import refuse_in_a_loop, refuse_unsuited
 from hf_gradclip.types import ClipPlan, Layout
 from hf_gradclip.views import view_of
@@ -54,17 +54,15 @@ class Clipper:
     Args:
         config: what to do; of it `update` is not looked at, see `ClipConfig.of_update`.
         view: where the gradients are.
-        prefix: see the attribute.
+        prefix: of the keys of a report; an attribute too.
 
     Attributes:
-        prefix: of the keys of a report that is begun.
         steps: how many were decided on since this was made or reset.
         recorder: is given every step, where somebody has put one here.
         withheld: set where no optimizer will be called for a step that is skipped; its gradients stay then.
 
     Raises:
-        UnsupportedBackendError: see `refuse_unsuited`.
-        SpecError: see `refuse_idle`.
+        UnsupportedBackendError, SpecError: see `refuse_unsuited` and `refuse_idle`.
     """
 
     def __init__(self, config: ClipConfig, view: View = None, prefix: str = "clip") -> None:  # type: ignore[assignment]
@@ -192,12 +190,7 @@ class Clipper:
         if layout is not self._layout:
             self._follow(layout)
         if strategy.needs.loss:
-            if loss is None:
-                raise ValueError(
-                    f"{describe(strategy)} judges the loss: call clipper.step(loss=loss). Trainer and attach() do so "
-                    "by themselves."
-                )
-            stats = replace(stats, loss=as_loss(loss, layout))
+            stats = replace(stats, loss=as_loss(loss, layout, strategy))
         judge = judge_on_host if layout.device.type == "cpu" else judge_on_device
         plan, action, self.state = judge(strategy, stats, self.state)
         return Decision(stats, plan, action, measure)

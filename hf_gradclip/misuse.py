@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from hf_gradclip.strategy import Strategy, describe
 from hf_gradclip.types import Layout
 
 FOR_MODEL = "Clipper.for_model(model, 'adaptive')"
@@ -74,12 +75,23 @@ def shown(thing: Any) -> str:
     return f"<{thing.__name__ if isinstance(thing, type) else type(thing).__name__}>"
 
 
-def as_loss(loss: Any, layout: Layout) -> Tensor:
+def as_loss(loss: Any, layout: Layout, strategy: Strategy) -> Tensor:
     """The loss of a step where the statistics are, 0-d: of a tensor with one element, or a number.
 
+    Args:
+        loss: as it was given.
+        layout: of the statistics.
+        strategy: that judges it.
+
     Raises:
+        ValueError: if there is none.
         TypeError: for anything else.
     """
+    if loss is None:
+        raise ValueError(
+            f"{describe(strategy)} judges the loss: call clipper.step(loss=loss). Trainer and attach() do so by "
+            "themselves."
+        )
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss.detach().reshape(()).to(device=layout.device, dtype=layout.dtype)
     if isinstance(loss, numbers.Real):
