@@ -18,13 +18,14 @@ from hf_gradclip.decision import (
     Decision,
     Measure,
     Outcome,
+    as_loss,
     judge_on_device,
     judge_on_host,
 )
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
-from hf_gradclip.misuse import as_loss, insist_on_model, insist_on_parts, refuse_copy
+from hf_gradclip.misuse import insist_on_model, insist_on_parts, refuse_copy
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
 from hf_gradclip.say import logger

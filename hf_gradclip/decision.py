@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_gradclip.strategy import Needs, State, Strategy, where
-from hf_gradclip.types import ClipPlan, NormStats
+from hf_gradclip.misuse import shown
+from hf_gradclip.strategy import Needs, State, Strategy, describe, where
+from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 LEAVE, CLIP, SKIP, NONFINITE = range(4)
 """What a step does: nothing to its gradients, scale or bound them, leave the step out, meet a NaN or inf."""
@@ -88,3 +91,28 @@ def judge_on_host(strategy: Strategy, stats: NormStats, state: State) -> Judged:
     if plan.scale_S.ndim == 0 and plan.bound_S is None:
         return plan, CLIP if float(plan.scale_S) < 1 else LEAVE, new
     return plan, CLIP if bool(plan.clipped_S.any()) else LEAVE, new
+
+
+def as_loss(loss: Any, layout: Layout, strategy: Strategy) -> Tensor:
+    """The loss of a step where the statistics are, 0-d: of a tensor with one element, or a number.
+
+    Args:
+        loss: as it was given.
+        layout: of the statistics.
+        strategy: that judges it.
+
+    Raises:
+        ValueError: if there is none.
+        TypeError: for anything else.
+    """
+    if loss is None:
+        raise ValueError(
+            f"{describe(strategy)} judges the loss: call clipper.step(loss=loss). Trainer and attach() do so by "
+            "themselves."
+        )
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.detach().reshape(()).to(device=layout.device, dtype=layout.dtype)
+    if isinstance(loss, numbers.Real):
+        return torch.tensor(float(loss), device=layout.device, dtype=layout.dtype)
+    what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
+    raise TypeError(f"clipper.step(loss={what}): must be one number, the loss of the step. Pass loss.mean(), say.")

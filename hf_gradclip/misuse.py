@@ -5,15 +5,11 @@ No framework is imported: a Trainer or an Accelerator is known by the name of it
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-
-from hf_gradclip.strategy import Strategy, describe
-from hf_gradclip.types import Layout
 
 FOR_MODEL = "Clipper.for_model(model, 'adaptive')"
 INSTEAD = {
@@ -73,31 +69,6 @@ def shown(thing: Any) -> str:
     if isinstance(thing, (str, int, float, bool)) or thing is None:
         return repr(thing)
     return f"<{thing.__name__ if isinstance(thing, type) else type(thing).__name__}>"
-
-
-def as_loss(loss: Any, layout: Layout, strategy: Strategy) -> Tensor:
-    """The loss of a step where the statistics are, 0-d: of a tensor with one element, or a number.
-
-    Args:
-        loss: as it was given.
-        layout: of the statistics.
-        strategy: that judges it.
-
-    Raises:
-        ValueError: if there is none.
-        TypeError: for anything else.
-    """
-    if loss is None:
-        raise ValueError(
-            f"{describe(strategy)} judges the loss: call clipper.step(loss=loss). Trainer and attach() do so by "
-            "themselves."
-        )
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss.detach().reshape(()).to(device=layout.device, dtype=layout.dtype)
-    if isinstance(loss, numbers.Real):
-        return torch.tensor(float(loss), device=layout.device, dtype=layout.dtype)
-    what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
-    raise TypeError(f"clipper.step(loss={what}): must be one number, the loss of the step. Pass loss.mean(), say.")
 
 
 def refuse_copy(clipper: Any) -> NoReturn:
