@@ -275,13 +275,15 @@ class Clipper:
         strategy = name_of(self.config.gradient)
         logger.warning("%s: the statistics of %s start anew.", layout.changed_from(self._layout), strategy)
         self._start_anew(layout)
+        if self._fold is not None:
+            self._fold.insist(self.view)
         self.report.move_to(layout.device, layout.dtype)
         if words := idle(self.config.gradient, self.view):
             logger.warning(words)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, on the CPU, loadable with `weights_only=True`; keyed by parameter name."""
-        return packed(self.config.gradient, self._layout, self.state, self.guard.skips_in_a_row)
+        return packed(self.config.gradient, self._layout, self.state, self.guard.in_a_row())
 
     def load_state_dict(self, saved: dict[str, Any]) -> str:
         """Take the state of a checkpoint, bit for bit, or start anew and say why.
@@ -294,5 +296,5 @@ class Clipper:
             self.reset()
         else:
             self.state = state
-            self.guard.skips_in_a_row = int(saved.get("skips_in_a_row", 0))
+            self.guard.go_on(int(saved.get("skips_in_a_row", 0)))
         return words

@@ -113,6 +113,6 @@ def as_loss(loss: Any, layout: Layout, strategy: Strategy) -> Tensor:
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss.detach().reshape(()).to(device=layout.device, dtype=layout.dtype)
     if isinstance(loss, numbers.Real):
-        return torch.tensor(float(loss), device=layout.device, dtype=layout.dtype)
+        return torch.full((), float(loss), device=layout.device, dtype=layout.dtype)  # no copy that the host waits for
     what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
     raise TypeError(f"clipper.step(loss={what}): must be one number, the loss of the step. Pass loss.mean(), say.")

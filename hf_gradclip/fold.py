@@ -81,6 +81,19 @@ class Fold:
             raise UnsupportedBackendError(
                 f"{word} under a GradScaler: it sets the same attributes of the optimizer. Use bf16, or {instead}."
             )
+        self._insist(optimizer, view)
+
+    def insist(self, view: View) -> None:
+        """Look again where other parameters are trained now.
+
+        Raises:
+            UnsupportedBackendError: if the optimizer does not hold all of them.
+        """
+        if (optimizer := self._optimizer()) is not None:
+            self._insist(optimizer, view)
+
+    def _insist(self, optimizer: Any, view: View) -> None:
+        word, instead = ("fold=True", "fold=False") if self.scale else ("skip_sync=False", "skip_sync=True")
         mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         theirs = {id(p) for p in view.watched()}
         if mine != theirs:

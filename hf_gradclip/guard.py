@@ -103,6 +103,15 @@ class Guard:
         self._unread = torch.where(skipped, self._unread + 1, 0)
         self._most = torch.maximum(self._most, self._unread)
 
+    def in_a_row(self) -> int:
+        """Skipped steps in a row up to now, for a checkpoint. A host read where nobody reads the steps."""
+        return int(self._unread) if not self.config.skip_sync else self.skips_in_a_row
+
+    def go_on(self, skips: int) -> None:
+        """Go on after so many skipped steps in a row."""
+        self.skips_in_a_row = skips
+        self._unread = torch.full_like(self._unread, skips)
+
     def look_now_and_then(self) -> None:
         """After such a step was counted: `look` in every LOOK_EVERY-th, for a loop that never asks."""
         if self._since_look >= LOOK_EVERY:

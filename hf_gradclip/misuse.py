@@ -19,6 +19,7 @@ INSTEAD = {
     "Trainer": "This is a Trainer. GradClipTrainer(..., clip='adaptive') clips by itself.",
     "Accelerator": "This is an Accelerator. Use hf_gradclip.attach(accelerator, 'adaptive').",
     "class": "This is a class. Pass what you made of it.",
+    "named": "Pass the model itself, or list(model.named_parameters()).",
     "parameters": "Parameters alone have no names, by which the state of a strategy is kept. Pass the model itself; "
     "hf_gradclip.clip_grad_norm_(parameters, max_norm) clips parameters at a fixed norm.",
 }
@@ -59,6 +60,7 @@ def kind_of(thing: Any) -> str:
         "optimizer": isinstance(thing, torch.optim.Optimizer),
         "Trainer": ("transformers", "Trainer") in names,
         "Accelerator": ("accelerate", "Accelerator") in names,
+        "named": getattr(thing, "__name__", "") == "named_parameters",
         "parameters": isinstance(thing, (Tensor, Iterable)) and not isinstance(thing, (str, bytes, dict)),
     }
     return next((kind for kind, is_so in found.items() if is_so), "")

@@ -111,6 +111,22 @@ def test_an_unread_skip_is_read_by_who_asks() -> None:
     assert found == [False, True, False]
 
 
+def test_a_checkpoint_keeps_how_many_were_skipped_unread() -> None:
+    weight, clipper, _ = one_weight(spec="none", max_consecutive_skips=5)
+    weight.grad = torch.full((5, 5), float("nan"))
+    for _ in range(3):
+        clipper.step()
+    saved = clipper.state_dict()
+    weight, other, _ = one_weight(spec="none", max_consecutive_skips=5)
+    other.load_state_dict(saved)
+    weight.grad = torch.full((5, 5), float("nan"))
+    other.step()
+    other.check_skips()
+    other.step()
+    with pytest.raises(NonFiniteError, match="5 steps in a row were skipped"):
+        other.check_skips()
+
+
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("name", ["C", "torch"])
 def test_a_large_finite_gradient_is_clipped_and_not_skipped(name, fold) -> None:

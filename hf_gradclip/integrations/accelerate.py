@@ -43,7 +43,8 @@ def attach(
     Args:
         accelerator: of this process.
         clip: see hf_gradclip.config. With several models also {model: spec, ...}, by the model as it was before
-            `prepare` or as that returned it; every model that is prepared and has trainable parameters must be named.
+            `prepare` or as that returned it; every model that is prepared and has trainable parameters must be named,
+            so that after `free_memory` other models need an Accelerator of their own.
         auto: clip before every optimizer step, so that the loop needs no clip call.
         joint: clip all prepared models by one norm; a clip call is given the parameters of all of them.
         nonfinite: "skip", "raise" or "pass"; wins over the spec.
@@ -105,6 +106,8 @@ class LoopAttachment(Attachment):
             RuntimeError: if the replicas have come apart.
         """
         accelerator = self._accelerator()
+        if not self._clippers.made:
+            return self.scalars_of(self.clipper)  # which says that nothing was prepared
         trackers = {} if accelerator is None else {tracker.name: tracker for tracker in accelerator.trackers}
         boards = [trackers["tensorboard"].writer] if "tensorboard" in trackers else []
         runs = [trackers["wandb"].run] if "wandb" in trackers else []
@@ -155,7 +158,7 @@ class LoopAttachment(Attachment):
         trainable = [{id(p) for p in model.parameters() if p.requires_grad} for model in models]
         together = set().union(*trainable)
         for model, own in zip(models, trainable, strict=True):  # in another order, or not known to the view
-            if given == (together if self.models.joint else own):
+            if own and given == (together if self.models.joint else own):
                 return model
             sizes.append(len(own))
         must, call = "of one prepared model, which", "model.parameters()"

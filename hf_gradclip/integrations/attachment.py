@@ -65,7 +65,7 @@ class Attachment:
         self.models = models
         self.auto = auto
         config = models.config
-        self.updates = Updates(config, say=self._is_main)
+        self.updates = Updates(config, self._is_main, models.name)
         self.recording = recording
         self._recordings: dict[Clipper, Recording] = {}
         self.histograms = Histograms(config.histogram_every)
@@ -134,15 +134,8 @@ class Attachment:
             recording.flush()
         scalars = clipper.report.scalars()
         if self._is_main:
-            self._advice.at_log(clipper, scalars, self._stepping(clipper))
+            self._advice.at_log(clipper, scalars, self._steps_of.stepping(clipper, self.accelerator._optimizers))
         return scalars | self.updates.scalars()
-
-    def _stepping(self, clipper: Clipper) -> list[Any]:
-        """The optimizers, without wrappers, that step what a clipper clips."""
-        optimizers = self.accelerator._optimizers
-        if len(self._clippers.made) > 1:
-            optimizers = [o for o in optimizers if clipper in (self._steps_of.owners.known(o) or ())]
-        return [innermost(optimizer) for optimizer in optimizers]
 
     def clipper_of(self, model: nn.Module) -> Clipper:
         """The clipper of a model, made at the first call. The model may be wrapped or not."""
@@ -212,6 +205,8 @@ class Attachment:
             self._note(clipper, recording)
         if self._steps == 1:
             self._steps_of.say_strays(self.accelerator._optimizers)
+            if self._is_main and (words := self.models.absent(model for model, _ in self._clippers.models)):
+                logger.warning(words)
         self._replicas.compare(clipper.view, clipper.steps)
         self._steps_of.marks.set(clipper, norm)
         return norm
@@ -227,14 +222,21 @@ class Attachment:
         return seams.norm
 
     def _judged_loss(self, clipper: Clipper | None = None) -> Tensor | None:
-        """The loss of the step, reduced over ranks, where the strategy judges it; else it is for the record only."""
+        """The loss of the step, reduced over ranks, where the strategy judges it; else it is for the record only.
+
+        Where one of several models is judged by it, it is reduced at whichever clip comes first.
+        """
+        self._loss_of_step = self._loss.reduced(clipper) if self.models.hears_loss else self._loss.local(clipper)
         judged = (self.models.config if clipper is None else clipper.config).gradient.needs.loss
-        self._loss_of_step = self._loss.reduced(clipper) if judged else self._loss.local(clipper)
         return self._loss_of_step if judged else None
 
     def _note(self, clipper: Clipper, recording: Recording) -> None:
         """Tell a record what it cannot see of the step that was decided on last."""
-        groups = [group for optimizer in self._stepping(clipper)[:1] for group in optimizer.param_groups]
+        groups = [
+            group
+            for optimizer in self._steps_of.stepping(clipper, self.accelerator._optimizers)[:1]
+            for group in optimizer.param_groups
+        ]
         recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
 
     def _record(self) -> None:

@@ -42,7 +42,12 @@ class Models:
         self.configs = list(config.values())
         self._many = len(config) > 1
         for model, own in config.items():
-            self._configs[bare(model)] = own
+            if inside(model) in self._configs:
+                raise SpecError(
+                    f"attach(accelerator, {{model: spec, ...}}): {type(inside(model)).__name__} is named "
+                    "twice, wrapped and unwrapped or before and after prepare. Name it once."
+                )
+            self._configs[inside(model)] = own
         self._insist()
 
     @classmethod
@@ -88,13 +93,23 @@ class Models:
         """
         if not self.by_model:
             return self.config
-        config = self._configs.get(bare(model))
+        config = self._configs.get(inside(model))
         if config is None:
             raise SpecError(
-                f"attach(accelerator, {{model: spec, ...}}): {type(bare(model)).__name__} was prepared, has trainable "
-                "parameters, and is none of these models. Name it too, with 'none' if it shall not be clipped."
+                f"attach(accelerator, {{model: spec, ...}}): {type(inside(model)).__name__} was prepared, has "
+                "trainable parameters, and is none of these models. Name it too, with 'none' if it shall not be "
+                "clipped. (Models that come after free_memory() need an Accelerator of their own.)"
             )
         return config
+
+    def absent(self, models: Iterable[nn.Module]) -> str:
+        """Words for named models that are none of these; "" where all of them are there."""
+        there = {*map(id, map(inside, models))}
+        missing = [model for model in self._configs if id(model) not in there and _is_trained(model)]
+        if not missing:
+            return ""
+        names = ", ".join(type(model).__name__ for model in missing)
+        return f"attach(accelerator, {{model: spec, ...}}): {names} is named and was not prepared by the first step."
 
     def adopt(self, config: ClipConfig) -> None:
         """Go on with another configuration for every model."""
@@ -102,9 +117,11 @@ class Models:
 
     def name(self, model: nn.Module) -> str:
         """What a model is called: its class, with a number where another has that name."""
-        model = bare(model)
+        model = inside(model)
         if model not in self._names:
-            kind, taken = type(model).__name__, set(self._names.values())
+            sharded = any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)  # FSDP2 makes a class of its own
+            kind = type(model).__name__.removeprefix("FSDP") if sharded else type(model).__name__
+            taken = set(self._names.values())
             names = [kind, *(f"{kind}_{number}" for number in range(2, len(taken) + 3))]
             self._names[model] = next(name for name in names if name not in taken)
         return self._names[model]
@@ -137,9 +154,13 @@ class Models:
                 )
 
 
-def bare(model: nn.Module) -> nn.Module:
+def inside(model: nn.Module) -> nn.Module:
     """The model that was given to `prepare`, whatever it is wrapped in."""
     model = unwrap(model)
     while type(model).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
         model = unwrap(model.module)  # type: ignore[arg-type]
     return model
+
+
+def _is_trained(model: nn.Module) -> bool:
+    return any(p.requires_grad for p in model.parameters())

@@ -206,7 +206,7 @@ def refuse_joint(engine: bool, models: Sequence[nn.Module]) -> None:
                 flat and len(models) > 1,
                 "joint=True with FSDP1",
                 "the shards of two models need not add up over the same ranks.",
-                f"{own}, or FSDP2 (fsdp_version: 2).",
+                f"{own}, or FSDP2 (fsdp_version: 2) and a prepare call for each model.",
             ),
         )
     )

@@ -81,6 +81,13 @@ class Steps:
         finally:
             self._paused = False
 
+    def stepping(self, clipper: Clipper, optimizers: Iterable[Any]) -> list[Any]:
+        """Those that step what a clipper clips, without wrappers."""
+        models = self._clippers.models
+        if len(self._clippers.made) > 1:
+            optimizers = [o for o in optimizers if clipper in (self.owners.known(o) or self.owners.find(o, models))]
+        return [innermost(optimizer) for optimizer in optimizers]
+
     def _of(self, optimizer: Any) -> list[Clipper]:
         """The clippers of an optimizer; found anew where it is new, or has other parameters."""
         known = self.owners.known(optimizer)

@@ -109,7 +109,7 @@ class Recorder:
         return torch.stack([unknown if note["loss"] is None else note["loss"].float() for note in self._notes])
 
     def drain(self, losses: Tensor | None = None) -> dict[str, np.ndarray]:
-        """The buffered steps as columns, see hf_gradclip.record.files; empty if there are none. One host read.
+        """The buffered steps as columns, see hf_gradclip.record.parts; empty if there are none. One host read.
 
         Args:
             losses: in the place of `self.losses()`: their mean over ranks, say.

@@ -32,7 +32,7 @@ VERSION = 1
 NUMBERS = ("loss", "learning_rate", "norm", "threshold")
 FLAGS = ("finite", "skipped", "bounded")
 BY_PARAMETER = ("norms", "scales")
-UNKNOWN = {"spec": "unknown", "config": "unknown", "backend": "unknown", "world": 1}
+UNSAID = {"spec": "unknown", "config": "unknown", "backend": "unknown", "world": 1}
 """Of a part that does not say."""
 
 _PART = re.compile(r"([a-z0-9_]+)-(\d{9})-(\d{9})\.parquet")
@@ -114,7 +114,7 @@ def meta_of(part: Part) -> dict[str, Any]:
         later = version > VERSION
     if later:
         raise ValueError(f"{part.path.name}: was written by a later version of hf_gradclip. Install that one.")
-    return UNKNOWN | meta
+    return UNSAID | meta
 
 
 def columns_of(part: Part, width: int) -> dict[str, np.ndarray]:

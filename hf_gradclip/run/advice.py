@@ -11,6 +11,7 @@ import torch
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.device import local
 from hf_gradclip.say import logger, now_and_then
 from hf_gradclip.strategies.none import NoClip
 from hf_gradclip.strategy import describe, parts_of
@@ -48,7 +49,7 @@ def about(optimizer: Any, config: ClipConfig) -> Iterator[str]:
 
 def small_limit(optimizer: Any, clipper: Clipper) -> str:
     """Words for a limit on the norm that an update of RMS 1, as Adam makes them, is far above; "" for none."""
-    keys = set(optimizer.param_groups[0])
+    keys = {*next(iter(optimizer.param_groups), {})}
     if not {"betas", "alpha"} & keys or "lambd" in keys:  # ASGD has an alpha of another kind
         return ""
     numel_S = clipper.view.layout.numel_S
@@ -114,7 +115,7 @@ def below_eps(optimizer: Any, clipper: Clipper, norm: float) -> str:
         clipper: of the gradients.
         norm: after clipping.
     """
-    group = optimizer.param_groups[0]
+    group: dict[str, Any] = next(iter(optimizer.param_groups), {})
     eps = group.get("eps")
     if not isinstance(eps, float) or not {"betas", "alpha"} & set(group):
         return ""
@@ -129,12 +130,12 @@ def below_eps(optimizer: Any, clipper: Clipper, norm: float) -> str:
 
 
 def stuck(optimizer: Any, clipper: Clipper) -> str:
-    """Words for parameters whose moments are not finite; "" where all are. Reads them all."""
+    """Words for parameters whose moments are not finite in this process; "" where all are. Reads them all."""
     names = dict(zip(map(id, clipper.view.watched()), clipper.view.layout.by_param.names, strict=False))
     bad: dict[str, str] = {}
     for p, state in optimizer.state.items():
         for key, moment in state.items():
-            if torch.is_tensor(moment) and moment.is_floating_point() and not bool(moment.isfinite().all()):
+            if _is_measured(moment) and not bool(local(moment).isfinite().all()):
                 bad.setdefault(names.get(id(p), "a parameter"), key)
     if not bad:
         return ""
@@ -143,3 +144,8 @@ def stuck(optimizer: Any, clipper: Clipper) -> str:
         f"What {type(optimizer).__name__} keeps of {len(bad)} parameters is not finite by now ({shown}), so that they "
         "do not move any more, or become NaN. Resume from the last checkpoint, with a strategy that limits the norm."
     )
+
+
+def _is_measured(moment: Any) -> bool:
+    """Whether it holds numbers that can be asked for infinity: those of 8 bits cannot."""
+    return torch.is_tensor(moment) and moment.is_floating_point() and moment.element_size() > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -43,15 +43,19 @@ class Updates:
     Args:
         config: of the run; its `update` is what is done.
         say: whether this process speaks.
+        called: gives a model's name; those of parameters begin with it where an optimizer steps several models.
 
     Attributes:
         settled: False after `watch` where an optimizer has no trainable parameter of a model yet: watch it again.
     """
 
-    def __init__(self, config: ClipConfig, say: bool) -> None:
+    def __init__(
+        self, config: ClipConfig, say: bool, called: Callable[[nn.Module], str] = lambda model: type(model).__name__
+    ) -> None:
         self.settled = True
         self._config = config
         self._say = say
+        self._called = called
         self._of: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
 
     @property
@@ -78,7 +82,7 @@ class Updates:
             refuse_own_clip(optimizer)
             if self._config.update is None:
                 continue
-            named = _named_of(optimizer, models)
+            named = self._named_of(optimizer, models)
             if not any(p.requires_grad for _, p in named):
                 self.settled = False
                 continue
@@ -86,6 +90,17 @@ class Updates:
             if known is not None:
                 _let_go(optimizer, known)
             self._take(optimizer, named, stepped)
+
+    def _named_of(self, optimizer: Any, models: Iterable[nn.Module]) -> list[tuple[str, Tensor]]:
+        """The parameters of some models that an optimizer steps, trainable or not."""
+        mine = {*map(id, stepped_by(optimizer))}
+        found: list[tuple[nn.Module, list[tuple[str, Tensor]]]] = []
+        for model in models:
+            if named := [(name, p) for name, p in named_parameters(model) if id(p) in mine]:
+                found.append((model, [*named]))
+        if len(found) == 1:
+            return found[0][1]
+        return [(f"{self._called(model)}.{name}", p) for model, named in found for name, p in named]
 
     def _take(self, optimizer: Any, named: list[tuple[str, Tensor]], stepped: list[Tensor]) -> None:
         """Make a clipper for these parameters of an optimizer, in the place of an earlier one."""
@@ -152,12 +167,6 @@ def stepped_by(optimizer: Any) -> list[Tensor]:
 def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether two lists hold the same objects in the same order."""
     return len(some) == len(others) and all(map(is_, some, others))
-
-
-def _named_of(optimizer: Any, models: Iterable[nn.Module]) -> list[tuple[str, Tensor]]:
-    """The parameters of some models that an optimizer steps, trainable or not."""
-    mine = {*map(id, stepped_by(optimizer))}
-    return [(name, p) for model in models for name, p in named_parameters(model) if id(p) in mine]
 
 
 def _let_go(optimizer: Any, known: Known) -> None:

@@ -49,7 +49,8 @@ def heads_of(model: nn.Module | None, named: Sequence[tuple[str, Tensor]]) -> He
     paths = {id(module): bare(f"{path}.")[:-1] for path, module in model.named_modules()}
     names = {id(p): name for name, p in named}
     heads: dict[str, tuple[str, ...]] = {}
-    for layer in _found(model):
+    models = [*model.children()] if isinstance(model, nn.ModuleDict) else [model]  # several, clipped by one norm
+    for layer in (layer for each in models for layer in _found(each)):
         trained = tuple(names[id(p)] for p in layer.parameters() if id(p) in names)
         if trained:
             heads[paths.get(id(layer), type(layer).__name__)] = trained
@@ -74,7 +75,7 @@ def _answer(module: nn.Module, method: str) -> list[nn.Module] | None:
         return None
     try:
         answer: Any = getattr(module, method)()
-    except (AttributeError, NotImplementedError, TypeError):  # a head that was taken out; another method of that name
+    except Exception:  # a head that was taken out; another method of that name, whatever that raises
         return None
     return [found for found in (answer if isinstance(answer, (tuple, list)) else (answer,)) if _has_parameters(found)]
 

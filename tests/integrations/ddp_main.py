@@ -141,6 +141,27 @@ def several(how: str) -> dict[str, Any]:
     return {"weights": weights.tolist(), "scalars": attachment.scalars(), "backend": type(a).__name__}
 
 
+def one_of_two_judges_the_loss() -> list[int]:
+    """The steps that the judged model skips; the other is clipped first, and the loss stands out on rank 1 alone."""
+    accelerator = Accelerator(cpu=True)
+    models, optimizers, x = two_models(joint=False)
+    specs = {models[0]: "skip_step:window=16,min_values=8,on=loss", models[1]: SPECS[1]}
+    attachment = hf_gradclip.attach(accelerator, specs)
+    a, b, *optimizers = accelerator.prepare(*models, *optimizers)
+    skipped = []
+    for step in range(12):
+        loud = step == 10 and accelerator.process_index == 1
+        accelerator.backward((b(a(x)).square().mean() * 0).add(1e3 if loud else 1 + 0.01 * step))
+        for model in (b, a):
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        if attachment.clipper_of(a).step_was_skipped:
+            skipped.append(step)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return skipped
+
+
 def replicas_come_apart(every: str, when: str = "3") -> str:
     """Rank 1 changes its gradients after DDP has reduced them: nobody would notice but for the check."""
     steps = 0
@@ -212,12 +233,13 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
     "loss": loss_on_one_rank,
     "loop": plain_loop,
     "several": several,
+    "judged": one_of_two_judges_the_loss,
     "recorded": recorded,
     "full": full,
 }
 NAMES = (
     *(f"parity:{optim}" for optim in OPTIMIZERS), "engaged", "nan", "apart:4", "apart:0",
-    "apart:100:0", "apart:100:7", "uneven", "specs", "loss", "loop", "several:joint", "several:each",
+    "apart:100:0", "apart:100:7", "uneven", "specs", "loss", "loop", "several:joint", "several:each", "judged",
     "recorded", "full",
 )  # fmt: skip
 

@@ -101,6 +101,20 @@ class TestStuck:
         fit(adamw, "global_norm:max_norm=1", loss=1e30)
         assert STUCK not in caplog.text
 
+    def test_moments_of_8_bits_are_not_asked(self, caplog) -> None:
+        """Float8 has no isfinite; and an optimizer without a group has nothing to say."""
+
+        class Eight(torch.optim.SGD):
+            def step(self, closure=None):
+                for p in self.param_groups[0]["params"]:
+                    self.state[p] = {
+                        "moment": torch.zeros(3, dtype=torch.float8_e4m3fn),
+                        "other": torch.tensor([float("inf")]),
+                    }
+
+        fit(lambda params: Eight(params, lr=0.1), "none", loss=1e30)
+        assert "not finite by now (other of weight)" in caplog.text
+
 
 class TestMuon:
     """Its updates do not depend on the size of the gradients."""

@@ -129,6 +129,10 @@ def test_two_models_equal_one_process(ranks, how) -> None:
         assert (torch.tensor(result[f"several:{how}"]["weights"]) - weights).abs().max() < 1e-6
 
 
+def test_the_loss_that_one_of_two_models_is_judged_by_is_that_of_all_ranks(ranks) -> None:
+    assert [result["judged"] for result in ranks] == [[10], [10]]
+
+
 def test_the_record_has_the_mean_over_ranks(ranks, folder) -> None:
     record = read_record(folder / "recorded")
     assert record.step_T.tolist() == [*range(1, 61)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import hf_gradclip
 from hf_gradclip.strategy import SpecError, flatten
+from hf_gradclip.views.view import UnsupportedBackendError
 
 LIMIT = 1e-3
 
@@ -305,7 +306,7 @@ class TestByModel:
         accelerator, (a, _), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
         hf_gradclip.attach(accelerator, {a: "adaptive"})
         accelerator.prepare(a)
-        with pytest.raises(SpecError, match=r"\{model: spec, ...\}\): Sequential was prepared, has"):
+        with pytest.raises(SpecError, match=r"Sequential was prepared, has trainable"):
             accelerator.prepare(b)
 
     def test_a_frozen_one_need_not_be_named(self) -> None:
@@ -421,3 +422,108 @@ def test_models_of_one_spec_are_logged_apart_and_two_of_a_class_by_number() -> N
     found = attachment.scalars()
     assert found["clip_Sequential/norm_mean"] == pytest.approx(norms[0])
     assert found["clip_Sequential_2/norm_mean"] == pytest.approx(norms[1])
+
+
+class TestFold:
+    """A fused optimizer that does not hold all of what is measured would leave some unclipped."""
+
+    @pytest.mark.parametrize("setting", [{"fold": True}, {"skip_sync": False}])
+    def test_a_joint_model_that_comes_later_is_refused(self, setting) -> None:
+        accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+        clip = {"gradient": f"global_norm:max_norm={LIMIT}", **setting}
+        hf_gradclip.attach(accelerator, clip, joint=True, auto=True)
+        a, of_a = accelerator.prepare(a, torch.optim.SGD(a.parameters(), lr=1.0, fused=True))
+        accelerator.backward(a(x).square().sum())
+        of_a.step()
+        b, of_b = accelerator.prepare(b, torch.optim.SGD(b.parameters(), lr=1.0, fused=True))
+        before = vector(b)
+        accelerator.backward(b(a(x)).square().sum())
+        with pytest.raises(UnsupportedBackendError, match="the optimizer steps 4 parameters and the gradient is of 8"):
+            of_b.step()
+        assert moved(b, before) == 0
+
+    def test_a_layer_that_another_optimizer_steps_is_refused_when_it_is_unfrozen(self) -> None:
+        (model, x) = two_layers()
+        model[1].requires_grad_(False)
+        optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0, fused=True)
+        clipper = hf_gradclip.Clipper.for_model(model, f"global_norm:max_norm={LIMIT}", optimizer=optimizer, fold=True)
+        model(x).square().sum().backward()
+        clipper.step()
+        model[1].requires_grad_(True)
+        model(x).square().sum().backward()
+        with pytest.raises(UnsupportedBackendError, match="One optimizer must hold all trainable parameters"):
+            clipper.step()
+
+
+def test_a_head_is_left_alone_by_agc_under_joint() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.fc = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(x))
+
+    torch.manual_seed(0)
+    accelerator, a, b = Accelerator(cpu=True), Net(), Net()
+    hf_gradclip.attach(accelerator, "agc:clip_factor=1e-6", joint=True)
+    a, b, _ = accelerator.prepare(a, b, sgd(a, b))
+    accelerator.backward(100 * b(a(torch.randn(8, 4))).square().sum())
+    before = {(net, name): p.grad.clone() for net in (a, b) for name, p in net.named_parameters()}
+    accelerator.clip_grad_norm_([*a.parameters(), *b.parameters()], 1.0)
+    for net in (a, b):
+        assert torch.equal(net.fc.weight.grad, before[net, "fc.weight"])
+        assert net.body.weight.grad.norm() < 1e-3 * before[net, "body.weight"].norm()
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_record_of_updates_of_two_models(joint, tmp_path) -> None:
+    """Their names are told apart, so that the part can be read, and the learning rate of each step is there."""
+    from hf_gradclip.record.files import read_record
+
+    accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+    clip = {"gradient": "adaptive_norm", "update": "adaptive_norm"}
+    spec = clip if joint else {a: clip, b: clip}
+    hf_gradclip.attach(accelerator, spec, joint=joint, record=tmp_path)
+    a, b, optimizer = accelerator.prepare(a, b, torch.optim.SGD([*a.parameters(), *b.parameters()], lr=0.01))
+    for _ in range(3):
+        accelerator.backward(b(a(x)).square().mean())
+        for group in [[*a.parameters(), *b.parameters()]] if joint else [a.parameters(), b.parameters()]:
+            accelerator.clip_grad_norm_(group, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.end_training()
+    first, second = (tmp_path, tmp_path) if joint else (tmp_path / "Sequential", tmp_path / "Sequential_2")
+    names = read_record(first, "update").names
+    assert names[0] == "Sequential.0.weight"
+    assert names[-1] == "Sequential_2.1.bias"
+    assert len(set(names)) == 8
+    for folder in (first, second):
+        assert read_record(folder).learning_rate_T.tolist() == pytest.approx([0.01] * 3)
+
+
+def test_a_frozen_model_beside_a_joint_one(caplog) -> None:
+    accelerator, (a, x), (b, _), (c, _) = Accelerator(cpu=True), two_layers(), two_layers(), two_layers()
+    hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}", joint=True)
+    c, a, b, optimizer = accelerator.prepare(c.requires_grad_(False), a, b, sgd(a, b))
+    accelerator.backward(c(b(a(x))).square().sum())
+    accelerator.clip_grad_norm_([*b.parameters(), *a.parameters()], 1.0)
+    before = torch.cat([vector(a), vector(b)])
+    optimizer.step()
+    assert float((torch.cat([vector(a), vector(b)]) - before).norm()) == pytest.approx(LIMIT, rel=1e-3)
+
+
+def test_one_model_under_two_keys_is_refused() -> None:
+    (a, _) = two_layers()
+    wrapped = nn.DataParallel(a)
+    with pytest.raises(SpecError, match="Sequential is named twice"):
+        hf_gradclip.attach(Accelerator(cpu=True), {a: "adaptive", wrapped: "none"})
+
+
+def test_a_named_model_that_is_not_prepared_is_said(caplog) -> None:
+    accelerator, (a, x), (b, _) = Accelerator(cpu=True), two_layers(), two_layers()
+    hf_gradclip.attach(accelerator, {a: "adaptive", b: "agc"}, auto=True)
+    a, of_a = accelerator.prepare(a, sgd(a))
+    accelerator.backward(a(x).square().sum())
+    of_a.step()
+    assert "Sequential is named and was not prepared by the first step" in caplog.text
