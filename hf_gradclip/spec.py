@@ -20,6 +20,7 @@ import yaml
 
 from hf_gradclip import strategies as _strategies
 from hf_gradclip.strategy import Chain, SpecError, Strategy
+from hf_gradclip.yaml_file import load
 
 _YAML = (".yaml", ".yml")
 _CHAIN = re.compile(r"\+(?=\s*[A-Za-z])")
@@ -125,7 +126,7 @@ def _build(name: str, values: dict[str, Any]) -> Strategy:
     if name in strategy_names():
         return _construct(name, strategy_class(name), values)
     if name in preset_names():
-        preset = yaml.safe_load((resources.files("hf_gradclip") / "presets" / f"{name}.yaml").read_text("utf-8"))
+        preset = load((resources.files("hf_gradclip") / "presets" / f"{name}.yaml").read_text("utf-8"))
         return _from_file(name, preset, values)
     if name.endswith(_YAML):
         return _from_file(name, read_yaml(Path(name)), values)
@@ -194,13 +195,13 @@ def is_file(text: str) -> bool:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file holds, with `1e-3` and `inf` as numbers.
+    """What a file holds, with `inf` as a number, as in a string.
 
     Raises:
         SpecError: if it cannot be read or holds no spec.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = load(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise SpecError(f"cannot read {str(path)!r} ({error}).") from None
     except yaml.YAMLError as error:
@@ -213,7 +214,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _with_numbers(content: Any) -> Any:
-    """YAML 1.1 reads 1e-3 and inf as words; a spec means numbers."""
+    """YAML reads inf, and anything in quotes, as a word; a spec means a number."""
     if isinstance(content, Mapping):
         return {key: _with_numbers(value) for key, value in content.items()}
     if isinstance(content, str) and isinstance(number := _literal(content), float):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -268,6 +269,64 @@ class TestYaml:
         path.write_bytes(b"\xff\xfe\x00zclip")
         with pytest.raises(SpecError, match="cannot read"):
             ClipConfig.parse(str(path))
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("strategy: adagc\nwarmup_steps: 010\n", AdaGC(warmup_steps=10)),
+            ("strategy: adagc\nwarmup_steps: 1_000\n", AdaGC(warmup_steps=1000)),
+            ("strategy: global_norm\nmax_norm: 010.5\n", GlobalNorm(10.5)),
+            ("strategy: global_norm\nmax_norm: 1E3\n", GlobalNorm(1000.0)),
+            ("strategy: global_norm\nmax_norm: +.5\n", GlobalNorm(0.5)),
+            ("strategy: skip_step\non: loss\n", SkipStep(on="loss")),
+            ("strategy: agc\ninclude_1d: True\n", AGC(include_1d=True)),
+            ("base: &a {strategy: adagc}\n", None),
+            ("gradient: &a {strategy: global_norm, max_norm: 2}\nupdate: *a\n", GlobalNorm(2.0)),
+            ("gradient:\n  <<: &a {strategy: global_norm}\n  max_norm: 3\n", GlobalNorm(3.0)),
+        ],
+    )
+    def test_what_a_person_reads(self, tmp_path, text, expected):
+        """By YAML 1.1 the first is 8, and the field `on` is the key true."""
+        path = tmp_path / "clip.yaml"
+        path.write_text(text)
+        if expected is None:
+            with pytest.raises(SpecError, match="unknown key 'base'"):
+                ClipConfig.parse(str(path))
+        else:
+            assert gradient(str(path)) == expected
+
+    @pytest.mark.parametrize("number", ["1:30", "1:30.5", "0x10", "0o17", "0b11", "2026-11-28", "1__0"])
+    def test_what_is_no_number(self, tmp_path, number):
+        """By YAML 1.1 the first is 90."""
+        path = tmp_path / "clip.yaml"
+        path.write_text(f"strategy: global_norm\nmax_norm: {number}\n")
+        with pytest.raises(SpecError, match=re.escape(f"GlobalNorm(max_norm={number!r}): must be a number")):
+            ClipConfig.parse(str(path))
+
+    @pytest.mark.parametrize("word", ["yes", "no", "on", "off"])
+    def test_what_is_neither_true_nor_false(self, tmp_path, word):
+        path = tmp_path / "clip.yaml"
+        path.write_text(f"gradient: none\nfold: {word}\n")
+        with pytest.raises(SpecError, match=re.escape(f"fold={word!r}): must be true or false")):
+            ClipConfig.parse(str(path))
+
+    @pytest.mark.parametrize("row", ["[*x, *x, *x, *x, *x, *x, *x, *x, *x]", "{a: *x, b: *x, c: *x, d: *x, e: *x}"])
+    def test_aliases_that_unfold_without_end(self, tmp_path, row):
+        """Five or nine to the 24th values in 24 lines. Read in a process of its own, which can be stopped."""
+        lines = ["x0: &x0 1"] + [f"x{i}: &x{i} {row.replace('*x', f'*x{i - 1}')}" for i in range(1, 25)]
+        path = tmp_path / "clip.yaml"
+        path.write_text("\n".join(lines) + "\n")
+        read = f"from hf_gradclip import ClipConfig; ClipConfig.parse({str(path)!r})"
+        done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert "with every alias written out it holds more than 1000 values" in done.stderr
+
+    def test_a_file_that_refers_to_itself_or_is_deep(self, tmp_path):
+        path = tmp_path / "clip.yaml"
+        for text, words in (("gradient: &a [*a]", "it refers to itself"), ("[" * 5000, "it is nested too deep")):
+            path.write_text(text)
+            with pytest.raises(SpecError, match=words):
+                ClipConfig.parse(str(path))
 
     def test_missing(self):
         with pytest.raises(SpecError, match=r"cannot read 'no/such/file\.yaml'"):
