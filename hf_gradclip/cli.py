@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from hf_gradclip.say import printable
 from hf_gradclip.spec import preset_names, strategy_class, strategy_names
 from hf_gradclip.strategy import SpecError, describe
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run_command(args)
     except (SpecError, ValueError, OSError, ImportError) as error:
-        print(f"hf-gradclip {args.command}: {error}", file=sys.stderr)
+        print(printable(f"hf-gradclip {args.command}: {error}"), file=sys.stderr)
         return BAD_INPUT
     return DONE
 
@@ -63,7 +64,14 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _replay(args: argparse.Namespace) -> None:
-    from hf_gradclip.analysis.replay import LIMIT_OF_REPLAY, difference, outcome_of, replay, strategy_for_replay
+    from hf_gradclip.analysis.replay import (
+        LIMIT_OF_REPLAY,
+        difference,
+        outcome_of,
+        replay,
+        spec_recorded,
+        strategy_for_replay,
+    )
     from hf_gradclip.analysis.replay_figure import draw_replay
     from hf_gradclip.analysis.tables import COLUMNS, outcome_rows, show_table
     from hf_gradclip.record.files import folder_of, read_record
@@ -71,7 +79,7 @@ def _replay(args: argparse.Namespace) -> None:
     record = read_record(args.run, args.place)
     if not record.finite_T.any():
         raise ValueError(f"{args.run}: no recorded step has a finite norm.")
-    specs = args.clip or [record.meta["spec"]]
+    specs = args.clip or [spec_recorded(record)]
     found = [replay(record, strategy_for_replay(spec)) for spec in specs]
     show_table(COLUMNS, outcome_rows(map(functools.partial(outcome_of, record), found, specs)))
     for run in found:

@@ -22,6 +22,11 @@ def announce(text: str) -> None:
     logger.info(text)
 
 
+def printable(text: str) -> str:
+    """Words that may be of somebody's file, with what moves a cursor or turns a line written as `\\x1b`."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
+
+
 def now_and_then(count: int) -> bool:
     """Whether the count of something that may come often is 1, 2, 4, 8, ...: then it is said."""
     return count & (count - 1) == 0

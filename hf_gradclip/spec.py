@@ -189,6 +189,13 @@ def _import(path: str) -> type[Strategy]:
     return cls
 
 
+def is_own(text: Any) -> bool:
+    """Whether a spec is made of this package's strategies and presets alone: to read it opens and imports nothing."""
+    if not isinstance(text, str):
+        return False
+    return {part.partition(":")[0].strip() for part in _CHAIN.split(text)} <= {*_names()}
+
+
 def is_file(text: str) -> bool:
     """Whether a spec names one YAML file, and not a chain with a file in it."""
     return text.strip().endswith(_YAML) and not _CHAIN.search(text)

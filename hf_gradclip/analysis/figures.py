@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_gradclip.analysis.run import Run, by_parameter, clipped_steps
 from hf_gradclip.record.files import Record
+from hf_gradclip.say import printable
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY, DARK = "#9a9a9a", "#333333"
@@ -128,6 +129,11 @@ def pictures_of(runs: Sequence[Run]) -> list[Picture]:
     return pictures
 
 
+def label(name: str) -> str:
+    """A name for a picture: matplotlib would read formulas between two dollar signs."""
+    return printable(name).replace("$", r"\$")
+
+
 def _picture(name: str, title: str, text: str, runs: Sequence[Run], draw: Callable[..., None]) -> Picture:
     images = []
     for width, size in (WIDE, NARROW):
@@ -180,7 +186,7 @@ def _loss(figure: Any, runs: Sequence[Run], narrow: bool) -> None:
     axes, marked = _axes(figure), False
     for run, color in _colored(runs):
         record = run.gradient
-        axes.plot(*thin(record.step_T, record.loss_T), color=color, linewidth=1.1, label=run.name)
+        axes.plot(*thin(record.step_T, record.loss_T), color=color, linewidth=1.1, label=label(run.name))
         rows = {int(step): row for row, step in enumerate(record.step_T)}
         at = [rows[spike["step"]] for spike in run.spikes if spike["step"] in rows]
         if at:
@@ -204,7 +210,7 @@ def _loss(figure: Any, runs: Sequence[Run], narrow: bool) -> None:
 def _norm(figure: Any, runs: Sequence[Run], narrow: bool) -> None:
     axes = _axes(figure)
     for run, color in _colored(runs):
-        _norm_lines(axes, run.gradient, color, run.name if len(runs) > 1 else "norm", threshold=len(runs) == 1)
+        _norm_lines(axes, run.gradient, color, label(run.name) if len(runs) > 1 else "norm", threshold=len(runs) == 1)
     _log(axes)
     axes.set_ylabel("norm (log)", color=DARK)
     _legend(axes, narrow)
@@ -219,9 +225,9 @@ def _update(figure: Any, runs: Sequence[Run], narrow: bool) -> None:
     _legend(axes, narrow)
 
 
-def _norm_lines(axes: Any, record: Record, color: str, label: str, threshold: bool) -> None:
+def _norm_lines(axes: Any, record: Record, color: str, name: str, threshold: bool) -> None:
     norms = np.where(record.finite_T & (record.norm_T > 0), record.norm_T, np.nan)
-    axes.plot(*thin(record.step_T, norms), color=color, linewidth=1.0, label=label)
+    axes.plot(*thin(record.step_T, norms), color=color, linewidth=1.0, label=name)
     if threshold and np.isfinite(record.threshold_T).any():
         found = thin(record.step_T, record.threshold_T, np.nanmin)
         axes.plot(*found, color=COLORS[1], linewidth=1.3, label="threshold")
@@ -253,8 +259,8 @@ def _rate(figure: Any, runs: Sequence[Run], narrow: bool) -> None:
     for run, color in _colored(runs):
         record = run.gradient
         rate = rolling_rate(clipped_steps(record))
-        label = run.name if len(runs) > 1 else "steps in which anything was clipped"
-        axes.plot(*thin(record.step_T, rate), color=color, linewidth=1.3, label=label)
+        name = label(run.name) if len(runs) > 1 else "steps in which anything was clipped"
+        axes.plot(*thin(record.step_T, rate), color=color, linewidth=1.3, label=name)
         if apart:
             tensors = rolling_rate((record.scale_TP < 1).mean(axis=1) * clipped_steps(record))
             axes.plot(*thin(record.step_T, tensors), color=COLORS[1], linewidth=1.3, label="tensors clipped")
@@ -288,4 +294,4 @@ def _heat(figure: Any, runs: Sequence[Run], narrow: bool) -> None:
 
 def _short(name: str, most: int) -> str:
     name = name.removeprefix("model.").removesuffix(".weight")
-    return name if len(name) <= most else "…" + name[1 - most :]
+    return label(name if len(name) <= most else "…" + name[1 - most :])

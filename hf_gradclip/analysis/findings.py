@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_gradclip.analysis.replay import spec_recorded
 from hf_gradclip.analysis.run import Run, by_config, by_parameter, clipped_steps, total_scale
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import Record
@@ -73,6 +74,7 @@ def findings(run: Run) -> list[str]:
         *_rates(record, "gradient"),
         _level(record),
         *_spikes(run),
+        *_unread(run),
         *_lost(record),
         *_zeros(record),
         *_dominant(record),
@@ -125,9 +127,12 @@ def _rate(record: Record, what: str) -> str:
 
 
 def _warmup(record: Record) -> int:
-    """Of the recorded strategy, in steps; 0 where it has none, or is of another package that is not here."""
+    """Of the recorded strategy, in steps; 0 where it has none, or an older record is of another package's."""
+    warmup = record.meta.get("warmup")
+    if type(warmup) is int and warmup >= 0:
+        return warmup
     try:
-        return warmup_of(ClipConfig.parse(record.meta["spec"]).gradient)
+        return warmup_of(ClipConfig.parse(spec_recorded(record)).gradient)
     except SpecError:
         return 0
 
@@ -166,6 +171,12 @@ def _spikes(run: Run) -> list[str]:
     how = f"to {hardest:.2g} of its norm" if len(caught) == 1 else f"the hardest to {hardest:.2g} of its norm"
     count = "it was" if one else "all were" if len(caught) == len(run.spikes) else f"{len(caught)} were"
     return [f"{said}; {count} clipped, {how}."]
+
+
+def _unread(run: Run) -> list[str]:
+    """What of the spikes' files could not be read."""
+    more = f" and {len(run.unread) - MOST_NAMES} more" if len(run.unread) > MOST_NAMES else ""
+    return [f"Left out, since it cannot be read: {', '.join(run.unread[:MOST_NAMES])}{more}."] if run.unread else []
 
 
 def _lost(record: Record) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import Record
 from hf_gradclip.record.spikes import find_spikes
+from hf_gradclip.spec import is_own
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
@@ -22,6 +23,9 @@ LIMIT_OF_REPLAY = (
     "The norms are of the run as it was recorded. Under another strategy it would have gone another way, so read this "
     "as how often and how hard a strategy acts on such norms."
 )
+
+
+AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,23 @@ class Outcome:
     by_parameter: bool
 
 
+def spec_recorded(record: Record) -> str:
+    """What a record says that it was clipped by, where that is of this package.
+
+    A record is somebody's file, so a class that it names is not imported, and a file not opened.
+
+    Raises:
+        SpecError: for anything else, with what to type.
+    """
+    spec = record.meta["spec"]
+    if not is_own(spec):
+        raise SpecError(
+            f"the record was made with {spec!r}, which is no strategy of hf_gradclip, and code that a record names is "
+            f"not run. If you trust it, name it: --clip {spec}."
+        )
+    return str(spec)
+
+
 def strategy_for_replay(spec: str) -> Strategy:
     """The strategy of a spec, if norms are all it needs.
 
@@ -110,22 +131,26 @@ def replay(record: Record, strategy: Strategy) -> Replay:
     scale_TP = np.ones(record.norm_TP.shape)
     threshold_T = np.full(len(record), np.nan)
     skipped_T = np.zeros(len(record), dtype=bool)
-    for t, stats in _statistics(record, layout):
-        plan, state = strategy.update(stats, state)
-        scale_TP[t] = plan.scale_S.expand(len(layout)).numpy()
-        threshold_T[t] = float("nan") if plan.threshold is None else float(plan.threshold)
-        skipped_T[t] = _skips(plan)
+    with torch.inference_mode():
+        for t, stats in _statistics(record, layout):
+            plan, state = strategy.update(stats, state)
+            scale_TP[t] = plan.scale_S.numpy()
+            if plan.threshold is not None:
+                threshold_T[t] = float(plan.threshold)
+            skipped_T[t] = _skips(plan)
     return Replay(describe(strategy), scale_TP, threshold_T, skipped_T)
 
 
 def _statistics(record: Record, layout: Layout) -> Iterator[tuple[int, NormStats]]:
     """The finite steps. Norms by parameter are kept in float32, the total in float64, which they are brought to."""
-    for t in np.flatnonzero(record.finite_T):
-        sumsq_P = np.nan_to_num(record.norm_TP[t].astype(np.float64)) ** 2  # NaN where a parameter was not there yet
-        total = sumsq_P.sum()
-        if total > 0:
-            sumsq_P *= record.norm_T[t] ** 2 / total
-        yield int(t), NormStats(torch.from_numpy(sumsq_P), layout, loss=torch.tensor(record.loss_T[t]))
+    known = np.flatnonzero(record.finite_T)
+    for rows in np.array_split(known, len(known) // AT_ONCE + 1):
+        sumsq_TP = np.nan_to_num(record.norm_TP[rows].astype(np.float64)) ** 2  # NaN: a parameter was not there yet
+        total_T1 = sumsq_TP.sum(axis=1, keepdims=True)
+        sumsq_TP *= np.where(total_T1 > 0, record.norm_T[rows, None] ** 2 / np.where(total_T1 > 0, total_T1, 1), 1)
+        losses = torch.from_numpy(record.loss_T[rows])
+        for t, sumsq_P, loss in zip(rows.tolist(), torch.from_numpy(sumsq_TP), losses, strict=True):
+            yield t, NormStats(sumsq_P, layout, loss=loss)
 
 
 def _skips(plan: ClipPlan) -> bool:

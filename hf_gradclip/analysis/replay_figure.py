@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_gradclip.analysis.figures import label
 from hf_gradclip.analysis.replay import Replay
 from hf_gradclip.record.files import Record
 
@@ -61,4 +62,4 @@ def _highest(steps: np.ndarray, values: np.ndarray, every: int) -> tuple[np.ndar
 
 
 def _short(spec: str) -> str:
-    return spec if len(spec) < 60 else spec[:57] + "..."
+    return label(spec if len(spec) < 60 else spec[:57] + "...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hf_gradclip.analysis.figures import pictures_of
@@ -70,6 +71,4 @@ def _load(paths: Sequence[Path]) -> list[Run]:
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs
-    return [
-        Run(f"{run.name} ({i + 1})", run.folder, run.gradient, run.update, run.spikes) for i, run in enumerate(runs)
-    ]
+    return [replace(run, name=f"{run.name} ({i + 1})") for i, run in enumerate(runs)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from hf_gradclip.record.files import FOLDER, Record, folder_of, read_record
 from hf_gradclip.record.parts import parts_of
+from hf_gradclip.record.spikes import read_spike
 
 UPDATE = "update"
 
@@ -27,6 +27,7 @@ class Run:
         gradient: the record of the gradients.
         update: the record of the updates; None where they were not clipped.
         spikes: the files of rank 0 in order, each with the examples that other ranks held under `other_ranks`.
+        unread: the names of files among them that are none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Run:
     gradient: Record
     update: Record | None
     spikes: list[dict[str, Any]]
+    unread: tuple[str, ...] = ()
 
 
 def load_run(path: Path) -> Run:
@@ -46,19 +48,25 @@ def load_run(path: Path) -> Run:
     whole = folder.resolve()
     name = whole.parent.name if whole.name == FOLDER else whole.name
     update = read_record(folder, UPDATE) if parts_of(folder, UPDATE) else None
-    return Run(name, folder, read_record(folder), update, _spikes(folder))
+    return Run(name, folder, read_record(folder), update, *_spikes(folder))
 
 
-def _spikes(folder: Path) -> list[dict[str, Any]]:
+def _spikes(folder: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The spikes, and the names of what is none."""
+    unread: list[str] = []
     found: dict[int, dict[str, Any]] = {}
     others: dict[int, dict[str, Any]] = {}
     for path in sorted((folder / "spikes").glob("step_*.json")):
-        spike = json.loads(path.read_text("utf-8"))
+        try:
+            spike = read_spike(path)
+        except ValueError:
+            unread.append(path.name)
+            continue
         if spike["rank"] == 0:
             found[spike["step"]] = spike
         else:
             others.setdefault(spike["step"], {})[str(spike["rank"])] = spike["examples"]
-    return [{**found[step], "other_ranks": others.get(step, {})} for step in sorted(found)]
+    return [{**found[step], "other_ranks": others.get(step, {})} for step in sorted(found)], tuple(unread)
 
 
 def total_scale(record: Record) -> np.ndarray:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import log
+
 import numpy as np
 
 from hf_gradclip.analysis.replay import Outcome, outcome_of, replay, strategy_for_replay
 from hf_gradclip.record.files import Record
 
 ROUNDS = 12
+NEAR = 0.02
+"""A share that is within this part of the wanted one is the wanted one."""
 PERCENTILES = (0.01, 100.0)
 Z_RANGE = (0.1, 10.0)
 
@@ -31,10 +36,11 @@ def suggest(record: Record, rate: float) -> list[Outcome]:
     if not len(norms):
         raise ValueError("suggest: the record has no finite norm above 0.")
     limit = float(np.quantile(norms, 1 - rate))
+    whole = _of_the_whole(record)
     return [
-        _replayed(record, f"global_norm:max_norm={limit:.4g}"),
-        _nearest(record, rate, "autoclip:percentile={:.4g}", PERCENTILES),
-        _nearest(record, rate, "zclip:z_threshold={:.3g}", Z_RANGE),
+        _replayed(whole, f"global_norm:max_norm={limit:.4g}"),
+        _nearest(whole, rate, "autoclip:percentile={:.4g}", PERCENTILES, 100 * (1 - rate)),
+        _nearest(whole, rate, "zclip:z_threshold={:.3g}", Z_RANGE, 2.0),
     ]
 
 
@@ -53,19 +59,44 @@ def misses(outcomes: list[Outcome], rate: float) -> list[str]:
     ]
 
 
+def _of_the_whole(record: Record) -> Record:
+    """The record with all parameters as one: these strategies go by the norm of the whole alone."""
+    return replace(
+        record,
+        names=("whole",),
+        numel_P=record.numel_P.sum(keepdims=True),
+        norm_TP=record.norm_T[:, None].astype(np.float32),
+        scale_TP=np.ones((len(record), 1), dtype=np.float32),
+    )
+
+
 def _replayed(record: Record, spec: str) -> Outcome:
     return outcome_of(record, replay(record, strategy_for_replay(spec)), spec)
 
 
-def _nearest(record: Record, rate: float, spec: str, ends: tuple[float, float]) -> Outcome:
-    """Bisection: the higher the number is, the fewer steps are clipped."""
-    low, high = ends
-    tried = []
+def _nearest(record: Record, rate: float, spec: str, ends: tuple[float, float], guess: float) -> Outcome:
+    """The number that comes nearest: the higher it is, the fewer steps are clipped.
+
+    A replay is long, so after the guess each is where a line through the ends of the bracket, in logarithms of the
+    share, meets the wanted one; and in the bracket's middle where the last one moved the same end as the one before.
+    """
+    tried: list[Outcome] = []
+    fewest = 0.5 / len(record)  # stands for no step at all
+    (low, high), side = ends, 0
+    above, below = -log(rate), log(fewest / rate)
+    at = guess
     for _ in range(ROUNDS):
-        middle = (low * high) ** 0.5
-        tried.append(_replayed(record, spec.format(middle)))
-        if tried[-1].rate > rate:
-            low = middle
+        if any(spec.format(at) == outcome.spec for outcome in tried):
+            break
+        tried.append(_replayed(record, spec.format(at)))
+        found = log(max(tried[-1].rate, fewest) / rate)
+        if abs(found) <= NEAR:
+            break
+        moved = 1 if found > 0 else -1
+        if moved > 0:
+            low, above = at, found
         else:
-            high = middle
+            high, below = at, found
+        at = (low + high) / 2 if moved == side else low + (high - low) * above / (above - below)
+        side = moved
     return min(tried, key=lambda outcome: abs(outcome.rate - rate))

@@ -11,6 +11,7 @@ from hf_gradclip.analysis.findings import tensors_of
 from hf_gradclip.analysis.replay import Outcome
 from hf_gradclip.analysis.run import Run, clipped_steps, total_scale
 from hf_gradclip.record.files import Record
+from hf_gradclip.say import printable
 
 COLUMNS = ("strategy", "clipped", "mean scale", "spikes", "false alarms", "threshold")
 SUMMARY_COLUMNS = (
@@ -126,18 +127,18 @@ def _examples(spike: dict[str, Any]) -> str:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """Print a table.
+    """Print a table. Names in it are of somebody's model: they are shown as they are, and control nothing.
 
     Raises:
         ImportError: without rich.
     """
-    _, box, table = _rich()
+    _, box, table, text = _rich()
     first, *others = columns
     shown = table.Table(
         table.Column(first, overflow="fold"), *others, title=title or None, title_justify="left", box=box.SIMPLE_HEAD
     )
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(text.Text(printable(cell)) for cell in row))
     _rich()[0].Console().print(shown)
 
 
@@ -149,12 +150,12 @@ def say(*lines: str) -> None:
     """
     console = _rich()[0].Console()
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(printable(line), markup=False, highlight=False, emoji=False)
 
 
-def _rich() -> tuple[Any, Any, Any]:
+def _rich() -> tuple[Any, Any, Any, Any]:
     try:
-        from rich import box, console, table
+        from rich import box, console, table, text
     except ImportError:
         raise ImportError("tables need rich: pip install 'hf_gradclip[report]'.") from None
-    return console, box, table
+    return console, box, table, text

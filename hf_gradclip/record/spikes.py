@@ -85,10 +85,35 @@ def write_spike(folder: Path, found: dict[str, Any], rank: int) -> None:
     aside.replace(path)
 
 
+def read_spike(path: Path) -> dict[str, Any]:
+    """What `write_spike` wrote.
+
+    Raises:
+        ValueError: for a file that is none of its.
+    """
+    try:
+        spike = json.loads(path.read_text("utf-8"))
+        numbers = [spike[key] for key in ("norm", "z", "loss")] + [tensor["share"] for tensor in spike["tensors"]]
+        words = [tensor["name"] for tensor in spike["tensors"]]
+        sound = (
+            type(spike["step"]) is int
+            and type(spike["rank"]) is int
+            and all(number is None or number == "inf" or type(number) in (int, float) for number in numbers)
+            and all(isinstance(word, str) for word in words)
+            and isinstance(spike["examples"], (list, str))
+        )
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path.name} is no file of a spike")
+    return dict(spike)
+
+
 def drop_spikes_after(folder: Path, step: int) -> None:
     """Remove the spikes past a step."""
     for path in (folder / "spikes").glob("step_*.json"):
-        if int(path.stem.split("_")[1]) > step:
+        number = path.stem.split("_")[1]
+        if number.isdecimal() and int(number) > step:
             path.unlink(missing_ok=True)
 
 

@@ -29,7 +29,7 @@ from hf_gradclip.run.spikes import SpikeWatch
 from hf_gradclip.run.startup import world_size
 from hf_gradclip.run.state import numbered
 from hf_gradclip.say import announce, logger
-from hf_gradclip.strategy import describe
+from hf_gradclip.strategy import describe, warmup_of
 from hf_gradclip.types import Layout
 
 GRADIENT, UPDATE = "gradient", "update"
@@ -252,6 +252,7 @@ class Recording:
             "names": list(layout.names),
             "numel": layout.numel_S.tolist(),
             "spec": describe(clipper.config.gradient),
+            "warmup": warmup_of(clipper.config.gradient),
             "config": str(clipper.config),
             "backend": clipper.view.backend,
             "world": world_size(),

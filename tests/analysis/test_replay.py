@@ -142,3 +142,37 @@ def test_a_share_that_cannot_be_reached_is_said() -> None:
 def test_a_rate_that_is_no_share_is_refused(rate) -> None:
     with pytest.raises(ValueError, match="must be a share between 0 and 1"):
         suggest(record_by_hand(norms_of()), rate)
+
+
+def test_a_suggestion_for_a_long_run_is_what_its_replay_says_and_comes_after_few_replays(monkeypatch) -> None:
+    """1000 steps of 40 tensors. A replay is a step of the strategy for each of them; halving the whole range takes 24."""
+    from hf_gradclip.strategies.autoclip import AutoClip
+    from hf_gradclip.strategies.zclip import ZClip
+
+    rng = np.random.default_rng(0)
+    norms = 0.3 * np.exp(0.3 * rng.standard_normal((1000, 40))) * np.exp(0.3 * rng.standard_normal((1000, 1)))
+    record = record_by_hand(norms)
+    sizes = []
+
+    def counted(update):
+        def call(self, stats, state):
+            sizes.append(len(stats.layout))
+            return update(self, stats, state)
+
+        return call
+
+    for kind in (AutoClip, ZClip):
+        monkeypatch.setattr(kind, "update", counted(kind.update))
+    found = suggest(record, 0.05)
+    assert len(sizes) <= 12 * 1000
+    assert set(sizes) == {1}, "they go by the norm of the whole"
+    for outcome in found:
+        assert outcome.rate == pytest.approx(0.05, abs=0.0011), outcome.spec
+        again = outcome_of(record, replay(record, strategy_for_replay(outcome.spec)), outcome.spec)
+        assert again.rate == outcome.rate
+        assert again.mean_scale == pytest.approx(outcome.mean_scale, rel=1e-5)
+        assert (again.spikes, again.caught, again.false_alarms) == (
+            outcome.spikes,
+            outcome.caught,
+            outcome.false_alarms,
+        )
