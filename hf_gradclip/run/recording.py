@@ -29,6 +29,7 @@ from hf_gradclip.run.spikes import SpikeWatch
 from hf_gradclip.run.startup import world_size
 from hf_gradclip.run.state import numbered
 from hf_gradclip.say import announce, logger
+from hf_gradclip.spec import is_own
 from hf_gradclip.strategy import describe, warmup_of
 from hf_gradclip.types import Layout
 
@@ -247,15 +248,17 @@ class Recording:
         self.start_after(step)
 
     def _meta(self, kind: str, clipper: Clipper, layout: Layout) -> dict[str, Any]:
+        spec = describe(clipper.config.gradient)
+        foreign = {} if is_own(spec) else {"warmup": warmup_of(clipper.config.gradient)}  # whose code no reader runs
         return {
             "place": kind,
             "names": list(layout.names),
             "numel": layout.numel_S.tolist(),
-            "spec": describe(clipper.config.gradient),
-            "warmup": warmup_of(clipper.config.gradient),
+            "spec": spec,
             "config": str(clipper.config),
             "backend": clipper.view.backend,
             "world": world_size(),
+            **foreign,
         }
 
 

@@ -145,7 +145,7 @@ def test_a_rate_that_is_no_share_is_refused(rate) -> None:
 
 
 def test_a_suggestion_for_a_long_run_is_what_its_replay_says_and_comes_after_few_replays(monkeypatch) -> None:
-    """1000 steps of 40 tensors. A replay is a step of the strategy for each of them; halving the whole range takes 24."""
+    """1000 steps of 40 tensors, and as many steps of a strategy for a replay. Halving the whole range takes 24."""
     from hf_gradclip.strategies.autoclip import AutoClip
     from hf_gradclip.strategies.zclip import ZClip
 

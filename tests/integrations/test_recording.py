@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from hf_gradclip.cli import main
 from hf_gradclip.config import SpecError
 from hf_gradclip.record.files import read_record
 from hf_gradclip.run import recording
+from hf_gradclip.strategies.global_norm import GlobalNorm
 from tests.integrations.loops import StopAt, batches
 from tests.integrations.recorded import CLIP, RECORD, PoisonedTrainer, is_poison, poisoned_data
 from tests.tiny import counting_data, logged, tiny_llama, train
@@ -146,6 +148,17 @@ def test_a_run_that_goes_on_under_another_strategy(tmp_path, capsys) -> None:
     assert "The gradient was clipped in 0 of 6 steps (0%)" in said
     assert main(["replay", str(tmp_path)]) == 0
     assert "What was recorded is" not in capsys.readouterr().out
+
+
+def test_a_strategy_of_ones_own_has_its_warm_up_in_the_record(tmp_path) -> None:
+    """The report does not import it to ask."""
+
+    @dataclass(frozen=True)
+    class Patient(GlobalNorm):
+        warmup_steps: int = 7
+
+    train(GradClipTrainer, clip={"gradient": Patient(), "record": True}, max_steps=3, output_dir=str(tmp_path))
+    assert read_record(tmp_path).meta["warmup"] == 7
 
 
 def test_a_new_run_in_an_old_folder_keeps_the_old_record(tmp_path, caplog) -> None:
