@@ -50,7 +50,7 @@ ATTACH = "must be an accelerate.Accelerator. "
         ("parameters", f"Clipper.for_model(<generator>): {FOR_MODEL}Parameters alone have no names"),
         ("list", f"Clipper.for_model(<list>): {FOR_MODEL}Parameters alone have no names"),
         ("tensor", f"Clipper.for_model(<Parameter>): {FOR_MODEL}Parameters alone have no names"),
-        ("named", f"Clipper.for_model(<generator>): {FOR_MODEL}Parameters alone have no names"),
+        ("named", f"Clipper.for_model(<generator>): {FOR_MODEL}Pass the model itself, or list"),
         ("optimizer", f"Clipper.for_model(<SGD>): {FOR_MODEL}This is an optimizer. Pass the model"),
         ("trainer", f"Clipper.for_model(<GradClipTrainer>): {FOR_MODEL}This is a Trainer. GradClipTrainer("),
         (
