@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -35,7 +34,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_gradclip import ClipConfig, GradClipTrainer, optim
+from hf_gradclip import ClipConfig, GradClipTrainer, optim, yaml_file
 
 END = "<|endoftext|>"
 
@@ -132,7 +131,7 @@ def parse(argv: list[str]) -> tuple[ClipArguments, DataArguments, RunArguments]:
     """Read the command line; a first argument that ends in .yaml gives defaults which later flags win over."""
     parser = HfArgumentParser((ClipArguments, DataArguments, RunArguments))
     if argv and argv[0].endswith((".yaml", ".yml")):
-        values = yaml.safe_load(Path(argv[0]).read_text("utf-8")) or {}
+        values = yaml_file.load(Path(argv[0]).read_text("utf-8")) or {}
         if not isinstance(values, dict):
             parser.error(f"{argv[0]}: must hold lines of key: value, the flags without their dashes")
         known = {action.dest for action in parser._actions}
