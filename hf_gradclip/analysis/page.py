@@ -17,6 +17,7 @@ from hf_gradclip.analysis.tables import (
     summary_rows,
     tensor_rows,
 )
+from hf_gradclip.outlier import WINDOW
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -63,7 +64,10 @@ def page_of(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
         parts += [f"<h2>Tensors with the largest norms{of_run}</h2>", _table(TENSOR_COLUMNS, tensor_rows(run.gradient))]
         if run.spikes:
             parts += [f"<h2>Spikes{of_run}</h2>", _table(SPIKE_COLUMNS, spike_rows(run), text=(4, 5))]
-    foot = "A spike stands out from the 200 steps before by 6 robust standard deviations of the logarithm of the norm."
+    foot = (
+        f"A spike is a norm that stands out among the {WINDOW} before it by the rule of adaptive_norm: far above their "
+        "spread, and above three times their median."
+    )
     body = "\n".join(part for part in parts if part)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
