@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_gradclip.strategy import State, Strategy, describe, flatten, name_of, unflatten
+from hf_gradclip.strategy import Chain, State, Strategy, describe, flatten, name_of, unflatten
 from hf_gradclip.types import Layout
 
 LATER = (".past.seen", ".past.logs", ".row")
@@ -18,7 +18,7 @@ def packed(strategy: Strategy, layout: Layout, state: State, skips_in_a_row: int
     """A state as a dict of tensors on the CPU, words and numbers, loadable with `weights_only=True`."""
     return {
         "version": 1,
-        "strategy": name_of(strategy),
+        "strategy": _kind(strategy),
         "spec": describe(strategy),
         "names": list(layout.names),
         "state": {key: value.detach().cpu().clone() for key, value in flatten(state).items()},
@@ -94,7 +94,7 @@ def _is_broken(value: Tensor, like: Tensor) -> bool:
 def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: dict[str, Tensor]) -> str:
     """What a saved state is of that cannot be taken; "" if it can."""
     missing = {key for key in mine.keys() - saved["state"].keys() if not f".{key}".endswith(LATER)}
-    if missing or saved["state"].keys() - mine.keys() or saved["strategy"] != name_of(strategy):
+    if missing or saved["state"].keys() - mine.keys() or saved["strategy"] != _kind(strategy):
         return f"of {saved['spec']}"
     if set(saved["names"]) != set(layout.names):
         return "of other trainable parameters"
@@ -104,3 +104,8 @@ def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: di
     if any(saved["state"].get(key, value).shape != value.shape for key, value in mine.items()):
         return f"of {saved['spec']}, of another size"
     return ""
+
+
+def _kind(strategy: Strategy) -> str:
+    """What a checkpoint calls a strategy: a chain by its class, as its state says which parts it has."""
+    return f"{Chain.__module__}.{Chain.__qualname__}" if isinstance(strategy, Chain) else name_of(strategy)

@@ -230,7 +230,9 @@ def unflatten(like: State, flat: dict[str, Tensor], prefix: str = "") -> State:
 
 
 def name_of(strategy: Strategy) -> str:
-    """The word a spec uses: `zclip` for the strategies of this package, a dotted path for others."""
+    """The word a spec uses: `zclip` for the strategies of this package, a dotted path for others; of a chain all."""
+    if isinstance(strategy, Chain):
+        return "+".join(map(name_of, strategy.parts))
     cls = type(strategy)
     package, _, module = cls.__module__.rpartition(".")
     return module if package == "hf_gradclip.strategies" else f"{cls.__module__}.{cls.__qualname__}"

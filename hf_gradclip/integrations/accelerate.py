@@ -202,11 +202,23 @@ class LoopAttachment(Attachment):
                 self.clipper_of(model)
         self.watch_optimizers()
 
+    def _watch_updates(self) -> None:
+        self._start_late()
+        super()._watch_updates()
+
+    def _start_late(self) -> None:
+        """Start what was prepared by hand, or unfrozen."""
+        frozen, self._frozen = self._frozen, []
+        if any(p.requires_grad for ref in frozen if (model := ref()) is not None for p in model.parameters()):
+            self._start()
+        else:
+            self._frozen = frozen
+
     def _after_backward(self) -> None:
         """Start what was prepared by hand, or unfrozen; note what DeepSpeed did in backward."""
-        frozen = (model for ref in self._frozen if (model := ref()) is not None)
-        if self._is_behind() or any(p.requires_grad for model in frozen for p in model.parameters()):
+        if self._is_behind():
             self._start()
+        self._start_late()
         if self._clippers.seams is not None:
             self._norm_of_engine()
         elif self.auto and self._steps == 0 and not self.accelerator._optimizers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from hf_gradclip.integrations.clippers import Clippers
 from hf_gradclip.integrations.refusals import refuse_several_gradients
 from hf_gradclip.run.closure import once
 from hf_gradclip.run.marks import Marks, Owners, is_idle
-from hf_gradclip.run.updates import innermost
+from hf_gradclip.run.updates import innermost, stepped_by
 from hf_gradclip.run.wrapping import wrap_step
 
 
@@ -35,7 +36,7 @@ class Steps:
         look: Callable[[], None],
         missing: str | None,
     ) -> None:
-        self.marks = Marks()
+        self.marks = Marks(auto=clip is not None)
         self.owners = Owners()
         self._configs = configs
         self._clippers = clippers
@@ -43,6 +44,7 @@ class Steps:
         self._look = look
         self._missing = missing
         self._paused = False
+        self._making = 0
 
     def watch(self, optimizers: Iterable[Any]) -> None:
         """Wrap the step of every optimizer once.
@@ -54,7 +56,34 @@ class Steps:
             refuse_several_gradients(innermost(optimizer), self._configs)
             if not hasattr(optimizer, "_gradclip_steps"):
                 wrap_step(optimizer, _step)
+                self._hear(innermost(optimizer))
             optimizer._gradclip_steps = self
+
+    def _hear(self, optimizer: Any) -> None:
+        """Guard the optimizer inside too, where somebody steps it in the place of the one that `prepare` returned."""
+        if (self._missing is None and self._clip is None) or not hasattr(optimizer, "register_step_pre_hook"):
+            return
+        weak = weakref.ref(self)
+
+        def before(optimizer: Any, *_: Any) -> None:
+            steps = weak()
+            if steps is not None and not steps._making and not steps._paused:
+                steps._before_raw(optimizer)
+
+        optimizer.register_step_pre_hook(before)
+
+    def _before_raw(self, optimizer: Any) -> None:
+        """Insist that somebody has clipped; what is skipped loses its gradients, since the step will be made."""
+        clippers = self.owners.known(optimizer) or self.owners.find(optimizer, self._clippers.models)
+        if any(not is_idle(clipper) for clipper in self.marks.missing(optimizer, clippers)):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step(): this is the optimizer as it was before accelerator.prepare(), and "
+                "no clip call came before its step, so that nothing of it would be clipped. Step the one that "
+                "prepare() returned."
+            )
+        if self.marks.take(optimizer, clippers):
+            for clipper in clippers:
+                clipper.view.drop_()
 
     def cover(self, optimizers: Iterable[Any]) -> list[str]:
         """Find the parameters that are clipped and that none of these optimizers steps.
@@ -90,8 +119,7 @@ class Steps:
 
     def _of(self, optimizer: Any) -> list[Clipper]:
         """The clippers of an optimizer; found anew where it is new, or has other parameters."""
-        known = self.owners.known(optimizer)
-        if known is not None:
+        if known := self.owners.known(optimizer):
             return known
         self._look()
         return self.owners.find(optimizer, self._clippers.models)
@@ -99,8 +127,10 @@ class Steps:
     def _before(self, optimizer: Any) -> list[Clipper]:
         """Clip what was not yet clipped, or insist that somebody did; the clippers of the optimizer."""
         clippers = self._of(optimizer)
-        if not clippers:
+        if not clippers and any(p.grad is not None for p in stepped_by(innermost(optimizer))):
             self.owners.say_stranger(type(innermost(optimizer)).__name__)
+        if self._clip is None:
+            self.marks.prove(clippers)
         for clipper in self.marks.missing(optimizer, clippers):
             if len(clippers) > 1 and is_idle(clipper):
                 continue
@@ -123,7 +153,11 @@ class Steps:
             self.marks.void(self._of(optimizer))
             closure = once(innermost(optimizer), closure)
         skips = self.marks.take(optimizer, self._before(optimizer))
-        result = None if skips and optimizer.scaler is None else inner(closure)
+        self._making += 1
+        try:
+            result = None if skips and optimizer.scaler is None else inner(closure)
+        finally:
+            self._making -= 1
         if skips or optimizer.scaler is None:
             optimizer._is_overflow = skips  # which Accelerate, and so its schedulers, ask for
         return result

@@ -38,9 +38,13 @@ class Marks:
     One clip serves all optimizers of its model, each of them once. They may step in turn, so what is left over after
     one of them has stepped is of gradients that the next backward changes. A model that nobody has stepped since its
     clip may wait while another goes backward.
+
+    Args:
+        auto: whether a step that no clip call preceded is clipped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, auto: bool = False) -> None:
+        self._auto = auto
         self._of: dict[Clipper, Mark] = {}
         self._backwards = 0
         self._proof = Proof()
@@ -66,8 +70,8 @@ class Marks:
         if mark.grad is None or mark.grad[0] >= len(watched):
             return mark.norm if all(p.grad is None for p in watched) else None
         place, grad, version = mark.grad
-        same = watched[place].grad is grad() and (self._backwards > 0 or version == grad()._version)  # type: ignore[union-attr]
-        return mark.norm if same else None
+        now = watched[place].grad
+        return mark.norm if now is not None and now is grad() and now._version == version else None
 
     def prove(self, clippers: Sequence[Clipper]) -> None:
         """In the first steps, insist that what is stepped is what these have clipped; see `Proof.stepped`."""
@@ -78,10 +82,28 @@ class Marks:
         """What these have clipped counts no longer."""
         for clipper in clippers:
             self._of.pop(clipper, None)
+            self._proof.forget(clipper)
 
     def missing(self, optimizer: Any, clippers: Sequence[Clipper]) -> list[Clipper]:
         """Which of an optimizer's clippers have not clipped for its coming step."""
-        return [c for c in clippers if c not in self._of or id(optimizer) in self._of[c].taken]
+        return [c for c in clippers if c not in self._of or id(optimizer) in self._of[c].taken or self._is_stale(c)]
+
+    def _is_stale(self, clipper: Clipper) -> bool:
+        """Whether a clip was of other gradients: its step was left out, and a backward has come since.
+
+        An edit of a gradient in place is none. Where nobody counts the backward passes only another gradient tells, and
+        where a step that is not clipped is clipped anyway an edit too.
+        """
+        mark, watched = self._of[clipper], clipper.view.here.watched()
+        if mark.taken or (0 < self._backwards == mark.backwards):
+            return False
+        if mark.grad is None or mark.grad[0] >= len(watched):
+            return self._backwards > 0 and not mark.skips and any(p.grad is not None for p in watched)
+        place, grad, version = mark.grad
+        now = watched[place].grad
+        return now is not None and (
+            now is not grad() or ((self._auto or self._backwards > 0) and now._version != version)
+        )
 
     def take(self, optimizer: Any, clippers: Sequence[Clipper]) -> bool:
         """Use up the marks of an optimizer's clippers for its step; whether one of them skips it."""

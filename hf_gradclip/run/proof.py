@@ -57,6 +57,10 @@ class Proof:
                     "backward; an optimizer that steps inside backward cannot be clipped at all."
                 )
 
+    def forget(self, clipper: Clipper) -> None:
+        """What a clipper has clipped will not be stepped."""
+        self._seen.pop(clipper, None)
+
     def stepped(self, clipper: Clipper, backwards: int) -> None:
         """An optimizer of its model is about to step.
 

@@ -219,6 +219,9 @@ def test_parameters_of_no_prepared_model_are_named(caplog) -> None:
     hf_gradclip.attach(accelerator, "zclip")
     model, optimizer = accelerator.prepare(model, torch.optim.SGD([stranger], lr=0.1))
     optimizer.step()
+    assert "belong to no prepared model" not in caplog.text, "it has no gradient"
+    stranger.grad = torch.ones(2)
+    optimizer.step()
     assert "optimizer.step() of SGD: its parameters belong to no prepared model" in caplog.text
 
 

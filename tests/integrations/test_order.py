@@ -37,7 +37,7 @@ class Looped:
     """A prepared model and optimizer."""
 
     def __init__(
-        self, spec="global_norm:max_norm=0.01", optimizer=None, prepared=True, scaler=None, **settings
+        self, spec="global_norm:max_norm=0.01", optimizer=None, prepared=True, scaler=None, frozen=False, **settings
     ) -> None:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
@@ -45,7 +45,7 @@ class Looped:
         if scaler is not None:  # Accelerate makes none on a CPU
             self.accelerator.scaler, self.accelerator.native_amp = scaler, True
         self.attachment = hf_gradclip.attach(self.accelerator, spec, **settings)
-        self.model: nn.Module = Line()
+        self.model: nn.Module = Line().requires_grad_(not frozen)
         self.optimizer = (optimizer or (lambda params: torch.optim.SGD(params, lr=1.0)))(self.model.parameters())
         if prepared:
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -233,8 +233,90 @@ class TestSecondCall:
             loop.optimizer.zero_grad(set_to_none=False)
         assert loop.moved == pytest.approx(3 * LIMIT, rel=1e-4)
 
+    @pytest.mark.parametrize("prepared", [True, False])
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_a_clip_whose_step_was_left_out_does_not_count_for_the_next_gradient(self, prepared, set_to_none) -> None:
+        """A probe of the gradient, or a step that a loop leaves out by itself, between steps that auto=True clips."""
+        loop = Looped(auto=True)
+        for step in range(10):
+            backward = loop.backward if prepared else (lambda: loop.model().backward())
+            backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            if step in (2, 5, 7):
+                backward()
+                loop.clip()
+                loop.optimizer.zero_grad(set_to_none=set_to_none)
+        assert loop.moved == pytest.approx(10 * LIMIT, rel=1e-4)
+
+    def test_a_loop_with_such_clips_that_forgets_one_is_an_error(self) -> None:
+        loop = Looped()
+        for step in range(7):
+            loop.backward()
+            loop.clip()
+            if step != 6:
+                loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        loop.backward()
+        with pytest.raises(RuntimeError, match="clip_grad_norm_"):
+            loop.optimizer.step()
+        assert loop.moved == pytest.approx(6 * LIMIT, rel=1e-4)
+
+    def test_two_kinds_of_backward_and_a_step_that_is_left_out(self) -> None:
+        loop = Looped()
+        loop.backward()
+        for step in range(8):
+            loop.clip()
+            if step != 3:
+                loop.optimizer.step()
+            loop.optimizer.zero_grad(set_to_none=False)
+            loop.model().backward()
+        assert loop.moved == pytest.approx(7 * LIMIT, rel=1e-4)
+
+    def test_a_gradient_that_was_edited_since_is_clipped_again(self) -> None:
+        """As noise that is added, or gradients that are projected, after a first clip."""
+        loop = Looped()
+        for _ in range(4):
+            loop.backward()
+            loop.clip()
+            loop.model.weight.grad.mul_(1000)
+            assert loop.clip() == pytest.approx(1000 * LIMIT, rel=1e-4)
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        assert loop.moved == pytest.approx(4 * LIMIT, rel=1e-4)
+
 
 class TestOptimizers:
+    @pytest.mark.parametrize("auto", [True, False])
+    def test_the_one_before_prepare_is_an_error_where_no_clip_call_came(self, auto) -> None:
+        loop = Looped(auto=auto)
+        loop.backward()
+        with pytest.raises(RuntimeError, match=r"SGD.step\(\): this is the optimizer as it was before"):
+            loop.optimizer.optimizer.step()
+        assert loop.moved == 0
+
+    def test_a_nan_does_not_reach_the_weights_through_it(self) -> None:
+        loop = Looped()
+        for factor in (1.0, float("nan"), 1.0):
+            loop.backward(factor)
+            loop.clip()
+            loop.optimizer.optimizer.step()
+            loop.optimizer.zero_grad()
+        assert loop.moved == pytest.approx(2 * LIMIT, rel=1e-4)
+
+    @pytest.mark.parametrize("by_accelerator", [True, False])
+    def test_a_model_that_is_unfrozen_later_is_clipped(self, by_accelerator, caplog) -> None:
+        loop = Looped(auto=True, frozen=True)
+        loop.optimizer.step()
+        assert "belong to no prepared model" not in caplog.text
+        loop.model.requires_grad_(True)
+        for _ in range(3):
+            loop.backward() if by_accelerator else loop.model().backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        assert loop.moved == pytest.approx(3 * LIMIT, rel=1e-4)
+        assert "belong to no prepared model" not in caplog.text
+
     def test_one_that_nobody_prepared_is_an_error_where_nothing_would_clip(self) -> None:
         loop = Looped(prepared=False, auto=True)
         with pytest.raises(RuntimeError, match=r"nothing would be clipped.*weight.*Prepare their optimizer"):
