@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from hf_gradclip.decision import (
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
-from hf_gradclip.misuse import insist_on_model, insist_on_parts, refuse_copy
+from hf_gradclip.misuse import insist_on_model, insist_on_parts, is_scaling
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
 from hf_gradclip.say import logger
@@ -102,7 +102,7 @@ class Clipper:
         insist_on_model(model)
         config = ClipConfig.parse(spec, **settings)
         refuse_in_a_loop(config)
-        clipper = cls(config, view_of(model, guarded=scaler is not None and scaler.is_enabled()))
+        clipper = cls(config, view_of(model, guarded=is_scaling(scaler)))
         if config.fold or not config.skip_sync:
             clipper.fold_into(optimizer)
         return clipper
@@ -149,9 +149,6 @@ class Clipper:
     def __repr__(self) -> str:
         words = exempt(self.config.gradient, self.view)
         return f"Clipper({self.config}, {self.view.backend}, {len(self._layout)} segments{words and ', '}{words})"
-
-    def __reduce__(self) -> NoReturn:
-        refuse_copy(self)
 
     def step(self, loss: Tensor | float | None = None) -> Tensor:
         """Clip the gradients, between backward and `optimizer.step()`.

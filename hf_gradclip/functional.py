@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_gradclip import kernels
+from hf_gradclip.misuse import listed
 from hf_gradclip.strategy import torch_scale
 from hf_gradclip.types import statistics_dtype
 from hf_gradclip.views.gradients import gradients_of, measure
@@ -40,20 +41,12 @@ def clip_grad_norm_(
         The norm before clipping, 0-d, float32 (float64 if a gradient is float64), on the first gradient's device.
 
     Raises:
-        TypeError: for a model in the place of its parameters.
+        TypeError: for a model, or named parameters, in the place of its parameters.
         RuntimeError: if `error_if_nonfinite` and the norm is NaN or inf.
     """
-    if isinstance(parameters, nn.Module) and not isinstance(parameters, nn.ParameterList):
-        raise TypeError(
-            f"clip_grad_norm_({type(parameters).__name__}, {max_norm}): must be parameters. Pass model.parameters()."
-        )
-    if isinstance(parameters, Tensor):
-        parameters = [parameters]
-    else:
-        given = parameters
-        parameters = list(parameters)
-        if isinstance(given, Iterator) and not parameters:  # torch warns of a generator, not of a filter or a chain
-            warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
+    given, parameters = parameters, listed(parameters, "clip_grad_norm_")
+    if isinstance(given, Iterator) and not parameters:  # torch warns of a generator, not of a filter or a chain
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     order = float(norm_type)
     present = [p for p in parameters if p.grad is not None]
     if order not in (2.0, float("inf")) or any(_is_torchs(p.grad, order) for p in present if p.grad is not None):

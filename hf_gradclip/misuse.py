@@ -6,7 +6,7 @@ No framework is imported: a Trainer or an Accelerator is known by the name of it
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,33 @@ def insist_on_parts(config: Any, view: Any) -> None:
         raise TypeError(f"Clipper({given}): must be a ClipConfig and a view. For a model write {FOR_MODEL}.")
 
 
+def is_scaling(scaler: Any) -> bool:
+    """Whether a GradScaler is there and on.
+
+    Raises:
+        TypeError: for something else.
+    """
+    if scaler is not None and not hasattr(scaler, "is_enabled"):
+        raise TypeError(f"Clipper.for_model(..., scaler={shown(scaler)}): must be your torch.amp.GradScaler, or None.")
+    return scaler is not None and bool(scaler.is_enabled())
+
+
+def listed(parameters: Any, call: str) -> list[Tensor]:
+    """The parameters that a clip call is given, one tensor or several, as a list.
+
+    Raises:
+        TypeError: for a model, or named parameters, in their place.
+    """
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, nn.Module) and not isinstance(parameters, nn.ParameterList):
+        raise TypeError(f"{call}({type(parameters).__name__}, ...): must be parameters. Pass model.parameters().")
+    found = list(parameters)
+    if found and not isinstance(found[0], Tensor):
+        raise TypeError(f"{call}({shown(parameters)}, ...): must be parameters. Pass model.parameters().")
+    return found
+
+
 def kind_of(thing: Any) -> str:
     """What a person has taken for something else: a key of INSTEAD; "" for anything else."""
     names = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(thing).__mro__}
@@ -71,16 +98,3 @@ def shown(thing: Any) -> str:
     if isinstance(thing, (str, int, float, bool)) or thing is None:
         return repr(thing)
     return f"<{thing.__name__ if isinstance(thing, type) else type(thing).__name__}>"
-
-
-def refuse_copy(clipper: Any) -> NoReturn:
-    """Stop before a clipper is pickled or copied: the copy would clip parameters of its own.
-
-    Raises:
-        TypeError: in words.
-    """
-    raise TypeError(
-        f"{clipper!r}: cannot be pickled or copied, since the copy would clip a copy of the parameters and not your "
-        "model. Keep clipper.state_dict(); where you need it, make Clipper.for_model(model, spec) and call "
-        "load_state_dict(state)."
-    )

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from hf_gradclip.strategy import Strategy
+from hf_gradclip.misuse import shown
+from hf_gradclip.strategy import Strategy, describe
 from hf_gradclip.types import Layout, NormStats
 
 Norms = float | Sequence[float]
@@ -31,6 +32,10 @@ def preview(
         weights: the norm of the weights of each parameter, the same in every step.
         losses: per step the loss, for a strategy that judges it.
 
+    Raises:
+        TypeError: for something else than a strategy.
+        ValueError: without losses for a strategy that judges them.
+
     Returns:
         Per step the norm of what is left, to 4 digits; a list where the step was one; None for a step that is skipped.
         Where a strategy bounds elements, they are taken to be of one size.
@@ -39,6 +44,12 @@ def preview(
         >>> preview(GlobalNorm(max_norm=1.0), [0.5, 2.0, [3.0, 4.0]])
         [0.5, 1.0, [0.6, 0.8]]
     """
+    if not isinstance(strategy, Strategy):
+        raise TypeError(
+            f"preview({shown(strategy)}, ...): must be a strategy, as ClipConfig.parse(spec).gradient is one."
+        )
+    if strategy.needs.loss and (losses is None or len(losses) < len(norms)):
+        raise ValueError(f"preview({describe(strategy)}, ...): judges the loss. Give losses, one per step.")
     after: list[float | list[float] | None] = []
     width = max((len(step) for step in norms if isinstance(step, Sequence)), default=1)
     layout = Layout.of_parameters(tuple(map(str, range(width))), [numel] * width, torch.device("cpu"))

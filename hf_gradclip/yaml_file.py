@@ -50,7 +50,7 @@ def load(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: if it is not YAML.
-        ValueError: if it refers to itself, is too large, or nested too deep.
+        ValueError: if it refers to itself, is too large, nested too deep, or gives a key twice.
     """
     loader = _Loader(text)
     try:
@@ -72,6 +72,9 @@ def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
         known[id(node)] = None
         parts: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise ValueError(f"{twice} is given twice")
             parts = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value

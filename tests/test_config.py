@@ -193,6 +193,14 @@ class TestForms:
 
 class TestYaml:
     @pytest.mark.parametrize(
+        "text", ["gradient: zclip\nnonfinite: raise\ngradient: none\n", "strategy: zclip\nstrategy: agc\n"]
+    )
+    def test_a_key_that_is_given_twice(self, text, tmp_path) -> None:
+        (tmp_path / "clip.yaml").write_text(text)
+        with pytest.raises(SpecError, match="is given twice"):
+            ClipConfig.parse(str(tmp_path / "clip.yaml"))
+
+    @pytest.mark.parametrize(
         ("text", "expected"),
         [
             ("strategy: zclip\nalpha: 0.5\n", ClipConfig(ZClip(alpha=0.5))),

@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
-from hf_gradclip.integrations.arguments import insist_on_accelerator, record_folder
+from hf_gradclip.integrations.arguments import insist_on_accelerator, insist_on_switches, record_folder
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_replaced
+from hf_gradclip.misuse import listed
 from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
 from hf_gradclip.run.wrapping import wrap
@@ -64,6 +65,7 @@ def attach(
         UnsupportedBackendError: by name, with what to use instead.
     """
     insist_on_accelerator(accelerator)
+    insist_on_switches(auto=auto, joint=joint)
     models = Models.parse(
         clip, joint, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips, check_every=check_every
     )
@@ -133,7 +135,7 @@ class LoopAttachment(Attachment):
 
     def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor | None:
         """In the place of `accelerator.clip_grad_norm_`."""
-        model = self._model_of([parameters] if isinstance(parameters, Tensor) else parameters)
+        model = self._model_of(listed(parameters, "accelerator.clip_grad_norm_"))
         if not self._said_max_norm and self._is_main:
             self._said_max_norm = True
             announce(f"clip_grad_norm_(max_norm={max_norm}): the strategy decides, this number is not used.")

@@ -30,6 +30,17 @@ def insist_on_accelerator(accelerator: Any) -> None:
     raise TypeError(f"attach({shown(accelerator)}): must be an accelerate.Accelerator. {instead}")
 
 
+def insist_on_switches(**switches: Any) -> None:
+    """Stop where a switch of `attach` is no bool: "false" would count as true.
+
+    Raises:
+        SpecError: in words.
+    """
+    for word, value in switches.items():
+        if type(value) is not bool:
+            raise SpecError(f"attach(accelerator, {word}={value!r}): must be True or False.")
+
+
 def record_folder(record: Any, wanted: bool) -> str | os.PathLike[str] | None:
     """Where `attach` shall record; None for nowhere.
 

@@ -255,7 +255,8 @@ class Attachment:
         accelerator = self.accelerator
         self._prepared = len(accelerator._models), len(accelerator._optimizers)
         if self._is_main:
-            self._advice.at_start(map(innermost, accelerator._optimizers), self.models.configs)
+            for optimizer in accelerator._optimizers:
+                self._advice.at_start(innermost(optimizer), self._steps_of.configs_of(optimizer))
         if self._clippers.seams is not None:
             return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
         self._steps_of.watch(accelerator._optimizers)

@@ -17,7 +17,7 @@ from hf_gradclip.run.startup import insist_on_one_layout
 from hf_gradclip.run.updates import Updates
 from hf_gradclip.run.wrapping import weakly
 from hf_gradclip.views import view_of
-from hf_gradclip.views.trainable import unwrap
+from hf_gradclip.views.trainable import Together, unwrap
 
 
 class Clippers:
@@ -38,7 +38,7 @@ class Clippers:
         self._updates = updates
         self._loss = loss
         self._pairs: list[tuple[weakref.ref[nn.Module], Clipper]] = []
-        self._joint: nn.ModuleDict | None = None
+        self._joint: Together | None = None
         self.seams: Any = None
         self.of_model = WeakIdKeyDictionary()
 

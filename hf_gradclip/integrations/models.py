@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.strategy import SpecError
-from hf_gradclip.views.trainable import unwrap
+from hf_gradclip.views.trainable import Together, unwrap
 
 SHARED = ("update", "fold", "skip_sync", "check_every", "record", "histogram_every")
 """What all configurations must agree in: it is of the optimizers, or of the run."""
@@ -135,9 +135,9 @@ class Models:
         before, self._many = self._many, self._many or (number > 1 and not self.joint)
         return self._many and not before
 
-    def together(self, models: Iterable[nn.Module]) -> nn.ModuleDict:
+    def together(self, models: Iterable[nn.Module]) -> Together:
         """One module with all models in it, under their names, for one norm over all of them."""
-        return nn.ModuleDict({self.name(model): unwrap(model) for model in models})
+        return Together({self.name(model): unwrap(model) for model in models})
 
     def forget(self) -> None:
         """Other models may come."""

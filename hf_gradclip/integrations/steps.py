@@ -117,6 +117,13 @@ class Steps:
             optimizers = [o for o in optimizers if clipper in (self.owners.known(o) or self.owners.find(o, models))]
         return [innermost(optimizer) for optimizer in optimizers]
 
+    def configs_of(self, optimizer: Any) -> list[ClipConfig]:
+        """The configurations of the models whose parameters an optimizer steps; under DeepSpeed all."""
+        if self._clippers.seams is not None:
+            return list(self._configs)
+        clippers = self.owners.known(optimizer) or self.owners.find(optimizer, self._clippers.models)
+        return [clipper.config for clipper in clippers]
+
     def _of(self, optimizer: Any) -> list[Clipper]:
         """The clippers of an optimizer; found anew where it is new, or has other parameters."""
         if known := self.owners.known(optimizer):

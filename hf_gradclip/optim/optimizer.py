@@ -101,6 +101,12 @@ class ClippedOptimizer(Optimizer, ABC):
                 f"{type(self).__name__}(clip={clip!r}): fold and skip_sync=False are for torch's fused optimizers. "
                 "Leave them out."
             )
+        for word in ("record", "histogram_every"):
+            if getattr(config, word):
+                raise SpecError(
+                    f"{type(self).__name__}(clip=...) with {word}={getattr(config, word)!r}: there is no run here that "
+                    f"could write it. Leave {word} out, or say it in GradClipTrainer or attach()."
+                )
         configs = {} if clip is None else {"gradient": config}
         return configs if config.update is None else {**configs, "update": config.of_update()}
 

@@ -16,7 +16,7 @@ from hf_gradclip.say import logger, now_and_then
 from hf_gradclip.strategies.none import NoClip
 from hf_gradclip.strategy import describe, parts_of
 
-SIGNS = ("lion", "signsgd", "signum", "tiger")
+SIGNS = ("Lion", "SignSGD", "Signum", "Tiger")
 """Optimizers of which each element of an update is -1 or 1, by what their names contain."""
 LARGEST = math.sqrt(torch.finfo(torch.float32).max)
 """A gradient with an element above it has a square that float32 cannot hold."""
@@ -39,7 +39,7 @@ def about(optimizer: Any, config: ClipConfig) -> Iterator[str]:
             )
             + "; to limit the updates lower the learning rate, or clip them ({'update': ...})."
         )
-    if config.update is not None and any(word in name.lower() for word in SIGNS):
+    if config.update is not None and any(word in name for word in SIGNS):
         yield (
             f"{name} with update={describe(config.update)!r}: each element of its update is -1 or 1, so that its norm "
             "is the root of the number of weights in every step: a limit acts in all steps or in none. Leave 'update' "
@@ -73,18 +73,17 @@ class Advice:
         self._met: weakref.WeakSet[Any] = weakref.WeakSet()
         self._below_eps = self._stuck = 0
 
-    def at_start(self, optimizers: Iterable[Any], configs: Sequence[ClipConfig]) -> None:
+    def at_start(self, optimizer: Any, configs: Sequence[ClipConfig]) -> None:
         """Warn, once per optimizer.
 
         Args:
-            optimizers: without wrappers.
-            configs: of the models.
+            optimizer: without wrappers.
+            configs: of the models that it steps.
         """
-        for optimizer in optimizers:
-            if optimizer not in self._met:
-                self._met.add(optimizer)
-                for words in dict.fromkeys(words for config in configs for words in about(optimizer, config)):
-                    logger.warning(words)
+        if optimizer not in self._met and configs:
+            self._met.add(optimizer)
+            for words in dict.fromkeys(words for config in configs for words in about(optimizer, config)):
+                logger.warning(words)
 
     def at_log(self, clipper: Clipper, scalars: dict[str, float], optimizers: Iterable[Any]) -> None:
         """Warn, the first, second, fourth, eighth ... time.
@@ -94,10 +93,10 @@ class Advice:
             scalars: what its report gave for the log.
             optimizers: that step its parameters, without wrappers.
         """
-        prefix = clipper.report.prefix
-        after, largest = scalars.get(f"{prefix}/norm_post"), scalars.get(f"{prefix}/norm_max", 0.0)
+        found = {key.partition("/")[2]: value for key, value in scalars.items()}
+        largest = found.get("norm_max", 0.0)
         for optimizer in optimizers:
-            if after is not None and (words := below_eps(optimizer, clipper, after)):
+            if words := below_eps(optimizer, clipper, found):
                 self._below_eps += 1
                 if now_and_then(self._below_eps):
                     logger.warning("clip: %s", words)
@@ -107,20 +106,24 @@ class Advice:
                     logger.warning("clip: a step had a gradient of norm %.4g. %s", largest, words)
 
 
-def below_eps(optimizer: Any, clipper: Clipper, norm: float) -> str:
+def below_eps(optimizer: Any, clipper: Clipper, found: dict[str, float]) -> str:
     """Words for gradients that an optimizer's eps outweighs, so that its updates shrink with them; "" for others.
+
+    One step with a small gradient is none: the norms of all steps since the last log must be as small, or most of these
+    steps clipped.
 
     Args:
         optimizer: without wrappers.
         clipper: of the gradients.
-        norm: after clipping.
+        found: what its report gave for the log, by key without a prefix.
     """
-    group: dict[str, Any] = next(iter(optimizer.param_groups), {})
-    eps = group.get("eps")
-    if not isinstance(eps, float) or not {"betas", "alpha"} & set(group):
-        return ""
-    rms = norm / float(clipper.view.layout.numel_S.sum()) ** 0.5
-    if not 0 < rms < eps:
+    groups = [group for group in optimizer.param_groups if {"betas", "alpha"} & set(group)]
+    eps = max((float(group["eps"]) for group in groups if isinstance(group.get("eps"), (int, float))), default=0.0)
+    root = float(clipper.view.layout.numel_S.sum()) ** 0.5
+    bound = min((getattr(part, "max_value", math.inf) for part in parts_of(clipper.config.gradient)), default=math.inf)
+    rms = min(found.get("norm_post", math.inf) / root, bound)
+    usual = found.get("norm_mean", math.inf) / root < eps or found.get("rate", 0.0) > 0.5
+    if not 0 < rms < eps or not usual:
         return ""
     return (
         f"the gradient that {type(optimizer).__name__} is given has an RMS of {rms:.2g}, below its eps of {eps:g}, so "

@@ -101,9 +101,8 @@ class Marks:
             return self._backwards > 0 and not mark.skips and any(p.grad is not None for p in watched)
         place, grad, version = mark.grad
         now = watched[place].grad
-        return now is not None and (
-            now is not grad() or ((self._auto or self._backwards > 0) and now._version != version)
-        )
+        seen = self._auto or self._backwards > 0
+        return now is not None and (now is not grad() or (seen and now._version != version))
 
     def take(self, optimizer: Any, clippers: Sequence[Clipper]) -> bool:
         """Use up the marks of an optimizer's clippers for its step; whether one of them skips it."""

@@ -52,7 +52,7 @@ def in_force(clipper: Clipper, accelerator: Any) -> str:
         sent += " and the loss"
     left_alone = exempt(config.gradient, view)
     return (
-        f"clip: {config}; {view.backend}{ranks}, {segments} segments; "
+        f"{clipper.prefix}: {config}; {view.backend}{ranks}, {segments} segments; "
         f"a step reads the gradients {'and the weights ' if needs.weights else ''}once, {sent}, "
         f"reads {reads} number{'s'[: reads != 1]} to the host"
         f"{'; the same again for the update' if config.update is not None else ''}"

@@ -4,7 +4,8 @@
    module in it. Below a module that answers `get_classifier()` no names are looked at.
 2. Names that only heads have (CLEAR), wherever they are but in the blocks of a list or in an attention.
 3. Names that heads often have, in the outermost module below wrappers: those with one of WORDS at an end, and VAGUE
-   ones where this module has no head by 1 or 2 (ModernBERT's `head` comes before its `classifier`).
+   ones where this module has no head by 1 or 2 (ModernBERT's `head` comes before its `classifier`). `fc` is one
+   if no single layer comes after it, and it is no list.
 
 Of a module that is not a single layer the names are asked again; where they tell nothing, the last layer with a matrix
 is the head (classifier.6 of a VGG, classifier.out_proj of RoBERTa). Each entry of a ModuleList or ModuleDict is one.
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_gradclip.views.trainable import bare
+from hf_gradclip.views.trainable import Together, bare
 
 LANGUAGE = frozenset({"lm_head", "embed_out"})
 CLEAR = LANGUAGE | {
@@ -30,8 +31,8 @@ CLEAR = LANGUAGE | {
 VAGUE = frozenset({"head", "heads", "fc", "cls", "last_linear", "sequence_summary", "aux1", "aux2", "AuxLogits"})
 WORDS = frozenset({"head", "heads", "classifier", "classifiers", "logits"})
 ATTENTION = frozenset({"attention", "attn"})
-BEFORE = ATTENTION | {"conv", "multi", "pre", "proj", "projection", "roi"}
-"""With one of these words in its name (pre_classifier, conv_head) a layer comes before the head."""
+BEFORE = ATTENTION | {"conv", "mha", "multi", "pre", "proj", "projection", "roi", "sa", "self"}
+"""With one of these words in its name (pre_classifier, conv_head, sa_head) a layer comes before the head."""
 WRAPPERS = frozenset({"model", "module", "base_model", "pretrained_model"})
 
 Heads = Mapping[str, tuple[str, ...]]
@@ -49,7 +50,7 @@ def heads_of(model: nn.Module | None, named: Sequence[tuple[str, Tensor]]) -> He
     paths = {id(module): bare(f"{path}.")[:-1] for path, module in model.named_modules()}
     names = {id(p): name for name, p in named}
     heads: dict[str, tuple[str, ...]] = {}
-    models = [*model.children()] if isinstance(model, nn.ModuleDict) else [model]  # several, clipped by one norm
+    models = [*model.children()] if isinstance(model, Together) else [model]
     for layer in (layer for each in models for layer in _found(each)):
         trained = tuple(names[id(p)] for p in layer.parameters() if id(p) in names)
         if trained:
@@ -106,6 +107,8 @@ def _outermost(module: nn.Module, vague: frozenset[str]) -> Iterator[nn.Module]:
         return
     children = {name: child for name, child in module.named_children() if _has_parameters(child)}
     known = CLEAR & children.keys() or _answer(module, "get_output_embeddings")
+    if "fc" in children and (isinstance(children["fc"], nn.ModuleList) or _is_before_a_layer("fc", children)):
+        vague -= {"fc"}
     found = [child for name, child in children.items() if _has_word(name) or (name in vague and not known)]
     yield from found
     if not found and not known:
@@ -113,6 +116,11 @@ def _outermost(module: nn.Module, vague: frozenset[str]) -> Iterator[nn.Module]:
         for name, child in trained.items():
             if len(trained) == 1 or name in WRAPPERS:
                 yield from _outermost(child, vague)
+
+
+def _is_before_a_layer(name: str, children: Mapping[str, nn.Module]) -> bool:
+    names = [*children]
+    return any(_is_layer(children[later]) for later in names[names.index(name) + 1 :])
 
 
 def _has_word(name: str) -> bool:

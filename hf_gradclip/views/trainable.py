@@ -14,6 +14,10 @@ _INNER = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _is_trained = attrgetter("requires_grad")
 
 
+class Together(nn.ModuleDict):
+    """Several models under their names, for one norm over all of them."""
+
+
 class Trainable:
     """The trainable parameters of a model: a tied one once, a frozen or missing one as soon as it is trained.
 

@@ -76,6 +76,30 @@ class TestEps:
         fit(lambda params: torch.optim.RMSprop(params, lr=0.1), "global_norm:max_norm=1e-8")
         assert f"RMSprop is given has an RMS of 1.2e-09, {EPS}" in caplog.text
 
+    def test_one_small_step_among_others_is_not(self, caplog) -> None:
+        """A batch in which everything is masked, say, right before a log."""
+        accelerator, model = Accelerator(cpu=True), nn.Linear(8, 8, bias=False)
+        attachment = hf_gradclip.attach(accelerator, "adaptive_norm", auto=True)
+        model, optimizer = accelerator.prepare(model, adamw(model.parameters()))
+        for step in range(5):
+            accelerator.backward(model(torch.ones(4, 8)).square().mean() * (1e-14 if step == 4 else 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        attachment.scalars()
+        assert EPS not in caplog.text
+
+    def test_elements_that_are_bounded_below_it_are_said(self, caplog) -> None:
+        fit(adamw, "value:max_value=1e-12")
+        assert EPS in caplog.text
+
+    def test_an_eps_of_the_second_group_and_a_whole_number(self, caplog) -> None:
+        def two(params):
+            weight, *_ = params
+            return torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [weight], "eps": 1}])
+
+        fit(two, "adaptive_norm", loss=0.01)
+        assert EPS in caplog.text
+
     def test_it_is_said_the_1st_2nd_4th_and_8th_time(self, caplog) -> None:
         fit(adamw, "global_norm:max_norm=1e-8", logs=10)
         assert caplog.text.count(EPS) == 4
@@ -159,4 +183,18 @@ class TestSigns:
 
     def test_clipped_updates_of_adamw_are_not(self, caplog) -> None:
         fit(adamw, {"gradient": "none", "update": "adaptive_norm"})
+        assert "-1 or 1" not in caplog.text
+
+
+class TestWhose:
+    def test_each_optimizer_is_told_of_the_clip_of_its_own_model(self, caplog) -> None:
+        accelerator, a, b = Accelerator(cpu=True), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        hf_gradclip.attach(accelerator, {a: "none", b: "global_norm:max_norm=1"}, auto=True)
+        accelerator.prepare(a, b, torch.optim.Muon(a.parameters(), lr=0.02), adamw(b.parameters()))
+        assert "orthogonal" not in caplog.text
+
+    def test_a_name_that_holds_another_one(self, caplog) -> None:
+        class MillionAdam(torch.optim.AdamW): ...
+
+        fit(lambda params: MillionAdam(params), {"gradient": "none", "update": "adaptive_norm"})
         assert "-1 or 1" not in caplog.text

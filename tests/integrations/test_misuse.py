@@ -11,7 +11,11 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer
 
-from hf_gradclip import Clipper, GradClipMixin, GradClipTrainer, attach
+import hf_gradclip
+from hf_gradclip import Clipper, GradClipMixin, GradClipTrainer, attach, optim
+from hf_gradclip.preview import preview
+from hf_gradclip.record.files import read_record
+from hf_gradclip.strategy import SpecError
 from tests.tiny import train, training_args
 
 MODEL = torch.nn.Linear(3, 2)
@@ -173,18 +177,18 @@ def test_as_many_parameters_of_another_size(caplog) -> None:
     assert caplog.messages[-1] == "The 2 trainable parameters changed (1 resized): the statistics of zclip start anew."
 
 
-@pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy], ids=lambda how: how.__name__)
-def test_a_clipper_that_is_copied(how) -> None:
-    """The copy would clip its own copy of the parameters, so it is an error, and what that says to do works."""
-    clippers = [Clipper.for_model(MODEL, "zclip") for _ in range(2)]
-    for p in MODEL.parameters():
-        p.grad = torch.ones_like(p)
-    clippers[0].step()
-    with pytest.raises(TypeError, match=r"cannot be pickled or copied.*clipper\.state_dict\(\).*load_state_dict"):
-        how(clippers[0])
-    state = pickle.loads(pickle.dumps(clippers[0].state_dict()))
-    assert clippers[1].load_state_dict(state) == ""
-    assert clippers[1].state.seen == clippers[0].state.seen == 1
+def by_pickle(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("how", [by_pickle, copy.deepcopy])
+def test_a_clipper_that_is_copied_with_its_model_clips_the_copy(how) -> None:
+    model, copied = how((MODEL, Clipper.for_model(MODEL, "global_norm:max_norm=1")))
+    for p in (*MODEL.parameters(), *model.parameters()):
+        p.grad = torch.full_like(p, 10.0)
+    copied.step()
+    assert float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])) == pytest.approx(1.0)
+    assert all(bool((p.grad == 10).all()) for p in MODEL.parameters())
 
 
 @pytest.mark.parametrize("loss", [0.5, 1, torch.tensor(0.5), torch.tensor([0.5])])
@@ -205,3 +209,55 @@ def test_a_loss_that_is_none(loss, shown) -> None:
     with pytest.raises(TypeError) as error:
         clipper.step(loss=loss)
     assert str(error.value).startswith(f"clipper.step(loss={shown}): must be one number, the loss of the step.")
+
+
+class TestWordsForSmallThings:
+    @pytest.mark.parametrize("word", ["auto", "joint"])
+    def test_a_switch_is_a_bool(self, word) -> None:
+        with pytest.raises(SpecError, match=rf"attach\(accelerator, {word}='false'\): must be True or False"):
+            hf_gradclip.attach(Accelerator(cpu=True), "adaptive", **{word: "false"})
+
+    @pytest.mark.parametrize("what", [lambda m: m, lambda m: m.named_parameters()], ids=["a model", "named parameters"])
+    def test_a_clip_call_takes_parameters(self, what) -> None:
+        accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 2)
+        hf_gradclip.attach(accelerator, "adaptive")
+        model = accelerator.prepare(model)
+        for call in (accelerator.clip_grad_norm_, hf_gradclip.clip_grad_norm_):
+            with pytest.raises(TypeError, match=r"must be parameters. Pass model.parameters\(\)"):
+                call(what(model), 1.0)
+
+    def test_a_scaler_is_a_scaler(self) -> None:
+        with pytest.raises(TypeError, match=r"scaler=True\): must be your torch.amp.GradScaler"):
+            Clipper.for_model(MODEL, "adaptive", scaler=True)
+
+    @pytest.mark.parametrize("word", [{"record": True}, {"histogram_every": 3}])
+    def test_an_optimizer_records_nothing(self, word) -> None:
+        with pytest.raises(SpecError, match=r"AdamW\(clip=...\) with .*there is no run here"):
+            optim.AdamW(MODEL.parameters(), clip={"gradient": "zclip", **word})
+
+    def test_preview_takes_a_strategy_and_losses_where_they_are_judged(self) -> None:
+        with pytest.raises(TypeError, match=r"preview\('zclip', ...\): must be a strategy"):
+            preview("zclip", [1.0])
+        judges = hf_gradclip.ClipConfig.parse("skip_step:on=loss").gradient
+        with pytest.raises(ValueError, match=r"judges the loss. Give losses, one per step"):
+            preview(judges, [1.0], losses=[])
+
+    def test_a_folder_with_the_records_of_several_models(self, tmp_path) -> None:
+        accelerator, a, b = Accelerator(cpu=True), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        hf_gradclip.attach(accelerator, {a: "adaptive_norm", b: "none"}, auto=True, record=tmp_path)
+        a, b, optimizer = accelerator.prepare(a, b, torch.optim.SGD([*a.parameters(), *b.parameters()], lr=0.1))
+        accelerator.backward(b(a(torch.ones(1, 2))).sum())
+        optimizer.step()
+        accelerator.end_training()
+        with pytest.raises(FileNotFoundError, match=r"several models. Name them: .*Linear .*Linear_2"):
+            read_record(tmp_path)
+
+    def test_a_chain_is_called_by_its_parts(self, caplog) -> None:
+        model = torch.nn.Linear(2, 2)
+        clipper = Clipper.for_model(model, "adaptive_norm+value:max_value=1")
+        assert clipper.state_dict()["strategy"] == "hf_gradclip.strategy.Chain", "as in every checkpoint so far"
+        model.extra = torch.nn.Linear(2, 2)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        clipper.step()
+        assert "the statistics of adaptive_norm+value start anew" in caplog.text

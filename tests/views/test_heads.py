@@ -32,6 +32,12 @@ NAMES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: Model("backbone", "roi_heads.box_head.fc6", "roi_heads.box_predictor.cls_score"),
         ["roi_heads.box_predictor.cls_score"],
     ),
+    "a GPT with heads of attention": (
+        lambda: Model("wte", "sa_head.key", "sa_head.value", "sa_heads.heads.0.value", "lm_head"),
+        ["lm_head"],
+    ),
+    "an fc that is a list": (lambda: Model("stem", "fc.0", "fc.1", "head"), ["head"]),
+    "an fc before the output": (lambda: Model("fc", "output"), []),
     "RoBERTa": (lambda: Model("roberta", "classifier.dense", "classifier.out_proj"), ["classifier.out_proj"]),
     "DistilBERT": (lambda: Model("distilbert", "pre_classifier", "classifier"), ["classifier"]),
     "ModernBERT": (lambda: Model("model.layers.0", "head.dense", "classifier"), ["classifier"]),
