@@ -69,7 +69,7 @@ def folder_of(run: str | Path) -> Path:
         if any(folder.glob("*-*.parquet")):
             return folder
     if below := sorted(str(path.parent) for path in run.glob(f"*/{FOLDER}") if any(path.glob("*-*.parquet"))):
-        raise FileNotFoundError(f"{run}: holds a record for each of several models. Name them: {' '.join(below)}")
+        raise FileNotFoundError(f"{run}: holds no record ({FOLDER}/*.parquet), but these do: {' '.join(below)}")
     raise FileNotFoundError(
         f"{run}: holds no record ({FOLDER}/*.parquet). Train with record=True, or --clip_record true in finetune.py."
     )
