@@ -159,7 +159,7 @@ class Attachment:
 
     def finish(self) -> None:
         """At the end of a run, on every rank: write the rest of the record; rank 0 says what clipping did."""
-        self._finished = True
+        self._finished = self._steps_of.ended = True
         for recording in self._recordings.values():
             recording.finish()
         self._replicas.finish(clipper.view for clipper in self._clippers.made)
@@ -291,6 +291,7 @@ class Attachment:
         refuse_swap(self.accelerator, *objects)
 
     def _before_backward(self, loss: Tensor, **_: Any) -> None:
+        self._steps_of.ended = False
         if self._clippers.seams is None:
             self._steps_of.marks.before_backward()
         if self._hears_loss:

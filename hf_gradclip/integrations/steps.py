@@ -26,6 +26,9 @@ class Steps:
         clip: clips what no clip call preceded; None where a call is insisted on.
         look: called where an optimizer is new, or has other parameters.
         missing: the error for a step that no clip call preceded; None lets it pass, since somebody else clips it.
+
+    Attributes:
+        ended: whether the run is over, so that somebody else may have the optimizers.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Steps:
         self._missing = missing
         self._paused = False
         self._making = 0
+        self.ended = False
 
     def watch(self, optimizers: Iterable[Any]) -> None:
         """Wrap the step of every optimizer once.
@@ -56,24 +60,21 @@ class Steps:
             refuse_several_gradients(innermost(optimizer), self._configs)
             if not hasattr(optimizer, "_gradclip_steps"):
                 wrap_step(optimizer, _step)
-                self._hear(innermost(optimizer))
+            self._hear(innermost(optimizer))
             optimizer._gradclip_steps = self
 
     def _hear(self, optimizer: Any) -> None:
         """Guard the optimizer inside too, where somebody steps it in the place of the one that `prepare` returned."""
         if (self._missing is None and self._clip is None) or not hasattr(optimizer, "register_step_pre_hook"):
             return
-        weak = weakref.ref(self)
+        if optimizer not in _guards:
+            optimizer.register_step_pre_hook(_before_raw)
+        _guards[optimizer] = weakref.ref(self)
 
-        def before(optimizer: Any, *_: Any) -> None:
-            steps = weak()
-            if steps is not None and not steps._making and not steps._paused:
-                steps._before_raw(optimizer)
-
-        optimizer.register_step_pre_hook(before)
-
-    def _before_raw(self, optimizer: Any) -> None:
+    def before_raw(self, optimizer: Any) -> None:
         """Insist that somebody has clipped; what is skipped loses its gradients, since the step will be made."""
+        if self._making or self._paused or self.ended:
+            return
         clippers = self.owners.known(optimizer) or self.owners.find(optimizer, self._clippers.models)
         if any(not is_idle(clipper) for clipper in self.marks.missing(optimizer, clippers)):
             raise RuntimeError(
@@ -173,3 +174,13 @@ class Steps:
 def _step(optimizer: Any, inner: Callable[..., Any], closure: Any) -> Any:
     steps: Steps = optimizer._gradclip_steps
     return steps.make(optimizer, inner, closure)
+
+
+_guards: weakref.WeakKeyDictionary[Any, weakref.ref[Steps]] = weakref.WeakKeyDictionary()
+"""Of the optimizers inside those that were prepared, who guards their steps now."""
+
+
+def _before_raw(optimizer: Any, *_: Any) -> None:
+    steps = _guards[optimizer]()
+    if steps is not None:
+        steps.before_raw(optimizer)

@@ -6,17 +6,20 @@ The model is one vector w with the loss 100 times its first element, so that an 
 from __future__ import annotations
 
 import logging
+import tempfile
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
+from transformers import Trainer
 
 import hf_gradclip
-from hf_gradclip import Clipper
+from hf_gradclip import Clipper, GradClipTrainer
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.views.view import UnsupportedBackendError
+from tests.tiny import counting_data, tiny_llama, training_args
 
 LIMIT = 0.01
 SPEC = f"global_norm:max_norm={LIMIT}"
@@ -294,6 +297,31 @@ class TestOptimizers:
         with pytest.raises(RuntimeError, match=r"SGD.step\(\): this is the optimizer as it was before"):
             loop.optimizer.optimizer.step()
         assert loop.moved == 0
+
+    def test_after_the_run_it_is_anybodys(self) -> None:
+        loop = Looped()
+        loop.backward()
+        loop.clip()
+        loop.optimizer.step()
+        loop.accelerator.end_training()
+        loop.model.weight.grad = torch.ones(4)
+        loop.optimizer.optimizer.step()
+        assert loop.moved > 1
+
+    def test_a_second_trainer_with_the_same_optimizer(self) -> None:
+        """While the first is still there, and then the stock Trainer."""
+        model = tiny_llama()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kept = []
+        for cls, more in ((GradClipTrainer, {"clip": SPEC}), (GradClipTrainer, {"clip": SPEC}), (Trainer, {})):
+            with tempfile.TemporaryDirectory() as folder:
+                args = training_args(folder, max_steps=3)
+                trainer = cls(
+                    model=model, args=args, train_dataset=counting_data(), optimizers=(optimizer, None), **more
+                )
+                trainer.train()
+                kept.append(trainer)
+        assert len(kept) == 3
 
     def test_a_nan_does_not_reach_the_weights_through_it(self) -> None:
         loop = Looped()
