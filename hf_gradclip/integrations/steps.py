@@ -181,6 +181,6 @@ _guards: weakref.WeakKeyDictionary[Any, weakref.ref[Steps]] = weakref.WeakKeyDic
 
 
 def _before_raw(optimizer: Any, *_: Any) -> None:
-    steps = _guards[optimizer]()
-    if steps is not None:
+    guard = _guards.get(optimizer)
+    if guard is not None and (steps := guard()) is not None:
         steps.before_raw(optimizer)
