@@ -39,9 +39,22 @@ def refuse_in_a_loop(config: ClipConfig) -> None:
             "update is known to the optimizer only. Give hf_gradclip.optim.AdamW(..., update_clip=...), or use "
             "GradClipTrainer or attach()."
         )
+    refuse_a_record("Clipper.for_model(...", config)
+
+
+def refuse_a_record(call: str, config: ClipConfig) -> None:
+    """Stop where there is no run that could write what is recorded.
+
+    Args:
+        call: as it was typed, up to its last argument.
+        config: that may ask for a record.
+
+    Raises:
+        SpecError: with what to use instead.
+    """
     for word in ("record", "histogram_every"):
         if getattr(config, word):
             raise SpecError(
-                f"Clipper.for_model(..., {word}={getattr(config, word)!r}): there is no run here that could write "
-                f"it. Leave {word} out and log `clipper.report.scalars()`, or use GradClipTrainer or attach()."
+                f"{call}, {word}={getattr(config, word)!r}): there is no run here that could write it. Leave "
+                f"{word} out and log `clipper.report.scalars()`, or use GradClipTrainer or attach()."
             )

@@ -29,6 +29,7 @@ from hf_gradclip.optim.options import insist_on_options
 from hf_gradclip.optim.step import Jobs, measured, step_
 from hf_gradclip.say import logger
 from hf_gradclip.strategy import SpecError, describe, flatten
+from hf_gradclip.suits import refuse_a_record
 from hf_gradclip.views import view_of
 
 PLACES = {"gradient": "clip", "update": "clip_update"}
@@ -101,12 +102,7 @@ class ClippedOptimizer(Optimizer, ABC):
                 f"{type(self).__name__}(clip={clip!r}): fold and skip_sync=False are for torch's fused optimizers. "
                 "Leave them out."
             )
-        for word in ("record", "histogram_every"):
-            if getattr(config, word):
-                raise SpecError(
-                    f"{type(self).__name__}(clip=...) with {word}={getattr(config, word)!r}: there is no run here that "
-                    f"could write it. Leave {word} out, or say it in GradClipTrainer or attach()."
-                )
+        refuse_a_record(f"{type(self).__name__}(clip=...", config)
         configs = {} if clip is None else {"gradient": config}
         return configs if config.update is None else {**configs, "update": config.of_update()}
 
