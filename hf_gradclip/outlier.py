@@ -4,12 +4,12 @@ Norms spread by factors, so they are judged by their logarithm l, against the me
 are kept raw, outliers included: the median does not heed a few of them, and after half a window of a new level it is
 the new level. A norm stands out where l > m + r, with the reach
 
-    r = max(DEVIATIONS s, min(max(BEYOND (o - m), LEAST), MOST)),  s = 1.4826 median |l_i - m|
+    r = max(min(DEVIATIONS s, FARTHEST), min(max(BEYOND (o - m), LEAST), MOST)),  s = 1.4826 median |l_i - m|
 
-and o the OFTEN-th largest of them. So norms that spread widely may go DEVIATIONS of their robust deviations; what came
-OFTEN times in a window is a second kind of batch, or a level that rises, and no outlier up to MOST; and nothing stands
-out below LEAST, however even the run. Before SETTLED norms are known the reach is at least MOST, before FEW infinite.
-No absolute number of the norm's own unit is in it: norms times a constant are judged alike.
+and o the OFTEN-th largest of them. So norms that spread widely may go DEVIATIONS of their robust deviations, up to
+FARTHEST; what came OFTEN times in a window is a second kind of batch, or a level that rises, and no outlier up to MOST;
+and nothing stands out below LEAST, however even the run. Before SETTLED norms are known the reach is at least MOST,
+before FEW infinite. No absolute number of the norm's own unit is in it: norms times a constant are judged alike.
 
 The arithmetic is written once, for arrays of NumPy and of torch: for 64 numbers on a CPU, NumPy's calls take a fraction
 of the time of torch's.
@@ -32,6 +32,7 @@ OFTEN = 4
 BEYOND = 1.5
 LEAST = math.log(3)
 MOST = math.log(8)
+FARTHEST = math.log(30)
 SETTLED = 16
 FEW = 2
 
@@ -123,7 +124,7 @@ def _ordinary(arrays: Any, seen: Any, logs: Any) -> tuple[Any, Any]:
     away = _sorted(abs(logs - median[..., None]))
     often = _at(ordered, _between(known - OFTEN, 0, WINDOW)) - median
     least = arrays.where(seen < SETTLED, MOST, _between(BEYOND * often, LEAST, MOST))
-    reach = arrays.maximum(least, DEVIATIONS * 1.4826 * _middle(away, known))
+    reach = arrays.maximum(least, _between(DEVIATIONS * 1.4826 * _middle(away, known), 0, FARTHEST))
     return median, arrays.where(seen < FEW, math.inf, reach)
 
 

@@ -122,11 +122,13 @@ def places(clip: str) -> tuple[str, str]:
 
 def key_of(run: Run) -> str:
     """Of everything that decides what a run comes to."""
-    code, specs = [code_of(tasks), code_of(outlier), f"{BETAS} {BROKEN} {LOUD} {TENSOR} {RAMP} {UNBROKEN}"], []
+    code, specs = [code_of(tasks), f"{BETAS} {BROKEN} {LOUD} {TENSOR} {RAMP} {UNBROKEN}"], []
     for spec in places(run.clip):
         strategy = read_strategy(spec)
         specs.append(describe(strategy))
-        code += [code_of(sys.modules[type(part).__module__]) for part in parts_of(strategy)]
+        modules = [sys.modules[type(part).__module__] for part in parts_of(strategy)]
+        code += [code_of(module) for module in modules]
+        code += [code_of(outlier)] * any("outlier" in inspect.getsource(module) for module in modules)
     text = json.dumps([asdict(replace(run, clip="/".join(specs))), code])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

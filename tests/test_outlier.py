@@ -178,7 +178,7 @@ def made(seed: int) -> Iterator[tuple[str, Made]]:
             where[step] = True
         return norms, where
 
-    for sigma in (*SIGMAS, 0.6):
+    for sigma in (*SIGMAS, 0.6, 1.0):
         yield f"noise {sigma}", Made(noise(sigma), none, sound)
     for sigma in SIGMAS:
         yield f"growth {sigma}", Made(noise(sigma) * np.where(T < 1600, 1, 3 ** ((T - 1600) / 400)), none, sound)
@@ -195,6 +195,9 @@ def made(seed: int) -> Iterator[tuple[str, Made]]:
         yield f"spikes {sigma}", Made(*loud(sigma, dict.fromkeys(places, 30)), quiet)
         yield f"early spikes {sigma}", Made(*loud(sigma, {2: 100, 6: 100}), early)
         yield f"loud steps {sigma}", Made(*loud(sigma, {9: 300, 29: 100, 119: 100}), quiet)
+    norms, where = noise(1.0), none.copy()
+    where[rng.choice(np.arange(30, STEPS), 100, replace=False)] = True
+    yield "a hundred medians in norms that spread widely", Made(np.where(where, 100, norms), where, quiet)
 
 
 MADE = [dict(made(seed)) for seed in SEEDS]

@@ -20,7 +20,7 @@ class Past:
         m = median(known)
         s = 1.4826 * median(abs(log - m) for log in known)
         fourth = known[-4] if len(known) >= 4 else known[0]
-        r = max(5 * s, min(max(1.5 * (fourth - m), math.log(3)), math.log(8)))
+        r = max(min(5 * s, math.log(30)), min(max(1.5 * (fourth - m), math.log(3)), math.log(8)))
         return m, r if len(self.logs) >= 16 else max(r, math.log(8))
 
     def __call__(self, norm: float) -> tuple[float, float]:
