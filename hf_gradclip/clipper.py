@@ -10,18 +10,7 @@ from torch import Tensor, nn
 
 from hf_gradclip import kernels
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.decision import (
-    CLIP,
-    LEAVE,
-    NONFINITE,
-    SKIP,
-    Decision,
-    Measure,
-    Outcome,
-    as_loss,
-    judge_on_device,
-    judge_on_host,
-)
+from hf_gradclip.decision import CLIP, LEAVE, NONFINITE, SKIP, Decision, Measure, Outcome, as_loss, judge
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
@@ -29,8 +18,9 @@ from hf_gradclip.misuse import insist_on_model, insist_on_parts, is_scaling
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
 from hf_gradclip.say import logger
+from hf_gradclip.seat import brought, seen_by
 from hf_gradclip.state import packed, unpacked
-from hf_gradclip.strategy import State, name_of
+from hf_gradclip.strategy import State, name_of, parts_of
 from hf_gradclip.suits import refuse_in_a_loop, refuse_unsuited
 from hf_gradclip.types import ClipPlan, Layout
 from hf_gradclip.views import view_of
@@ -131,20 +121,33 @@ class Clipper:
         """Forget everything: the strategy's state, the counters, the report."""
         self.steps = 0
         self._start_anew(self.view.layout)
-        self.report = ClipReport(self._layout.device, self._layout.dtype, self.prefix)
+        self.report = ClipReport(self._meters_on, self._layout.dtype, self.prefix)
 
     def _start_anew(self, layout: Layout) -> None:
         """Forget what was learnt of other parameters; what the run has done so far stays in the report."""
-        self._layout = layout
-        self.state: State = self.config.gradient.init(self._layout)
+        self._measured = layout
         self.guard = Guard(self.config, layout.device, self.view.guarded)
+        self._layout = self.seen(layout)
+        self.state: State = self.config.gradient.init(self._layout)
         self._skipped: bool | Tensor = False
 
     def adopt(self, config: ClipConfig) -> None:
         """Go on with another configuration. The strategy starts anew, the report goes on."""
         self.config = config
         self.guard.adopt(config, self.view.guarded)
+        self._layout = self.seen(self._measured)
+        self.report.move_to(self._meters_on, self._layout.dtype)
         self.state = config.gradient.init(self._layout)
+
+    def seen(self, layout: Layout) -> Layout:
+        """What the strategy sees in the place of a layout of the view: the same, or parts of it, on the host."""
+        strategy = self.config.gradient
+        asked = self.guard.must_read or any(part.skips for part in parts_of(strategy))
+        return seen_by(strategy, layout, asked and self.config.skip_sync)
+
+    @property
+    def _meters_on(self) -> torch.device:  # where numbers of the whole are judged
+        return self._layout.by_param.device
 
     def __repr__(self) -> str:
         words = exempt(self.config.gradient, self.view)
@@ -164,7 +167,7 @@ class Clipper:
         """
         outcome = self.settle(self.decide(loss))
         self.apply_(outcome)
-        return outcome.stats.total
+        return outcome.norm
 
     @torch.no_grad()
     def decide(
@@ -185,13 +188,13 @@ class Clipper:
         rescale = rescale or (not self.config.skip_sync and kernels.squares_overflow(self._layout.device))
         stats = measure(strategy.needs, rescale)
         layout = stats.layout
-        if layout is not self._layout:
+        if layout is not self._measured:
             self._follow(layout)
         if strategy.needs.loss:
             stats = replace(stats, loss=as_loss(loss, layout, strategy))
-        judge = judge_on_host if layout.device.type == "cpu" else judge_on_device
+        stats = brought(stats, self._layout)
         plan, action, self.state = judge(strategy, stats, self.state)
-        return Decision(stats, plan, action, measure)
+        return Decision(stats, plan, action, measure, layout.device)
 
     def settle(self, decision: Decision) -> Outcome:
         """Read the action where it matters, guard against non-finite norms, count the step; raises as `step` does."""
@@ -202,16 +205,16 @@ class Clipper:
         if isinstance(decision.action, Tensor) and not needed:
             return self._pass_on(decision, decision.action)
 
-        action = int(decision.action)  # the one host read of a step
-        if action == NONFINITE:  # only the squares may have overflowed
+        action = int(decision.action)  # the one host read of a step, unless `brought` was it
+        if action == NONFINITE and not bool(decision.stats.total.isnan()):  # only the squares may have overflowed
             again = self.decide(decision.stats.loss, decision.measure, rescale=True)
             if int(again.action) != NONFINITE:
                 decision, action = again, int(again.action)
         if action in (SKIP, NONFINITE):
             return self._leave_out(decision, action)
         self._skipped, self.guard.skips_in_a_row = False, 0
-        self._count(decision, finite=True, skipped=False, clipped=action == CLIP)
-        return Outcome(decision.stats, decision.plan if action == CLIP else None)
+        self._count(decision, finite=True, skipped=False, clipped=decision.clipped_by(action))
+        return decision.outcome(decision.plan if action == CLIP else None)
 
     def _leave_out(self, decision: Decision, action: int) -> Outcome:
         """A step that is skipped, or whose NaN or inf is passed on."""
@@ -220,23 +223,23 @@ class Clipper:
         self._count(decision, finite=action != NONFINITE, skipped=skipped, clipped=False)
         if not overflow:
             self.guard.insist(action, decision.stats, self.steps)
-        return Outcome(decision.stats, None, skipped, drop=skipped and not overflow and not self.withheld)
+        return decision.outcome(skipped=skipped, drop=skipped and not overflow and not self.withheld)
 
     def _pass_on(self, decision: Decision, action: Tensor) -> Outcome:
         """Nobody need know what the action is: the plan is exact without it."""
         finite = action != NONFINITE
         self._count(decision, finite, ~finite if self.view.guarded else torch.zeros_like(finite))
         self._skipped = False
-        return Outcome(decision.stats, decision.plan)
+        return decision.outcome(decision.plan)
 
     def _settle_unread(self, decision: Decision) -> Outcome:
         """The optimizer reads the flag itself: count on the device, and look at the limit now and then."""
-        action = torch.as_tensor(decision.action, device=self._layout.device)
+        action = torch.as_tensor(decision.action, device=decision.device)
         self._skipped = skip = self.guard.skips_unread(action)
         self.guard.count_unread(skip)
         self._count(decision, action != NONFINITE, skip)
         self.guard.look_now_and_then()
-        return Outcome(decision.stats, decision.plan, skip=skip)
+        return decision.outcome(decision.plan, skip=skip)
 
     def apply_(self, outcome: Outcome) -> None:
         """Do to the view's gradients what is left of a step: scale and bound them, hand it to `fold`, or drop them."""
@@ -258,7 +261,7 @@ class Clipper:
         self._skipped, self.steps = True, self.steps + 1
         self.report.add_overflow()
         if self.recorder is not None:
-            self.recorder.add_overflow(self._layout)
+            self.recorder.add_overflow(self._layout.by_param)
 
     def _count(
         self, decision: Decision, finite: Tensor | bool, skipped: Tensor | bool, clipped: bool | None = None
@@ -270,11 +273,11 @@ class Clipper:
     def _follow(self, layout: Layout) -> None:
         """Start the strategy anew for other parameters, and say which."""
         strategy = name_of(self.config.gradient)
-        logger.warning("%s: the statistics of %s start anew.", layout.changed_from(self._layout), strategy)
+        logger.warning("%s: the statistics of %s start anew.", layout.changed_from(self._measured), strategy)
         self._start_anew(layout)
         if self._fold is not None:
             self._fold.insist(self.view)
-        self.report.move_to(layout.device, layout.dtype)
+        self.report.move_to(self._meters_on, self._layout.dtype)
         if words := idle(self.config.gradient, self.view):
             logger.warning(words)
 

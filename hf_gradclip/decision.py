@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_gradclip.device import number_on
 from hf_gradclip.misuse import shown
+from hf_gradclip.seat import handed
 from hf_gradclip.strategy import Needs, State, Strategy, describe, where
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
@@ -22,30 +24,14 @@ Measure = Callable[[Needs, bool], NormStats]
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What one step will do, before anybody has looked.
-
-    Args:
-        stats: what was measured.
-        plan: what to do; it touches nothing where the norm is not finite.
-        action: LEAVE, CLIP, SKIP or NONFINITE: a 0-d int64 on a device, the one number that a step may read; on a CPU
-            the number itself.
-        measure: how to measure again.
-    """
-
-    stats: NormStats
-    plan: ClipPlan
-    action: Tensor | int
-    measure: Measure
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What is left of a step that was decided on and counted, for whoever drives it.
 
     Args:
         stats: what was measured.
-        plan: what is still to be done to the gradients or updates; None where that is nothing.
+        plan: what is still to be done to the gradients or updates; None where that is nothing. One number for all
+            may be on the host, vectors are where the gradients are.
+        device: where that is.
         skipped: whether the optimizer must not step, as far as the host knows.
         drop: whether the gradients must not reach an optimizer; False where a loss scaler keeps them from it.
         skip: whether the optimizer must not step, where it reads that itself, on the device.
@@ -53,6 +39,7 @@ class Outcome:
 
     stats: NormStats
     plan: ClipPlan | None
+    device: torch.device
     skipped: bool = False
     drop: bool = False
     skip: Tensor | None = None
@@ -60,7 +47,39 @@ class Outcome:
     @property
     def norm(self) -> Tensor:
         """The 2-norm of the whole before clipping, 0-d, on the device."""
-        return self.stats.total
+        return number_on(self.device, self.stats.total)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one step will do, before anybody has looked.
+
+    Args:
+        stats: what was measured.
+        plan: what to do; it touches nothing where the norm is not finite.
+        action: LEAVE, CLIP, SKIP or NONFINITE: a 0-d int64 on a device, the one number that a step may read; where the
+            step is judged on the host the number itself.
+        measure: how to measure again.
+        device: where what was measured is.
+    """
+
+    stats: NormStats
+    plan: ClipPlan
+    action: Tensor | int
+    measure: Measure
+    device: torch.device
+
+    def clipped_by(self, action: int) -> bool | None:
+        """Whether anything is scaled or bounded, now that the action was read; None where only the device knows."""
+        known = isinstance(self.action, Tensor) or self.plan.scale_S.is_cpu
+        return action == CLIP if known else None
+
+    def outcome(
+        self, plan: ClipPlan | None = None, skipped: bool = False, drop: bool = False, skip: Tensor | None = None
+    ) -> Outcome:
+        """What is left of it, see there."""
+        plan = None if plan is None else handed(plan, self.device)
+        return Outcome(self.stats, plan, self.device, skipped, drop, skip)
 
 
 Judged = tuple[ClipPlan, Tensor | int, State]
@@ -80,8 +99,13 @@ def judge_on_device(strategy: Strategy, stats: NormStats, state: State) -> Judge
     return plan, torch.where(finite, action, NONFINITE), where(finite, new, state)
 
 
+def judge(strategy: Strategy, stats: NormStats, state: State) -> Judged:
+    """One step, where its statistics are, or at least its total norm."""
+    return (judge_on_host if stats.total.is_cpu else judge_on_device)(strategy, stats, state)
+
+
 def judge_on_host(strategy: Strategy, stats: NormStats, state: State) -> Judged:
-    """The same where the numbers are on the host, which may look at them."""
+    """The same where the total norm is on the host; scales by unit may be on a device, which then decides on them."""
     plan, new = strategy.update(stats, state)
     if not float(stats.total) < float("inf"):
         bound_S = None if plan.bound_S is None else torch.full_like(plan.bound_S, float("inf"))
@@ -90,7 +114,7 @@ def judge_on_host(strategy: Strategy, stats: NormStats, state: State) -> Judged:
         return plan, SKIP, new
     if plan.scale_S.ndim == 0 and plan.bound_S is None:
         return plan, CLIP if float(plan.scale_S) < 1 else LEAVE, new
-    return plan, CLIP if bool(plan.clipped_S.any()) else LEAVE, new
+    return plan, CLIP if not plan.scale_S.is_cpu or bool(plan.clipped_S.any()) else LEAVE, new
 
 
 def as_loss(loss: Any, layout: Layout, strategy: Strategy) -> Tensor:

@@ -30,6 +30,13 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
 
 
+def number_on(device: torch.device, number: Tensor) -> Tensor:
+    """One number, 0-d, on a device; one of the host is filled in there, so that nobody waits for a copy."""
+    if number.device == device or not number.is_cpu:
+        return number
+    return torch.full((), float(number), dtype=number.dtype, device=device)
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which kernels are launched on this device; Triton takes the current one."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_gradclip.device import number_on
 from hf_gradclip.strategy import SpecError, Strategy, name_of, parts_of
 from hf_gradclip.types import ClipPlan
 from hf_gradclip.views.view import UnsupportedBackendError, View
@@ -39,6 +40,7 @@ class Fold:
         self.skip = skip
         self._refuse(optimizer, view, strategy)
         self._optimizer = weakref.ref(optimizer)
+        self._device = view.layout.device
         optimizer.register_step_post_hook(_take_back)
 
     def hand(self, plan: ClipPlan, skip: Tensor | None) -> None:
@@ -48,7 +50,7 @@ class Fold:
         if (optimizer := self._optimizer()) is None:
             return  # nobody is left to step
         if self.scale:
-            optimizer.grad_scale = plan.scale_S.reciprocal().float()
+            optimizer.grad_scale = number_on(self._device, plan.scale_S.reciprocal().float())
         if self.skip and skip is not None:
             _start_momentum(optimizer)
             optimizer.found_inf = skip.float()

@@ -1,4 +1,4 @@
-"""What is logged: meters that count on the device, and the one place that reads them to the host."""
+"""What is logged: meters that count where a step is judged, and the one place that reads a device's to the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FOLD = 512
 
 
 class ClipReport:
-    """Counts every step on the device; reads once per log.
+    """Counts every step where it is judged; what is on a device is read once per log.
 
     The keys are stable. Norms are of the whole gradient in its own units; "since" means since the last read.
 
@@ -32,7 +32,7 @@ class ClipReport:
     | `clip/skipped`, `clip/nonfinite` | steps since that did not reach the optimizer, that had a NaN or inf |
 
     Attributes:
-        last: what was measured in the last step, on the device; None before the first.
+        last: what was measured in the last step; None before the first.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, prefix: str = "clip") -> None:
@@ -56,6 +56,7 @@ class ClipReport:
         self._counts = dict.fromkeys(("clipped", "tensors", "skipped", "nonfinite"), 0)
         self._sums = dict.fromkeys(self._counts, self._zero)
         self._clipped: list[Tensor] = []
+        self._unsure: list[Tensor] = []
         self._at = dict.fromkeys(self._at, self._nan)
         self._applied: tuple[NormStats, ClipPlan] | None = None
         self._norms: list[Tensor] = []
@@ -81,14 +82,14 @@ class ClipReport:
         Args:
             stats: what was measured.
             plan: what was decided.
-            finite: whether the norm was finite, 0-d bool on the device; or a bool where the host has read it.
+            finite: whether the norm was finite, 0-d bool on the device; or a bool where the host knows it.
             skipped: whether the step was skipped, in the same way.
             clipped: whether anything is scaled or bounded; None where the host does not know.
         """
         self.last = stats
         self._steps += 1
         self._tensor_steps += len(stats.layout.names)
-        if isinstance(finite, Tensor) or isinstance(skipped, Tensor) or clipped is None:
+        if isinstance(finite, Tensor) or isinstance(skipped, Tensor):
             finite, skipped = (torch.as_tensor(flag, device=self.device) for flag in (finite, skipped))
             self._sums, self._at, norm = added(self._sums, self._at, stats, plan, finite, skipped)
             self._norms.append(norm)
@@ -97,7 +98,7 @@ class ClipReport:
         if len(self._norms) >= _FOLD:
             self._norms = [torch.cat([norm.view(-1) for norm in self._norms])]
 
-    def _add_known(self, stats: NormStats, plan: ClipPlan, finite: bool, skipped: bool, clipped: bool) -> None:
+    def _add_known(self, stats: NormStats, plan: ClipPlan, finite: bool, skipped: bool, clipped: bool | None) -> None:
         """The same on the host: what only the last step is asked for waits until somebody asks."""
         self._norms.append(stats.total if finite else self._nan)
         self._counts["nonfinite"] += not finite
@@ -111,6 +112,18 @@ class ClipReport:
             self._clipped.append(_tensors(plan.clipped_S, stats.layout))
             if len(self._clipped) >= _FOLD:
                 self._clipped = [torch.stack(self._clipped).sum()]
+        elif clipped is None and finite and not skipped:
+            self._unsure.append(_tensors(plan.clipped_S, stats.layout))
+            if len(self._unsure) >= _FOLD:
+                self._settle_unsure()
+
+    def _settle_unsure(self) -> None:
+        """Count the steps of which only the device knew whether anything was clipped. One host read."""
+        if self._unsure:
+            tensors = torch.stack(self._unsure).cpu()
+            self._unsure = []
+            self._clipped.append(tensors.sum().to(self._zero))
+            self._counts["clipped"] += int((tensors > 0).sum())
 
     def add_overflow(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""
@@ -162,9 +175,10 @@ class ClipReport:
         """Read everything to the host at once, add it to the run, start anew."""
         if not self._norms:
             return {}
+        self._settle_unsure()
         if self._applied is not None:
             self._at |= _in_and_post(*self._applied)
-        clipped = torch.stack(self._clipped).sum() if self._clipped else self._zero
+        clipped = torch.stack([count.to(self._zero) for count in self._clipped]).sum() if self._clipped else self._zero
         small = torch.stack([clipped.to(self._zero), *self._sums.values(), *self._at.values()])
         norms = torch.cat([norm.view(-1) for norm in self._norms])
         tensors, *values = torch.cat([small, norms]).tolist()
@@ -234,4 +248,4 @@ def _in_and_post(stats: NormStats, plan: ClipPlan) -> Meters:
     post = stats.scaled(plan.scale_S).total
     if plan.bound_S is not None:
         post = torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)
-    return {"norm_in": stats.total, "norm_post": post}
+    return {"norm_in": stats.total, "norm_post": post.to(stats.total)}

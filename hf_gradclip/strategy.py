@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.types import ClipPlan, Layout, NormStats, is_one
 
 State = Any
 """A NamedTuple of tensors; one whose name ends in `_S` has an entry per segment. Nested tuples in a chain."""
@@ -143,14 +143,14 @@ class Chain(Strategy):
         """Fold the parts; the chain has a threshold only where exactly one part has one."""
         plans, states = [], []
         for part, part_state in zip(self.parts, state, strict=True):
-            plan, new = part.update(stats if part.needs.units else stats.by_param, part_state)
-            plan = plan if part.needs.units else plan.over(stats.layout)
-            plans.append(plan)
+            by_unit = part.needs.units is not None
+            plan, new = part.update(stats if by_unit else stats.by_param, part_state)
+            plans.append(plan if by_unit else plan.over(stats.layout))
             states.append(new)
-            stats = stats.scaled(plan.scale_S)
+            stats = stats.scaled(plan.scale_S) if by_unit else stats.scaled_by_param(plan.scale_S)
         scale_S = plans[0].scale_S
         for plan in plans[1:]:
-            scale_S = scale_S * plan.scale_S
+            scale_S = plan.scale_S if is_one(scale_S) else scale_S * plan.scale_S
         skips = [plan.skip for plan in plans if plan.skip is not None]
         thresholds = [plan.threshold for plan in plans if plan.threshold is not None]
         return ClipPlan(

@@ -85,6 +85,21 @@ class Layout:
         return Layout(self.names, zero_P.index_add(0, self.param_S, self.numel_S), places_P)
 
     @cached
+    def on_host(self) -> Layout:
+        """The same on the CPU, one object for each layout."""
+        if self.device.type == "cpu":
+            return self
+        unit_S = None if self.unit_S is None else self.unit_S.cpu()
+        return Layout(self.names, self.numel_S.cpu(), self.param_S.cpu(), unit_S)
+
+    @cached
+    def with_params_on_host(self) -> Layout:
+        """The same segments, with a `by_param` on the CPU; one object for each layout."""
+        twin = replace(self)
+        vars(twin)["by_param"] = self.by_param.on_host
+        return twin
+
+    @cached
     def segments_P(self) -> Tensor:
         """How many segments each parameter has, int64, shape (P,)."""
         zero_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)
@@ -182,8 +197,30 @@ class NormStats:
 
     def scaled(self, scale_S: Tensor) -> NormStats:
         """The statistics after the gradients are multiplied by `scale_S`, shape (S,) or 0-d."""
+        if is_one(scale_S):
+            return self
         max_abs_S = None if self.max_abs_S is None else self.max_abs_S * scale_S
         return replace(self, sumsq_S=self.sumsq_S * scale_S.square(), max_abs_S=max_abs_S)
+
+    def scaled_by_param(self, scale_P: Tensor) -> NormStats:
+        """The same with a factor per parameter, shape (P,), or one for all, 0-d; keeps what is known of parameters."""
+        if self.layout.unit_S is None or is_one(scale_P):
+            return self.scaled(scale_P)
+        new = self.scaled(over_segments(scale_P, self.layout))
+        vars(new)["by_param"] = self.by_param.scaled(scale_P)
+        return new
+
+
+def is_one(scale: Tensor) -> bool:
+    """Whether this is one number that the host knows to be 1, so that a multiplication by it is left out."""
+    return scale.ndim == 0 and scale.is_cpu and float(scale) == 1.0
+
+
+def over_segments(number_P: Tensor, layout: Layout) -> Tensor:
+    """A number per parameter, shape (P,), as one per segment, shape (S,), where the segments are; or one for all."""
+    if layout.unit_S is None or number_P.ndim == 0:
+        return number_P
+    return number_P.to(layout.device)[layout.param_S]
 
 
 @dataclass(frozen=True)
@@ -206,8 +243,8 @@ class ClipPlan:
         """A plan with one number per parameter as one with a number per segment."""
         if layout.unit_S is None:
             return self
-        scale_S = self.scale_S[layout.param_S] if self.scale_S.ndim else self.scale_S
-        return replace(self, scale_S=scale_S, bound_S=None if self.bound_S is None else self.bound_S[layout.param_S])
+        bound_S = None if self.bound_S is None else over_segments(self.bound_S, layout)
+        return replace(self, scale_S=over_segments(self.scale_S, layout), bound_S=bound_S)
 
     @property
     def clipped_S(self) -> Tensor:

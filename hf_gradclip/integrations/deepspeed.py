@@ -155,7 +155,7 @@ class InParts(ZeroSeams):
             self.view.skipping = False
 
     def _count_overflow(self) -> None:
-        self.norm = torch.full((), float("inf"), device=self.clipper.report.device)
+        self.norm = torch.full((), float("inf"), device=self.view.layout.device)
         self.stepped = True
         self._loss()
         self.clipper.count_overflow()

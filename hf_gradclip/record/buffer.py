@@ -1,8 +1,8 @@
-"""What a clipper decided, kept on the device until it is asked for."""
+"""What a clipper decided, kept where it was until it is asked for."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,24 @@ from torch import Tensor
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 _FOLD = 256
+
+
+class Row(NamedTuple):
+    """One step of P parameters, or T of them along a first axis; each where it was judged, on the host or a device.
+
+    Args:
+        before: sums of squares as measured, shape (P,).
+        scale: of a plan by parameter, shape (P,), or 0-d for all.
+        after: sums of squares that a plan by unit leaves, shape (P,); of any other plan `before`.
+        small: total norm, threshold, whether it was finite, whether it was skipped; shape (4,).
+        bounded: whether elements were bounded, 0-d.
+    """
+
+    before: Tensor
+    scale: Tensor
+    after: Tensor
+    small: Tensor
+    bounded: Tensor
 
 
 class Recorder:
@@ -32,8 +50,8 @@ class Recorder:
 
     def _clear(self) -> None:
         self.layout: Layout | None = None
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._folded: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows: list[Row] = []
+        self._folded: list[Row] = []
         self._notes: list[dict[str, Any]] = []
 
     @property
@@ -52,15 +70,14 @@ class Recorder:
     def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor | bool, skipped: Tensor | bool) -> None:
         """Keep one step; `finite` and `skipped` are 0-d bools on the device, or bools where the host knows them."""
         before = stats.by_param
-        scale_P = plan.scale_S
-        if stats.layout.unit_S is not None:
-            scale_P = (stats.scaled(plan.scale_S).by_param.sumsq_S / before.sumsq_S).sqrt()
-        ratio = torch.where(before.sumsq_S > 0, scale_P, 1.0)
+        after_P = None if stats.layout.unit_S is None else stats.scaled(plan.scale_S).by_param.sumsq_S
         threshold = before.sumsq_S.new_full((), float("nan")) if plan.threshold is None else plan.threshold
         bounded = self._flag(False, threshold) if plan.bound_S is None else (plan.bound_S < float("inf")).any()
         flags = (flag if isinstance(flag, Tensor) else self._flag(flag, threshold) for flag in (finite, skipped))
-        small = torch.stack([stats.total, threshold, *flags, bounded])
-        self._append(before.layout, (before.sumsq_S, ratio, small))
+        small = torch.stack([stats.total, threshold, *flags])
+        scale_P = plan.scale_S if after_P is None else self._flag(True, threshold)
+        row = Row(before.sumsq_S, scale_P, before.sumsq_S if after_P is None else after_P, small, bounded)
+        self._append(before.layout, row)
 
     def _flag(self, flag: bool, like: Tensor) -> Tensor:
         """A flag that the host knows as a number beside others, made once: a copy would make the device wait."""
@@ -72,11 +89,11 @@ class Recorder:
     def add_overflow(self, layout: Layout) -> None:
         """Keep a step that a loss scaler dropped before anything was measured."""
         unknown = torch.full((len(layout.names),), float("nan"), dtype=layout.dtype, device=layout.device)
-        values = (float("inf"), float("nan"), 0.0, 1.0, 0.0)
+        values = (float("inf"), float("nan"), 0.0, 1.0)
         small = torch.stack([unknown.new_full((), value) for value in values])  # filled there: nobody waits for a copy
-        self._append(layout.by_param, (unknown, torch.ones_like(unknown), small))
+        self._append(layout, Row(unknown, torch.ones_like(unknown), unknown, small, torch.zeros_like(small[0])))
 
-    def _append(self, layout: Layout, row: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _append(self, layout: Layout, row: Row) -> None:
         if self.layout is not None and self.layout.names != layout.names:
             self._clear()  # the set of trainable parameters changed; what was not written is of the old one
         self.layout = layout
@@ -89,8 +106,10 @@ class Recorder:
 
     def _fold(self) -> None:
         if self._rows:
-            sumsq, scale, small = zip(*self._rows, strict=True)
-            self._folded.append((torch.stack(sumsq), torch.stack(scale), torch.stack(small)))
+            before, scale, after, small, bounded = zip(*self._rows, strict=True)
+            scale_TP = torch.stack([one.expand_as(whole) for one, whole in zip(scale, before, strict=True)])
+            columns = torch.stack(before), scale_TP, torch.stack(after), torch.stack(small), torch.stack(bounded)
+            self._folded.append(Row(*columns[:4], columns[4][:, None]))
             self._rows = []
 
     def note(self, learning_rate: Any, loss: Tensor | None) -> None:
@@ -117,25 +136,35 @@ class Recorder:
         if not self._notes:
             return {}
         self._fold()
-        sumsq_TP, scale_TP, small = (torch.cat(blocks) for blocks in zip(*self._folded, strict=True))
-        count, width = sumsq_TP.shape
+        columns = [torch.cat(blocks) for blocks in zip(*self._folded, strict=True)]
         losses = self.losses() if losses is None else losses
         if losses is None:
-            losses = small.new_full((count,), float("nan"))
-        block = torch.cat([sumsq_TP.sqrt(), scale_TP, small, losses.to(small)[:, None]], dim=1)
-        values = block.cpu().double().numpy()
+            losses = columns[0].new_full((len(columns[0]),), float("nan"))
+        before_TP, scale_TP, after_TP, small, bounded, loss = _on_host([*columns, losses[:, None]])
+        with np.errstate(divide="ignore", invalid="ignore"):  # what nothing was measured of is kept as it is
+            scale_TP = np.where(before_TP > 0, scale_TP * np.sqrt(after_TP / before_TP), 1.0)
         notes = self._notes
         self._clear()
-        total, threshold, finite, skipped, bounded, loss = values[:, 2 * width :].T
+        total, threshold, finite, skipped = small.T
         return {
             "step": np.array([note["step"] for note in notes], dtype=np.int64),
-            "loss": loss,
+            "loss": loss[:, 0],
             "learning_rate": np.array([float(note["learning_rate"]) for note in notes]),
             "norm": total,
             "threshold": threshold,
             "finite": finite > 0,
             "skipped": skipped > 0,
-            "bounded": bounded > 0,
-            "norms": values[:, :width].astype(np.float32),
-            "scales": values[:, width : 2 * width].astype(np.float32),
+            "bounded": bounded[:, 0] > 0,
+            "norms": np.sqrt(before_TP).astype(np.float32),
+            "scales": scale_TP.astype(np.float32),
         }
+
+
+def _on_host(columns: list[Tensor]) -> list[np.ndarray]:
+    """Columns of numbers, shape (T, ...), as float64 of the host; those of a device come in one copy."""
+    there = [column for column in columns if not column.is_cpu]
+    if there:
+        packed = torch.cat([column.to(there[0]) for column in there], dim=1).cpu()
+        parts = iter(packed.split([column.shape[1] for column in there], dim=1))
+        columns = [column if column.is_cpu else next(parts) for column in columns]
+    return [column.double().numpy() for column in columns]

@@ -83,7 +83,8 @@ class Recording:
     def before_step(self) -> None:
         """Before a step with other trainable parameters, or of other sizes, write what is buffered."""
         buffered = self._recorder.layout
-        if buffered is not None and buffered is not self._clippers[GRADIENT].view.layout.by_param:
+        clipper = self._clippers[GRADIENT]
+        if buffered is not None and buffered is not clipper.seen(clipper.view.layout).by_param:
             self.flush(force=True)
 
     def let_go(self) -> None:

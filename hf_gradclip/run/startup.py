@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.device import local
 from hf_gradclip.exempt import exempt
+from hf_gradclip.kernels import choice
 from hf_gradclip.strategy import name_of, parts_of, warmup_of
 
 
@@ -20,7 +22,7 @@ def world_size() -> int:
 
 
 def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
-    """Compare a hash of parameters and spec over all ranks, once, before the first step.
+    """Compare a hash of parameters, spec, and what judges and measures, over all ranks, once, before the first step.
 
     Raises:
         RuntimeError: on every rank, if one differs: their vectors would not add up.
@@ -28,15 +30,24 @@ def insist_on_one_layout(clipper: Clipper, device: torch.device) -> None:
     if world_size() == 1:
         return
     layout = clipper.view.layout
+    seen, language = clipper.seen(layout), _language_of(clipper)
     text = f"{clipper.config} {layout.names} {layout.numel_S.tolist()}"
+    text += f" {seen.device.type} {seen.by_param.device.type} {language}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
     ends = torch.tensor([number, -number], device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     if int(ends.sum()) != 0:
         raise RuntimeError(
-            f"Rank {dist.get_rank()} clips {len(layout)} segments by {clipper.config}, and another rank something "
-            "else. All ranks must train the same parameters with the same spec."
+            f"Rank {dist.get_rank()} clips {len(layout)} segments by {clipper.config} with kernels in {language}, and "
+            "another rank something else. All ranks must train the same parameters with the same spec, and measure "
+            f"them alike: the same version of the package, and the same {choice.VARIABLE}."
         )
+
+
+def _language_of(clipper: Clipper) -> str:
+    """The language that serves the gradients of a clipper, checked now if it was not yet."""
+    device, watched = clipper.view.layout.device, [local(p) for p in clipper.view.watched()]
+    return (choice.whole(watched, device) if watched else choice.language_of(device)).name
 
 
 def in_force(clipper: Clipper, accelerator: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_gradclip.clipper import Clipper
-from hf_gradclip.device import local, moved
+from hf_gradclip.device import local, moved, number_on
 from hf_gradclip.guard import NonFiniteError
 from hf_gradclip.run.recovery import decay_of, recover_, refuse_recovery
 from hf_gradclip.types import ClipPlan
@@ -155,7 +155,8 @@ def correct_(
         apply_: does the plan to the updates.
     """
     rate = moved(torch.tensor(lrs, dtype=torch.float32, device="cpu"), segments.device)
-    rates = torch.where(plan.clipped_S.expand(size)[segments], rate, 0.0)
+    clipped_S = plan.clipped_S if plan.clipped_S.ndim else number_on(segments.device, plan.clipped_S)
+    rates = torch.where(clipped_S.expand(size)[segments], rate, 0.0)
     there = {device: moved(rates, device) for device in {weight.device for weight in weights}}
     factors = [there[weight.device][i].to(weight.dtype) for i, weight in enumerate(weights)]
     for weight, update, factor in zip(weights, updates, factors, strict=True):

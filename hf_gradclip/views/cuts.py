@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_gradclip import kernels
-from hf_gradclip.device import moved
+from hf_gradclip.device import moved, number_on
 from hf_gradclip.kernels.eager import units as by_unit
 from hf_gradclip.kernels.eager import whole as by_tensor
 from hf_gradclip.kernels.rule import ByAxes
@@ -69,8 +69,8 @@ class Cuts:
     def apply_(self, memory: Sequence[Tensor | None], plan: ClipPlan) -> None:
         """Scale, then bound, what is here."""
         home = next((tensor.device for tensor in memory if tensor is not None), self._device)
-        scale_U = moved(plan.scale_S.expand(len(self._layout)).index_select(0, self._segments), home)
-        bound_U = None if plan.bound_S is None else moved(plan.bound_S.index_select(0, self._segments), home)
+        scale_U = self._numbers(plan.scale_S, home)
+        bound_U = None if plan.bound_S is None else self._numbers(plan.bound_S, home)
         count = len(self._whole)
         whole, blocks = self._find(memory)
         if whole:
@@ -84,6 +84,12 @@ class Cuts:
         segments = self._segments[len(self._whole) :].split(self._counts)
         units = zip(self._cut_up, self._kept, segments, strict=True)
         return {memory: ByAxes(kept, some) for (memory, *_), kept, some in units}
+
+    def _numbers(self, number_S: Tensor, home: torch.device) -> Tensor:
+        """A number of a plan for each unit here, shape (U,), where the memory is."""
+        if number_S.ndim == 0:
+            return number_on(home, number_S).expand(len(self._segments))
+        return moved(number_S if self._in_order else number_S.index_select(0, self._segments), home)
 
     def _find(self, memory: Sequence[Tensor | None]) -> Found:
         whole = [memory[i] for i in self._whole]

@@ -363,6 +363,12 @@ def decide_on_a_device(spec: object) -> list[str]:
 
 
 class TestNoHostRead:
+    """Where nobody reads anyway: everything is judged where it was measured."""
+
+    @pytest.fixture(autouse=True)
+    def _judged_there(self, monkeypatch):
+        monkeypatch.setattr("hf_gradclip.clipper.seen_by", lambda strategy, layout, read: layout)
+
     def test_decide_reads_nothing(self, strategy):
         assert decide_on_a_device(strategy) == []
 
