@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,15 @@ from hf_gradclip.kernels import choice
 from hf_gradclip.kernels.blocks import Axes
 from hf_gradclip.kernels.operations import Language
 from hf_gradclip.kernels.rule import Memory, Places, Rule
+from hf_gradclip.kernels.table import Table
 from hf_gradclip.types import ClipPlan
+
+
+class Ready(NamedTuple):
+    """A step of some parameters of which only the plan is missing: the language that serves, and its table."""
+
+    language: Language
+    table: Table | None
 
 
 def squares_overflow(device: torch.device) -> bool:
@@ -91,23 +100,28 @@ def unit_apply_(
 
 
 @_disable_dynamo
-def language_of_step(memory: Memory, places: Places) -> Language:
-    """The language that serves `measure_update` and `step_` of some parameters; see operations.Step. Any memory."""
-    return choice.step(memory, places)
+def prepare(rule: Rule, memory: Memory, places: Places) -> Ready:
+    """Everything of a step that does not depend on a plan; see operations.Step. Any memory."""
+    found = choice.step(memory, places)
+    try:
+        return Ready(found, found.step.prepare(rule, memory, places))
+    except Exception as error:
+        choice.give_up(found, error)
+    return Ready(choice.torch_language(), None)
 
 
 @_disable_dynamo
 def measure_update(
-    rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, language: Language | None = None
+    rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, ready: Ready | None = None
 ) -> tuple[Tensor, Tensor]:
     """The statistics of the update that `step_` would go along; see operations.Step. Any memory.
 
-    `language` is what `language_of_step` gave for this memory; None asks it.
+    `ready` is what `prepare` gave for these; None asks it.
     """
-    found = choice.step(memory, places) if language is None else choice.still(language)
+    found, table = _still(prepare(rule, memory, places) if ready is None else ready)
     plan = _beside(memory, plan)
     try:
-        return found.step.measure_update(rule, memory, places, plan)
+        return found.step.measure_update(rule, memory, places, plan, table)
     except Exception as error:
         choice.give_up(found, error)
     return choice.torch_language().step.measure_update(rule, memory, places, plan)
@@ -120,21 +134,27 @@ def step_(
     places: Places,
     plan: ClipPlan | None,
     after: ClipPlan | None,
-    language: Language | None = None,
+    ready: Ready | None = None,
 ) -> None:
     """One step: weights and moments change, gradients do not; see operations.Step. Any memory.
 
-    `language` is what `language_of_step` gave for this memory; None asks it.
+    `ready` is what `prepare` gave for these; None asks it.
     """
-    found = choice.step(memory, places) if language is None else choice.still(language)
+    found, table = _still(prepare(rule, memory, places) if ready is None else ready)
     plan, after = _beside(memory, plan), _beside(memory, after)
     try:
-        found.step.step_(rule, memory, places, plan, after)
+        found.step.step_(rule, memory, places, plan, after, table)
     except Exception as error:
         choice.give_up(found, error)
         choice.torch_language().step.step_(rule, memory, places, plan, after)
     for column in (memory.weights, memory.first, memory.second, memory.third):
         _written(column)
+
+
+def _still(ready: Ready) -> Ready:
+    """The same, or plain torch where its language was given up since."""
+    language = choice.still(ready.language)
+    return ready if language is ready.language else Ready(language, None)
 
 
 def _beside(memory: Memory, plan: ClipPlan | None) -> ClipPlan | None:

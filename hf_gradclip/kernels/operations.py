@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_gradclip.kernels.blocks import Axes
 from hf_gradclip.kernels.rule import Memory, Places, Rule
+from hf_gradclip.kernels.table import Table
 from hf_gradclip.types import ClipPlan
 
 
@@ -115,16 +116,31 @@ class Step(Protocol):
     def serves(self, memory: Memory, places: Places) -> bool:
         """Whether this memory is taken, with a plan that finds its numbers at these places."""
 
-    def measure_update(
-        self, rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None
-    ) -> tuple[Tensor, Tensor]:
-        """Measure the update that `step_` would go along, before its own clip; nothing is written.
+    def prepare(self, rule: Rule, memory: Memory, places: Places) -> Table | None:
+        """Check and upload what does not depend on a plan, so that nothing but the launch is left when one is known.
 
         Args:
             rule: the arithmetic.
             memory: which `serves`.
             places: where a parameter finds its numbers.
+
+        Returns:
+            What `measure_update` and `step_` take for the same rule, memory and places; None where there is nothing to
+            make ready.
+
+        Raises:
+            MisfitError: for memory or places that do not fit each other.
+        """
+
+    def measure_update(
+        self, rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, table: Table | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Measure the update that `step_` would go along, before its own clip; nothing is written.
+
+        Args:
+            rule, memory, places: as for `prepare`.
             plan: for the gradients; None leaves them as they are.
+            table: what `prepare` gave for these; None prepares now.
 
         Returns:
             Sum of squares and largest absolute element per parameter, float64 where the device has it, each of shape
@@ -134,11 +150,19 @@ class Step(Protocol):
             MisfitError: for memory, places or plan that do not fit each other.
         """
 
-    def step_(self, rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, after: ClipPlan | None) -> None:
+    def step_(
+        self,
+        rule: Rule,
+        memory: Memory,
+        places: Places,
+        plan: ClipPlan | None,
+        after: ClipPlan | None,
+        table: Table | None = None,
+    ) -> None:
         """One step: weights and moments change, in float32 or wider and rounded once.
 
         Args:
-            rule, memory, places, plan: as for `measure_update`.
+            rule, memory, places, plan, table: as for `measure_update`.
             after: for the updates; None leaves them as they are.
 
         Raises:

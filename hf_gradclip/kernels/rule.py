@@ -178,6 +178,11 @@ def insist_on_places(
     _insist_on_moments(rule, memory)
     if places.units is not None and not by_unit:
         raise MisfitError("Places by unit: only plain torch takes them.")
+    insist_on_plans(memory, places, *plans)
+
+
+def insist_on_plans(memory: Memory, places: Places, *plans: ClipPlan | None) -> None:
+    """Stop before a number of a plan is read that is not there; see `insist_on_places`."""
     for plan, furthest in zip(plans, places.furthest, strict=False):
         if plan is None:
             continue

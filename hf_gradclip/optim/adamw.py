@@ -33,10 +33,15 @@ class _Moments(ClippedOptimizer):
         )
         largest = "max_exp_avg_sq" if group["amsgrad"] else None
         memory = memory_of(params, states, ("exp_avg", "exp_avg_sq", largest))
-        return Motion(rule, memory, lambda: torch._foreach_add_(steps, 1))
+
+        def done() -> None:
+            self._keep(params, states)
+            torch._foreach_add_(steps, 1)
+
+        return Motion(rule, memory, done)
 
     def _moments_of(self, p: Tensor, amsgrad: bool) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[p]
+        state: dict[str, Any] = self.state.get(p) or {}  # a new one is kept when the step is done
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = self._zeros(p)

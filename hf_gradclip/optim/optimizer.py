@@ -23,13 +23,15 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.decision import Decision
 from hf_gradclip.device import local
 from hf_gradclip.kernels.rule import Memory, Rule
 from hf_gradclip.optim.options import insist_on_options
-from hf_gradclip.optim.step import Jobs, measured, step_
+from hf_gradclip.optim.step import Job, Jobs, measured, step_
 from hf_gradclip.say import logger
-from hf_gradclip.strategy import SpecError, describe, flatten
+from hf_gradclip.strategy import Needs, SpecError, describe, flatten
 from hf_gradclip.suits import refuse_a_record
+from hf_gradclip.types import NormStats
 from hf_gradclip.views import view_of
 
 PLACES = {"gradient": "clip", "update": "clip_update"}
@@ -147,12 +149,14 @@ class ClippedOptimizer(Optimizer, ABC):
         self._settle()
 
         plan = after = None
-        if self.clipper is not None:
-            outcome = self.clipper.settle(self.clipper.decide(self._judged(loss)))
+        if self.clipper is None:
+            jobs = self._prepared()
+        else:
+            decision, jobs = self._decide(self._judged(loss))
+            outcome = self.clipper.settle(decision)
             if outcome.skipped:
                 return loss
             plan = outcome.plan
-        jobs = self._jobs.of(self.param_groups, self._rule, self.clipper, self.update_clipper)
         if self.update_clipper is not None and any(job.rule.lr != 0 for job in jobs):
             measure = measured(self.update_clipper, jobs, plan)
             outcome = self.update_clipper.settle(self.update_clipper.decide(measure=measure))
@@ -161,6 +165,24 @@ class ClippedOptimizer(Optimizer, ABC):
             after = outcome.plan
         step_(jobs, plan, after)
         return loss
+
+    def _prepared(self) -> list[Job]:
+        """What there is to do, with everything that no plan decides made ready."""
+        return self._jobs.of(self.param_groups, self._rule, self.clipper, self.update_clipper)
+
+    def _decide(self, loss: Tensor | None) -> tuple[Decision, list[Job]]:
+        """Decide on the gradients, and prepare the step while they are measured, before anybody waits for a device."""
+        assert self.clipper is not None
+        view = self.clipper.view
+        jobs: list[Job] = []
+
+        def measure(needs: Needs, rescale: bool) -> NormStats:
+            stats = view.measure(needs, rescale)
+            if not jobs:
+                jobs.extend(self._prepared())
+            return stats
+
+        return self.clipper.decide(loss, measure), jobs
 
     def _judged(self, loss: Any) -> Tensor | None:
         """The loss for a strategy that judges it."""
@@ -208,6 +230,10 @@ class ClippedOptimizer(Optimizer, ABC):
             "maximize": bool(group["maximize"]),
         }
 
+    def _keep(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        """Keep the states that a step has begun with; one that is skipped begins none."""
+        self.state.update((p, state) for p, state in zip(params, states, strict=True) if not self.state.get(p))
+
     def _zeros(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p, memory_format=torch.preserve_format)
 
@@ -253,7 +279,7 @@ class ClippedOptimizer(Optimizer, ABC):
     def _own(self) -> dict[str, Clipper]:
         """The clippers that the constructor was asked for."""
         clippers = {"gradient": self.clipper, "update": self.update_clipper}
-        return {place: clipper for place, clipper in clippers.items() if clipper is not None and place in self._specs}
+        return {place: clipper for place, clipper in clippers.items() if clipper and place in self._specs}
 
 
 def memory_of(params: list[Tensor], states: list[dict[str, Any]], moments: tuple[str | None, ...]) -> Memory:

@@ -92,10 +92,15 @@ class RMSprop(ClippedOptimizer):
         mean = "grad_avg" if group["centered"] else None
         buffer = "momentum_buffer" if group["momentum"] != 0 else None
         memory = memory_of(params, states, ("square_avg", mean, buffer))
-        return Motion(rule, memory, lambda: torch._foreach_add_(steps, 1))
+
+        def done() -> None:
+            self._keep(params, states)
+            torch._foreach_add_(steps, 1)
+
+        return Motion(rule, memory, done)
 
     def _averages_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[p]
+        state: dict[str, Any] = self.state.get(p) or {}  # a new one is kept when the step is done
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["square_avg"] = self._zeros(p)

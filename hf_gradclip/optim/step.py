@@ -13,7 +13,7 @@ from hf_gradclip import kernels
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.decision import Measure
 from hf_gradclip.device import moved, upload
-from hf_gradclip.kernels.operations import Language
+from hf_gradclip.kernels import Ready
 from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
@@ -32,7 +32,7 @@ class Job:
     """The step of parameters that have one dtype and one set of hyperparameters, on one device.
 
     Args:
-        language: that serves.
+        ready: which language serves, and what it has made ready.
         rule: what to compute.
         memory: on what.
         places: where each parameter finds its numbers.
@@ -41,7 +41,7 @@ class Job:
         done: called after the step, to count it.
     """
 
-    language: Language
+    ready: Ready
     rule: Rule
     memory: Memory
     places: Places
@@ -68,7 +68,7 @@ class Jobs:
         Args:
             groups: of the optimizer.
             rule_of: its arithmetic.
-            clipper: of the gradients, which has just decided.
+            clipper: of the gradients, which has just measured.
             update_clipper: of the updates.
         """
         of_gradients = _NOWHERE if clipper is None else clipper.view.places()
@@ -87,8 +87,8 @@ class Jobs:
                 rule, memory, done = rule_of(group, params)
                 segments = of_gradients if gradient else _NOWHERE, of_updates if update else _NOWHERE
                 places = self._places_of(params, *segments)
-                language = kernels.language_of_step(memory, places)
-                jobs.append(Job(language, rule, memory, places, gradient, update, done))
+                ready = kernels.prepare(rule, memory, places)
+                jobs.append(Job(ready, rule, memory, places, gradient, update, done))
         return jobs
 
     def _places_of(self, params: list[Tensor], of_gradients: Segments, of_updates: Segments) -> Places:
@@ -131,16 +131,23 @@ def measured(clipper: Clipper, jobs: list[Job], plan: ClipPlan | None) -> Measur
 
 def _measured_here(layout: Layout, jobs: list[Job], plan: ClipPlan | None, needs: Needs) -> NormStats:
     """The statistics of this process's updates alone."""
+    moving = [job for job in jobs if job.rule.lr != 0 and job.update]
+    found = []
+    for job in moving:
+        mine = plan if job.gradient else None
+        sums, largest = kernels.measure_update(job.rule, job.memory, job.places, mine, job.ready)
+        found.append((moved(sums, layout.device, layout.dtype), moved(largest, layout.device, layout.dtype)))
+    if len(moving) == 1 and moving[0].places.update == tuple(range(len(layout))):  # all of them, in their order
+        sums, largest = found[0]
+        return NormStats(sums, layout, largest if needs.max_abs else None)
     sumsq_S = torch.zeros(len(layout), dtype=layout.dtype, device=layout.device)
-    max_S = torch.zeros_like(sumsq_S)
-    for job in jobs:
-        if job.rule.lr != 0 and job.update:
-            mine = plan if job.gradient else None
-            sums, largest = kernels.measure_update(job.rule, job.memory, job.places, mine, job.language)
-            index = upload(job.places.update, torch.int64, layout.device)
-            sumsq_S.index_copy_(0, index, moved(sums, layout.device, layout.dtype))
-            max_S.index_copy_(0, index, moved(largest, layout.device, layout.dtype))
-    return NormStats(sumsq_S, layout, max_S if needs.max_abs else None)
+    max_S = torch.zeros_like(sumsq_S) if needs.max_abs else None
+    for job, (sums, largest) in zip(moving, found, strict=True):
+        index = upload(job.places.update, torch.int64, layout.device)
+        sumsq_S.index_copy_(0, index, sums)
+        if max_S is not None:
+            max_S.index_copy_(0, index, largest)
+    return NormStats(sumsq_S, layout, max_S)
 
 
 def step_(jobs: list[Job], plan: ClipPlan | None, after: ClipPlan | None) -> None:
@@ -153,5 +160,5 @@ def step_(jobs: list[Job], plan: ClipPlan | None, after: ClipPlan | None) -> Non
     """
     for job in jobs:
         mine = plan if job.gradient else None, after if job.update else None
-        kernels.step_(job.rule, job.memory, job.places, *mine, job.language)
+        kernels.step_(job.rule, job.memory, job.places, *mine, job.ready)
         job.done()

@@ -66,12 +66,12 @@ def test_a_language_that_was_asked_for_before_it_was_given_up(served, monkeypatc
     """An optimizer asks once for the measurement and the step; where the first fails, plain torch makes the other."""
     weight = torch.ones(1000)
     memory = itself(weight)
-    language = kernels.language_of_step(memory, PLACES)
-    assert language is choice.step(memory, PLACES)
-    assert language.name == served.name
+    ready = kernels.prepare(sgd(), memory, PLACES)
+    assert ready.language is choice.step(memory, PLACES)
+    assert ready.language.name == served.name
     broken = [Broken(monkeypatch, served, name, RuntimeError("broken")) for name in ("measure_update", "step_")]
-    sumsq_S, _ = kernels.measure_update(sgd(), memory, PLACES, None, language)
-    kernels.step_(sgd(), memory, PLACES, None, None, language)
+    sumsq_S, _ = kernels.measure_update(sgd(), memory, PLACES, None, ready)
+    kernels.step_(sgd(), memory, PLACES, None, None, ready)
     assert sumsq_S.tolist() == pytest.approx([1000])
     assert (weight == 0.5).all()
     assert [kernel.calls for kernel in broken] == [1, 0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_gradclip.kernels.c.library import BYTES, CHUNK, Argument, arguments, call, share
-from hf_gradclip.kernels.rule import Memory, Places, Rule, are_alike, insist_on_places
+from hf_gradclip.kernels.rule import Memory, Places, Rule, are_alike, insist_on_places, insist_on_plans
 from hf_gradclip.kernels.table import Table, table_of
 from hf_gradclip.types import ClipPlan
 
@@ -27,27 +27,39 @@ def serves(memory: Memory, places: Places) -> bool:
     return all(t is None or t.dtype == w.dtype for w, *rest in zip(*memory, strict=True) for t in rest)
 
 
-def step_(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, after: ClipPlan | None) -> None:
+def prepare(rule: Rule, memory: Memory, places: Places) -> Table:
+    """The table of a step; see operations.Step."""
+    insist_on_places(rule, memory, places)
+    return table_of(memory, memory.weights[0].device, CHUNK, places.pairs, "tensor")
+
+
+def step_(
+    rule: Rule,
+    memory: Memory,
+    places: Places,
+    plan: ClipPlan | None,
+    after: ClipPlan | None,
+    table: Table | None = None,
+) -> None:
     """One step of a group; see operations.Step."""
-    table = _table(rule, memory, places, plan, after)
+    table = prepare(rule, memory, places) if table is None else table
+    insist_on_plans(memory, places, plan, after)
     _share(table, rule, len(places.gradient), plan, after, None, None)
 
 
-def measure_update(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None) -> tuple[Tensor, Tensor]:
+def measure_update(
+    rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, table: Table | None = None
+) -> tuple[Tensor, Tensor]:
     """The statistics of the update that `step_` would go along; see operations.Step."""
-    table, count = _table(rule, memory, places, plan, None), len(places.gradient)
+    table = prepare(rule, memory, places) if table is None else table
+    insist_on_plans(memory, places, plan)
+    count = len(places.gradient)
     sumsq_S, max_S = torch.empty(2, count, dtype=torch.float64, device="cpu")
     sumsq_C = torch.empty(table.chunks, dtype=torch.float64, device="cpu")
     max_C = torch.empty(table.chunks, dtype=torch.float32, device="cpu")
     _share(table, rule, count, plan, None, sumsq_C, max_C)
     call("gradclip_finish", count, table.first_S, sumsq_C, max_C, sumsq_S, max_S)
     return sumsq_S, max_S
-
-
-def _table(rule: Rule, memory: Memory, places: Places, *plans: ClipPlan | None) -> Table:
-    """The table of what a step reads, once everything that it will read is known to be there."""
-    insist_on_places(rule, memory, places, *plans)
-    return table_of(memory, memory.weights[0].device, CHUNK, places.pairs, "tensor")
 
 
 def _share(

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_gradclip.device import moved
+from hf_gradclip.device import moved, number_on
 from hf_gradclip.kernels.blocks import are_axes, units_of
 from hf_gradclip.kernels.eager import units
 from hf_gradclip.kernels.eager.half import SMALL
 from hf_gradclip.kernels.eager.whole import largest
 from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule, insist_on_places
-from hf_gradclip.kernels.table import MisfitError, insist_on_memory
+from hf_gradclip.kernels.table import MisfitError, Table, insist_on_memory
 from hf_gradclip.types import ClipPlan, statistics_dtype
 
 Moments = list[list[Tensor]]
@@ -31,7 +31,18 @@ def serves(memory: Memory, places: Places) -> bool:
     return True
 
 
-def step_(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, after: ClipPlan | None) -> None:
+def prepare(rule: Rule, memory: Memory, places: Places) -> None:
+    """Nothing; see operations.Step."""
+
+
+def step_(
+    rule: Rule,
+    memory: Memory,
+    places: Places,
+    plan: ClipPlan | None,
+    after: ClipPlan | None,
+    table: Table | None = None,
+) -> None:
     """One step of a group; see operations.Step."""
     insist_on_places(rule, memory, places, plan, after, by_unit=True)
     _insist_on_memory(memory)
@@ -40,7 +51,9 @@ def step_(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, aft
         _step_some_(rule, memory, places, some, plan, after)
 
 
-def measure_update(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None) -> tuple[Tensor, Tensor]:
+def measure_update(
+    rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, table: Table | None = None
+) -> tuple[Tensor, Tensor]:
     """The statistics of the update that `step_` would go along; see operations.Step."""
     insist_on_places(rule, memory, places, plan, by_unit=True)
     _insist_on_memory(memory)
@@ -268,8 +281,9 @@ def _clipped_by_unit(grad: Tensor, plan: ClipPlan, first: int, cut: ByAxes | Non
     """The same for one gradient whose numbers are by unit, or that is not cut."""
     if cut is None:
         return _clipped([grad], plan, [first])[0]
+    device, count = grad.device, len(cut.segments)
     scale_U, bound_U = (
-        None if n_S is None else n_S[cut.segments] if n_S.ndim else n_S.expand(len(cut.segments))
+        None if n_S is None else n_S[cut.segments] if n_S.ndim else number_on(device, n_S).expand(count)
         for n_S in (plan.scale_S, plan.bound_S)
     )
     assert scale_U is not None

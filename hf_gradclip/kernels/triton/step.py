@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_gradclip.device import on, upload
-from hf_gradclip.kernels.rule import Memory, Places, Rule, are_alike, insist_on_places
+from hf_gradclip.kernels.rule import Memory, Places, Rule, are_alike, insist_on_places, insist_on_plans
 from hf_gradclip.kernels.table import Table, table_of
 from hf_gradclip.kernels.triton.whole import INF_BITS, TRITON, WORD, bits_of, clamped, finish
 from hf_gradclip.types import ClipPlan
@@ -34,33 +34,46 @@ def serves(memory: Memory, places: Places) -> bool:
     return places.units is None and are_alike(memory, TRITON)
 
 
-def step_(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, after: ClipPlan | None) -> None:
+def prepare(rule: Rule, memory: Memory, places: Places) -> Table:
+    """The table of a step; see operations.Step."""
+    insist_on_places(rule, memory, places)
+    device = memory.weights[0].device
+    with on(device):
+        return table_of(memory, device, CHUNK, places.pairs, "tensor")
+
+
+def step_(
+    rule: Rule,
+    memory: Memory,
+    places: Places,
+    plan: ClipPlan | None,
+    after: ClipPlan | None,
+    table: Table | None = None,
+) -> None:
     """One step of a group; see operations.Step."""
-    insist_on_places(rule, memory, places, plan, after)
+    table = prepare(rule, memory, places) if table is None else table
+    insist_on_plans(memory, places, plan, after)
     with on(memory.weights[0].device):
-        table = _table(memory, places)
         if table.chunks:
             _launch(table, rule, len(places.gradient), plan, after, None, None)
 
 
-def measure_update(rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None) -> tuple[Tensor, Tensor]:
+def measure_update(
+    rule: Rule, memory: Memory, places: Places, plan: ClipPlan | None, table: Table | None = None
+) -> tuple[Tensor, Tensor]:
     """The statistics of the update that `step_` would go along; see operations.Step."""
-    insist_on_places(rule, memory, places, plan)
+    table = prepare(rule, memory, places) if table is None else table
+    insist_on_plans(memory, places, plan)
     device, count = memory.weights[0].device, len(places.gradient)
     sumsq_S = torch.empty(count, dtype=torch.float64, device=device)
     max_S = torch.empty_like(sumsq_S)
     with on(device):
-        table = _table(memory, places)
         sumsq_C = torch.empty(table.chunks, dtype=torch.float64, device=device)
         max_C = torch.empty(table.chunks, dtype=torch.float32, device=device)
         if table.chunks:
             _launch(table, rule, count, plan, None, sumsq_C, max_C)
         finish[(count,)](table.first_S, sumsq_C, max_C, sumsq_S, max_S, 1024, num_warps=4)
     return sumsq_S, max_S
-
-
-def _table(memory: Memory, places: Places) -> Table:
-    return table_of(memory, memory.weights[0].device, CHUNK, places.pairs, "tensor")
 
 
 def _launch(
