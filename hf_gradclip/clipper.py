@@ -192,9 +192,9 @@ class Clipper:
             self._follow(layout)
         if strategy.needs.loss:
             stats = replace(stats, loss=as_loss(loss, layout, strategy))
-        stats = brought(stats, self._layout)
-        plan, action, self.state = judge(strategy, stats, self.state)
-        return Decision(stats, plan, action, measure, layout.device)
+        stats = brought(strategy, stats, self._layout)
+        plan, found, self.state = judge(strategy, stats, self.state)
+        return Decision(stats, plan, found, measure, layout.device)
 
     def settle(self, decision: Decision) -> Outcome:
         """Read the action where it matters, guard against non-finite norms, count the step; raises as `step` does."""
@@ -202,8 +202,8 @@ class Clipper:
         if not self.config.skip_sync:
             return self._settle_unread(decision)
         needed = self.guard.must_read or decision.plan.skip is not None
-        if isinstance(decision.action, Tensor) and not needed:
-            return self._pass_on(decision, decision.action)
+        if isinstance(decision.found, Tensor) and not needed:
+            return self._pass_on(decision, decision.found)
 
         action = int(decision.action)  # the one host read of a step, unless `brought` was it
         if action == NONFINITE and not bool(decision.stats.total.isnan()):  # only the squares may have overflowed
@@ -225,10 +225,9 @@ class Clipper:
             self.guard.insist(action, decision.stats, self.steps)
         return decision.outcome(skipped=skipped, drop=skipped and not overflow and not self.withheld)
 
-    def _pass_on(self, decision: Decision, action: Tensor) -> Outcome:
+    def _pass_on(self, decision: Decision, finite: Tensor) -> Outcome:
         """Nobody need know what the action is: the plan is exact without it."""
-        finite = action != NONFINITE
-        self._count(decision, finite, ~finite if self.view.guarded else torch.zeros_like(finite))
+        self._count(decision, finite, ~finite if self.view.guarded else False)
         self._skipped = False
         return decision.outcome(decision.plan)
 
@@ -237,7 +236,7 @@ class Clipper:
         action = torch.as_tensor(decision.action, device=decision.device)
         self._skipped = skip = self.guard.skips_unread(action)
         self.guard.count_unread(skip)
-        self._count(decision, action != NONFINITE, skip)
+        self._count(decision, torch.as_tensor(decision.finite, device=decision.device), skip)
         self.guard.look_now_and_then()
         return decision.outcome(decision.plan, skip=skip)
 

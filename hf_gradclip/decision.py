@@ -14,7 +14,7 @@ from hf_gradclip.device import number_on
 from hf_gradclip.misuse import shown
 from hf_gradclip.seat import handed
 from hf_gradclip.strategy import Needs, State, Strategy, describe, where
-from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.types import ClipPlan, Layout, NormStats, cached, is_one
 
 LEAVE, CLIP, SKIP, NONFINITE = range(4)
 """What a step does: nothing to its gradients, scale or bound them, leave the step out, meet a NaN or inf."""
@@ -57,21 +57,35 @@ class Decision:
     Args:
         stats: what was measured.
         plan: what to do; it touches nothing where the norm is not finite.
-        action: LEAVE, CLIP, SKIP or NONFINITE: a 0-d int64 on a device, the one number that a step may read; where the
-            step is judged on the host the number itself.
+        found: the action, where the step is judged on the host; on a device whether the norm is finite, 0-d bool.
         measure: how to measure again.
         device: where what was measured is.
     """
 
     stats: NormStats
     plan: ClipPlan
-    action: Tensor | int
+    found: Tensor | int
     measure: Measure
     device: torch.device
 
+    @cached
+    def action(self) -> Tensor | int:
+        """LEAVE, CLIP, SKIP or NONFINITE: on a device a 0-d int64, the one number that a step may read."""
+        if not isinstance(self.found, Tensor):
+            return self.found
+        action = self.plan.clipped_S.any()  # as a number LEAVE or CLIP
+        if self.plan.skip is not None:
+            action = torch.where(self.plan.skip, SKIP, action)
+        return torch.where(self.found, action, NONFINITE)
+
+    @property
+    def finite(self) -> Tensor | bool:
+        """Whether the norm is."""
+        return self.found if isinstance(self.found, Tensor) else self.found != NONFINITE
+
     def clipped_by(self, action: int) -> bool | None:
         """Whether anything is scaled or bounded, now that the action was read; None where only the device knows."""
-        known = isinstance(self.action, Tensor) or self.plan.scale_S.is_cpu
+        known = isinstance(self.found, Tensor) or self.plan.scale_S.is_cpu
         return action == CLIP if known else None
 
     def outcome(
@@ -83,20 +97,18 @@ class Decision:
 
 
 Judged = tuple[ClipPlan, Tensor | int, State]
-"""A step's plan, its action, and the state to keep."""
+"""A step's plan, what was found of it (see Decision), and the state to keep."""
 
 
 def judge_on_device(strategy: Strategy, stats: NormStats, state: State) -> Judged:
     """Ask the strategy, and leave everything as it is where the norm is not finite. Pure, without a host read."""
     plan, new = strategy.update(stats, state)
     finite = stats.total < float("inf")  # a norm is not negative, and NaN is below nothing; isfinite is four launches
-    scale_S = torch.where(finite, plan.scale_S, 1.0)
-    bound_S = None if plan.bound_S is None else torch.where(finite, plan.bound_S, float("inf"))
-    plan = replace(plan, scale_S=scale_S, bound_S=bound_S)
-    action = plan.clipped_S.any()  # as a number LEAVE or CLIP
-    if plan.skip is not None:
-        action = torch.where(plan.skip, SKIP, action)
-    return plan, torch.where(finite, action, NONFINITE), where(finite, new, state)
+    if not is_one(plan.scale_S):
+        plan = replace(plan, scale_S=torch.where(finite, plan.scale_S, 1.0))
+    if plan.bound_S is not None:
+        plan = replace(plan, bound_S=torch.where(finite, plan.bound_S, float("inf")))
+    return plan, finite, where(finite, new, state)
 
 
 def judge(strategy: Strategy, stats: NormStats, state: State) -> Judged:

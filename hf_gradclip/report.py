@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import torch
 from torch import Tensor
 
 from hf_gradclip.say import logger
-from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.types import ClipPlan, Layout, NormStats, is_one
 
 Meters = dict[str, Tensor]
 
 ZERO_STEPS = 10
 _FOLD = 512
+LAST = ("threshold", "norm_in", "norm_post")
+"""What is known of the last step alone."""
 
 
 class ClipReport:
@@ -54,9 +57,10 @@ class ClipReport:
     def _clear(self) -> None:
         self._steps = self._tensor_steps = 0
         self._counts = dict.fromkeys(("clipped", "tensors", "skipped", "nonfinite"), 0)
-        self._sums = dict.fromkeys(self._counts, self._zero)
         self._clipped: list[Tensor] = []
         self._unsure: list[Tensor] = []
+        self._unread: list[tuple[Tensor, ...]] = []
+        self._unread_TK: list[Tensor] = []
         self._at = dict.fromkeys(self._at, self._nan)
         self._applied: tuple[NormStats, ClipPlan] | None = None
         self._norms: list[Tensor] = []
@@ -90,9 +94,9 @@ class ClipReport:
         self._steps += 1
         self._tensor_steps += len(stats.layout.names)
         if isinstance(finite, Tensor) or isinstance(skipped, Tensor):
-            finite, skipped = (torch.as_tensor(flag, device=self.device) for flag in (finite, skipped))
-            self._sums, self._at, norm = added(self._sums, self._at, stats, plan, finite, skipped)
-            self._norms.append(norm)
+            self._unread.append(_row(stats, plan, finite, skipped, self._zero, self._nan))
+            if len(self._unread) >= _FOLD:
+                self._fold_unread()
         else:
             self._add_known(stats, plan, finite, skipped, clipped)
         if len(self._norms) >= _FOLD:
@@ -116,6 +120,13 @@ class ClipReport:
             self._unsure.append(_tensors(plan.clipped_S, stats.layout))
             if len(self._unsure) >= _FOLD:
                 self._settle_unsure()
+
+    def _fold_unread(self) -> None:
+        """Join the rows of many steps; nobody reads them."""
+        if self._unread:
+            columns = [torch.stack(column).to(self._zero) for column in zip(*self._unread, strict=True)]
+            self._unread_TK.append(torch.stack(columns, dim=1))
+            self._unread = []
 
     def _settle_unsure(self) -> None:
         """Count the steps of which only the device knew whether anything was clipped. One host read."""
@@ -173,25 +184,25 @@ class ClipReport:
 
     def _drain(self) -> dict[str, float]:
         """Read everything to the host at once, add it to the run, start anew."""
-        if not self._norms:
+        if not self._steps:
             return {}
         self._settle_unsure()
+        self._fold_unread()
         if self._applied is not None:
             self._at |= _in_and_post(*self._applied)
         clipped = torch.stack([count.to(self._zero) for count in self._clipped]).sum() if self._clipped else self._zero
-        small = torch.stack([clipped.to(self._zero), *self._sums.values(), *self._at.values()])
-        norms = torch.cat([norm.view(-1) for norm in self._norms])
-        tensors, *values = torch.cat([small, norms]).tolist()
-        keys = [*self._sums, *self._at]
-        read = dict(zip(keys, values, strict=False))
-        for key, count in self._counts.items():
-            read[key] += count
+        parts = [torch.stack([clipped.to(self._zero), *self._at.values()])]
+        parts += [torch.cat([norm.view(-1) for norm in part]) for part in (self._norms, self._unread_TK) if part]
+        tensors, *values = torch.cat(parts).tolist()
+        read: dict[str, float] = {**self._counts, **dict(zip(self._at, values, strict=False))}
         read["tensors"] += tensors
-        finite = [norm for norm in values[len(keys) :] if norm == norm]
+        values = values[len(self._at) :]
+        count = sum(norm.numel() for norm in self._norms)
+        finite = [norm for norm in values[:count] if norm == norm] + _read_rows(values[count:], read)
         for key in ("clipped", "skipped", "nonfinite"):
             self._run[key] += int(read[key])
         self._run["steps"] += self._steps
-        self._last |= {key: read[key] for key in self._at if read[key] == read[key]}
+        self._last |= {key: read[key] for key in LAST if read.get(key, math.nan) == read.get(key)}
         self._check_zero(finite)
         self._all_norms += finite
         read["norm_mean"] = sum(finite) / len(finite) if finite else float("nan")
@@ -215,23 +226,36 @@ class ClipReport:
                 return
 
 
-def added(
-    sums: Meters, at: Meters, stats: NormStats, plan: ClipPlan, finite: Tensor, skipped: Tensor
-) -> tuple[Meters, Meters, Tensor]:
-    """The counts with one more step, what is kept of the last steps, and the step's norm, NaN if not finite. Pure."""
-    applied = finite & ~skipped
-    tensors = _tensors(plan.clipped_S & applied, stats.layout)
-    sums = {
-        "clipped": sums["clipped"] + (tensors > 0),
-        "tensors": sums["tensors"] + tensors,
-        "skipped": sums["skipped"] + skipped,
-        "nonfinite": sums["nonfinite"] + ~finite,
-    }
-    now = {key: (value, applied) for key, value in _in_and_post(stats, plan).items()}
-    if plan.threshold is not None:
-        now["threshold"] = (plan.threshold, finite)
-    kept = {key: torch.where(when, value, at.get(key, float("nan"))) for key, (value, when) in now.items()}
-    return sums, at | kept, torch.where(finite, stats.total, float("nan"))
+ROW = ("norm", "finite", "skipped", "tensors", "norm_post", "threshold")
+"""What is kept of a step that nobody reads."""
+
+
+def _row(
+    stats: NormStats, plan: ClipPlan, finite: Tensor | bool, skipped: Tensor | bool, zero: Tensor, nan: Tensor
+) -> tuple[Tensor, ...]:
+    """The numbers of ROW, each 0-d, in as few launches as can be."""
+    flags = [flag if isinstance(flag, Tensor) else zero + float(flag) if flag else zero for flag in (finite, skipped)]
+    threshold = nan if plan.threshold is None else plan.threshold
+    clipped = zero if is_one(plan.scale_S) and plan.bound_S is None else _tensors(plan.clipped_S, stats.layout)
+    return stats.total, *flags, clipped, _post(stats, plan), threshold
+
+
+def _read_rows(values: list[float], read: dict[str, float]) -> list[float]:
+    """Add rows that came to the host to what else was read; their finite norms."""
+    norms = []
+    for first in range(0, len(values), len(ROW)):
+        norm, finite, skipped, tensors, post, threshold = values[first : first + len(ROW)]
+        read["skipped"] += skipped > 0
+        read["nonfinite"] += finite == 0
+        if finite:
+            norms.append(norm)
+            if threshold == threshold:
+                read["threshold"] = threshold
+        if finite and not skipped:
+            read["clipped"] += tensors > 0
+            read["tensors"] += tensors
+            read["norm_in"], read["norm_post"] = norm, post
+    return norms
 
 
 def _tensors(clipped_S: Tensor, layout: Layout) -> Tensor:
@@ -245,7 +269,13 @@ def _tensors(clipped_S: Tensor, layout: Layout) -> Tensor:
 
 def _in_and_post(stats: NormStats, plan: ClipPlan) -> Meters:
     """The norm before and after; NaN after where elements were bounded."""
-    post = stats.scaled(plan.scale_S).total
-    if plan.bound_S is not None:
-        post = torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)
-    return {"norm_in": stats.total, "norm_post": post.to(stats.total)}
+    return {"norm_in": stats.total, "norm_post": _post(stats, plan).to(stats.total)}
+
+
+def _post(stats: NormStats, plan: ClipPlan) -> Tensor:
+    """The norm after; NaN where elements were bounded."""
+    if plan.scale_S.ndim == 0:
+        post = stats.total if is_one(plan.scale_S) else stats.total * plan.scale_S
+    else:
+        post = torch.dot(stats.sumsq_S, plan.scale_S.to(stats.sumsq_S).square()).sqrt()
+    return post if plan.bound_S is None else torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)

@@ -43,10 +43,11 @@ def seen_by(strategy: Strategy, layout: Layout, read: bool) -> Layout:
     return layout
 
 
-def brought(stats: NormStats, layout: Layout) -> NormStats:
+def brought(strategy: Strategy, stats: NormStats, layout: Layout) -> NormStats:
     """A measurement where it is judged. Where that is the host, this is the one read of a step.
 
     Args:
+        strategy: that judges it.
         stats: as measured.
         layout: of `seen_by`, for the layout of the statistics.
     """
@@ -54,7 +55,9 @@ def brought(stats: NormStats, layout: Layout) -> NormStats:
         return stats
     if layout.device.type == "cpu":
         return _copied(stats, layout)
-    by_param = _copied(stats.by_param, layout.by_param)
+    weighs = any(part.needs.weights and part.needs.units is None for part in parts_of(strategy))
+    asked = stats if weighs else replace(stats, weight_sumsq_S=None)  # what only units are compared with stays there
+    by_param = _copied(asked.by_param, layout.by_param)
     seen = replace(stats, layout=layout)
     vars(seen).update(by_param=by_param, total=by_param.total)
     return seen

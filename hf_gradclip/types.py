@@ -100,6 +100,11 @@ class Layout:
         return twin
 
     @cached
+    def whole_S(self) -> Tensor | None:
+        """Which segments are parameters, the opposite of `unit_S`; None where all of them are."""
+        return None if self.unit_S is None else ~self.unit_S
+
+    @cached
     def segments_P(self) -> Tensor:
         """How many segments each parameter has, int64, shape (P,)."""
         zero_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)

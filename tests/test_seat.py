@@ -137,7 +137,7 @@ def test_everything_that_was_measured_is_brought():
     layout = Layout.of_parameters(("a", "b"), [2, 3], torch.device("cpu"))
     numbers = [torch.rand(2, dtype=torch.float64) for _ in range(3)]
     stats = NormStats(numbers[0], layout, numbers[1], torch.tensor(3.0, dtype=torch.float64), numbers[2])
-    there = brought(stats, replace(layout))
+    there = brought(read_strategy("none"), stats, replace(layout))
     assert torch.equal(there.sumsq_S, numbers[0])
     assert torch.equal(there.max_abs_S, numbers[1])
     assert torch.equal(there.weight_sumsq_S, numbers[2])

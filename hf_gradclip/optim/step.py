@@ -132,22 +132,23 @@ def measured(clipper: Clipper, jobs: list[Job], plan: ClipPlan | None) -> Measur
 def _measured_here(layout: Layout, jobs: list[Job], plan: ClipPlan | None, needs: Needs) -> NormStats:
     """The statistics of this process's updates alone."""
     moving = [job for job in jobs if job.rule.lr != 0 and job.update]
+    places = [place for job in moving for place in job.places.update]
     found = []
     for job in moving:
         mine = plan if job.gradient else None
-        sums, largest = kernels.measure_update(job.rule, job.memory, job.places, mine, job.ready)
-        found.append((moved(sums, layout.device, layout.dtype), moved(largest, layout.device, layout.dtype)))
-    if len(moving) == 1 and moving[0].places.update == tuple(range(len(layout))):  # all of them, in their order
-        sums, largest = found[0]
-        return NormStats(sums, layout, largest if needs.max_abs else None)
-    sumsq_S = torch.zeros(len(layout), dtype=layout.dtype, device=layout.device)
-    max_S = torch.zeros_like(sumsq_S) if needs.max_abs else None
-    for job, (sums, largest) in zip(moving, found, strict=True):
-        index = upload(job.places.update, torch.int64, layout.device)
-        sumsq_S.index_copy_(0, index, sums)
-        if max_S is not None:
-            max_S.index_copy_(0, index, largest)
-    return NormStats(sumsq_S, layout, max_S)
+        found.append(kernels.measure_update(job.rule, job.memory, job.places, mine, job.ready))
+    every = places == list(range(len(layout)))  # in their order: nothing is to be put anywhere
+    index = None if every else upload(places, torch.int64, layout.device)
+
+    def by_segment(numbers: list[Tensor]) -> Tensor:
+        there = [moved(some, layout.device, layout.dtype) for some in numbers]
+        if every:
+            return there[0] if len(there) == 1 else torch.cat(there)
+        zeros_S = torch.zeros(len(layout), dtype=layout.dtype, device=layout.device)
+        return zeros_S if index is None or not there else zeros_S.index_copy_(0, index, torch.cat(there))
+
+    max_S = by_segment([largest for _, largest in found]) if needs.max_abs else None
+    return NormStats(by_segment([sums for sums, _ in found]), layout, max_S)
 
 
 def step_(jobs: list[Job], plan: ClipPlan | None, after: ClipPlan | None) -> None:

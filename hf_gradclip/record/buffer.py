@@ -70,7 +70,9 @@ class Recorder:
     def add(self, stats: NormStats, plan: ClipPlan, finite: Tensor | bool, skipped: Tensor | bool) -> None:
         """Keep one step; `finite` and `skipped` are 0-d bools on the device, or bools where the host knows them."""
         before = stats.by_param
-        after_P = None if stats.layout.unit_S is None else stats.scaled(plan.scale_S).by_param.sumsq_S
+        after_P = None
+        if stats.layout.unit_S is not None:
+            after_P = stats.layout.over_params(stats.sumsq_S * plan.scale_S.square(), "sum")
         threshold = before.sumsq_S.new_full((), float("nan")) if plan.threshold is None else plan.threshold
         bounded = self._flag(False, threshold) if plan.bound_S is None else (plan.bound_S < float("inf")).any()
         flags = (flag if isinstance(flag, Tensor) else self._flag(flag, threshold) for flag in (finite, skipped))

@@ -66,9 +66,9 @@ class AGC(Strategy):
 
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """One scale per unit."""
-        unit_S = stats.layout.unit_S
-        assert unit_S is not None
+        whole_S = stats.layout.whole_S
+        assert whole_S is not None
         assert stats.weight_sumsq_S is not None
         limit_S = stats.weight_sumsq_S.sqrt().clamp_(min=self.eps).mul_(self.clip_factor)  # in place: units are many
         scale_S = limit_S.div_(stats.norm_S).clamp_(max=1.0)
-        return ClipPlan(scale_S.masked_fill_(~unit_S, 1.0)), state
+        return ClipPlan(scale_S.masked_fill_(whole_S, 1.0)), state

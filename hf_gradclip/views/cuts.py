@@ -104,12 +104,15 @@ class Cuts:
         self, whole: list[Tensor | None], blocks: list[Tensor | None], max_abs: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Sums of squares and, if asked for, largest absolute elements, each of shape (U,); NaN gives inf in those."""
-        sums_U, largest_U = kernels.statistics(whole, self._dtype, self._device, max_abs)
+        found = [kernels.statistics(whole, self._dtype, self._device, max_abs)] if whole or not blocks else []
         if blocks:
             units = kernels.unit_sums(blocks, self._kept, self._counts, self._dtype, self._device)
-            sums_U = torch.cat([sums_U, units])
-            largest_U = None if largest_U is None else torch.cat([largest_U, self._largest(blocks)])
-        return sums_U, largest_U
+            found.append((units, self._largest(blocks) if max_abs else None))
+        if len(found) == 1:
+            return found[0]
+        (sums_W, largest_W), (sums_B, largest_B) = found
+        largest = None if largest_W is None or largest_B is None else torch.cat([largest_W, largest_B])
+        return torch.cat([sums_W, sums_B]), largest
 
     def _rescaled(self, whole: list[Tensor | None], blocks: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         """The same, by a division of each unit by its largest element before it is squared."""

@@ -37,7 +37,8 @@ def unit_sums(
     device: torch.device,
 ) -> Tensor:
     """Sum of squares per unit of all blocks, each added up in float32; see operations.ByUnit."""
-    sums_U = torch.zeros(sum(counts), dtype=dtype, device=device)
+    every = all(block is not None and block.numel() for block in blocks)  # a kernel writes what is there
+    sums_U = (torch.empty if every else torch.zeros)(sum(counts), dtype=dtype, device=device)
     with on(device):
         table = block_table(blocks, kept, counts, sums_U.device, _programs)
         if table.chunks:
