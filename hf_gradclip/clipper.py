@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_gradclip import kernels
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.decision import CLIP, LEAVE, NONFINITE, SKIP, Decision, Measure, Outcome, as_loss, judge
+from hf_gradclip.decision import CLIP, LEAVE, NONFINITE, SKIP, Decision, Measure, Outcome, Taker, as_loss, judge
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
@@ -153,11 +153,12 @@ class Clipper:
         words = exempt(self.config.gradient, self.view)
         return f"Clipper({self.config}, {self.view.backend}, {len(self._layout)} segments{words and ', '}{words})"
 
-    def step(self, loss: Tensor | float | None = None) -> Tensor:
+    def step(self, loss: Tensor | float | None = None, to: Taker | None = None) -> Tensor:
         """Clip the gradients, between backward and `optimizer.step()`.
 
         Args:
             loss: of this step, 0-d or a number, for strategies that judge it; the same on every rank.
+            to: an optimizer that clips as it reads, and leaves the gradients alone; None writes them.
 
         Returns:
             The 2-norm of the whole gradient before clipping, 0-d, on the device.
@@ -166,7 +167,7 @@ class Clipper:
             NonFiniteError: by policy "raise", or after `max_consecutive_skips` skipped steps in a row.
         """
         outcome = self.settle(self.decide(loss))
-        self.apply_(outcome)
+        self.apply_(outcome, to)
         return outcome.norm
 
     @torch.no_grad()
@@ -240,14 +241,16 @@ class Clipper:
         self.guard.look_now_and_then()
         return decision.outcome(decision.plan, skip=skip)
 
-    def apply_(self, outcome: Outcome) -> None:
-        """Do to the view's gradients what is left of a step: scale and bound them, hand it to `fold`, or drop them."""
+    def apply_(self, outcome: Outcome, to: Taker | None = None) -> None:
+        """Do to the view's gradients what is left of a step: scale and bound them, hand it over, or drop them."""
         if self._fold is not None:
             plan = outcome.plan if outcome.plan is not None else ClipPlan(torch.ones_like(outcome.norm))
             self._fold.hand(plan, outcome.skip)
+        if to is not None:
+            to.take(outcome.plan, self.view)
         if outcome.drop:
             self.view.drop_()
-        elif outcome.plan is not None and not self.config.fold:
+        elif to is None and outcome.plan is not None and not self.config.fold:
             self.view.apply_(outcome.plan)
 
     def check_skips(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hf_gradclip.misuse import shown
 from hf_gradclip.seat import handed
 from hf_gradclip.strategy import Needs, State, Strategy, describe, where
 from hf_gradclip.types import ClipPlan, Layout, NormStats, cached, is_one
+from hf_gradclip.views.view import View
 
 LEAVE, CLIP, SKIP, NONFINITE = range(4)
 """What a step does: nothing to its gradients, scale or bound them, leave the step out, meet a NaN or inf."""
@@ -94,6 +95,13 @@ class Decision:
         """What is left of it, see there."""
         plan = None if plan is None else handed(plan, self.device)
         return Outcome(self.stats, plan, self.device, skipped, drop, skip)
+
+
+class Taker(Protocol):
+    """An optimizer that clips as it reads."""
+
+    def take(self, plan: ClipPlan | None, view: View) -> None:
+        """Clip the coming step by a plan for the gradients of a view; None leaves them as they are."""
 
 
 Judged = tuple[ClipPlan, Tensor | int, State]

@@ -200,7 +200,7 @@ class Attachment:
         if (recording := self._recordings.get(clipper)) is not None:
             recording.before_step()
         self._steps += 1
-        norm = clipper.step(self._judged_loss(clipper) if self._hears_loss else None)
+        norm = clipper.step(self._judged_loss(clipper) if self._hears_loss else None, self._steps_of.taker(clipper))
         if recording is not None:
             self._note(clipper, recording)
         if self._steps == 1:

@@ -11,6 +11,7 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.clippers import Clippers
 from hf_gradclip.integrations.refusals import refuse_several_gradients
+from hf_gradclip.optim.optimizer import ClippedOptimizer
 from hf_gradclip.run.closure import once
 from hf_gradclip.run.marks import Marks, Owners, is_idle
 from hf_gradclip.run.updates import innermost, stepped_by
@@ -48,6 +49,7 @@ class Steps:
         self._missing = missing
         self._paused = False
         self._making = 0
+        self._takers: dict[Clipper, weakref.ref[ClippedOptimizer]] = {}
         self.ended = False
 
     def watch(self, optimizers: Iterable[Any]) -> None:
@@ -92,11 +94,19 @@ class Steps:
         A clipper that has none of them keeps the gradients of a skipped step, since nobody will step with them.
         """
         optimizers, found = list(optimizers), []
+        self._takers.clear()
         for clipper in self._clippers.made:
             strays = self.owners.strays(clipper, optimizers)
             clipper.withheld = not strays and not clipper.view.guarded
             found += strays
+            if clipper.withheld and (taker := taker_of(clipper, self.stepping(clipper, optimizers))) is not None:
+                self._takers[clipper] = weakref.ref(taker)
         return found
+
+    def taker(self, clipper: Clipper) -> ClippedOptimizer | None:
+        """The optimizer that clips as it reads what a clipper has decided on; None where gradients are written."""
+        ref = self._takers.get(clipper)
+        return None if ref is None else ref()
 
     def say_strays(self, optimizers: Iterable[Any], needed: bool = False) -> None:
         """Name those, once; see `Owners.say_strays`."""
@@ -174,6 +184,17 @@ class Steps:
 def _step(optimizer: Any, inner: Callable[..., Any], closure: Any) -> Any:
     steps: Steps = optimizer._gradclip_steps
     return steps.make(optimizer, inner, closure)
+
+
+def taker_of(clipper: Clipper, optimizers: Sequence[Any]) -> ClippedOptimizer | None:
+    """The one of hf_gradclip.optim that alone steps what a clipper clips, where its kernels take the plan.
+
+    What is clipped by unit is faster written.
+    """
+    if len(optimizers) != 1 or not isinstance(optimizers[0], ClippedOptimizer):
+        return None
+    by_unit = any(cut is not None for _, cut in clipper.view.places().values())
+    return None if by_unit else optimizers[0]
 
 
 _guards: weakref.WeakKeyDictionary[Any, weakref.ref[Steps]] = weakref.WeakKeyDictionary()

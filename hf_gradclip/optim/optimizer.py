@@ -18,21 +18,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import Decision
-from hf_gradclip.device import local
 from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.optim.groups import named_of
 from hf_gradclip.optim.options import insist_on_options
 from hf_gradclip.optim.step import Job, Jobs, measured, step_
+from hf_gradclip.optim.taken import Taken
 from hf_gradclip.say import logger
 from hf_gradclip.strategy import Needs, SpecError, describe, flatten
 from hf_gradclip.suits import refuse_a_record
-from hf_gradclip.types import NormStats
+from hf_gradclip.types import ClipPlan, NormStats
 from hf_gradclip.views import view_of
+from hf_gradclip.views.view import View
 
 PLACES = {"gradient": "clip", "update": "clip_update"}
 
@@ -75,6 +76,7 @@ class ClippedOptimizer(Optimizer, ABC):
 
     clipper: Clipper | None = None
     update_clipper: Clipper | None = None
+    _taken: Taken | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], clip: Any, update_clip: Any) -> None:
         name = type(self).__name__
@@ -150,7 +152,9 @@ class ClippedOptimizer(Optimizer, ABC):
 
         plan = after = None
         if self.clipper is None:
-            jobs = self._prepared()
+            taken, self._taken = self._taken, None
+            plan, view = (None, None) if taken is None else taken.insist(type(self).__name__)
+            jobs = self._prepared(view)
         else:
             decision, jobs = self._decide(self._judged(loss))
             outcome = self.clipper.settle(decision)
@@ -166,9 +170,18 @@ class ClippedOptimizer(Optimizer, ABC):
         step_(jobs, plan, after)
         return loss
 
-    def _prepared(self) -> list[Job]:
-        """What there is to do, with everything that no plan decides made ready."""
-        return self._jobs.of(self.param_groups, self._rule, self.clipper, self.update_clipper)
+    def take(self, plan: ClipPlan | None, view: View) -> None:
+        """Clip the gradients of the coming step as they are read, by a plan that somebody else has decided on.
+
+        Args:
+            plan: for the gradients; None leaves them as they are.
+            view: of the gradients.
+        """
+        self._taken = None if plan is None else Taken(plan, view)
+
+    def _prepared(self, view: View | None) -> list[Job]:
+        """What there is to do, with everything that no plan decides made ready; `view` is of the clipped gradients."""
+        return self._jobs.of(self.param_groups, self._rule, view, self.update_clipper)
 
     def _decide(self, loss: Tensor | None) -> tuple[Decision, list[Job]]:
         """Decide on the gradients, and prepare the step while they are measured, before anybody waits for a device."""
@@ -179,7 +192,7 @@ class ClippedOptimizer(Optimizer, ABC):
         def measure(needs: Needs, rescale: bool) -> NormStats:
             stats = view.measure(needs, rescale)
             if not jobs:
-                jobs.extend(self._prepared())
+                jobs.extend(self._prepared(view))
             return stats
 
         return self.clipper.decide(loss, measure), jobs
@@ -280,21 +293,3 @@ class ClippedOptimizer(Optimizer, ABC):
         """The clippers that the constructor was asked for."""
         clippers = {"gradient": self.clipper, "update": self.update_clipper}
         return {place: clipper for place, clipper in clippers.items() if clipper and place in self._specs}
-
-
-def memory_of(params: list[Tensor], states: list[dict[str, Any]], moments: tuple[str | None, ...]) -> Memory:
-    """This process's memory of some parameters, their gradients and up to three moments, by their keys in the state."""
-    kept = [[None if key is None else state[key] for state in states] for key in moments]
-    columns: list[list[Any]] = [params, [p.grad for p in params], *kept]
-    if not {type(t) for column in columns for t in column if t is not None} <= {Tensor, Parameter}:
-        columns = [[None if t is None else local(t) for t in column] for column in columns]
-    return Memory(*columns)
-
-
-def named_of(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
-    """The parameters of some groups with their names, or their numbers where they came without."""
-    named: list[tuple[str, Tensor]] = []
-    for group in groups:
-        numbers = [str(len(named) + i) for i in range(len(group["params"]))]
-        named += zip(group.get("param_names", numbers), group["params"], strict=True)
-    return named

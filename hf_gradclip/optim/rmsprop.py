@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_gradclip.kernels.rule import Rule
-from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion, memory_of
+from hf_gradclip.optim.groups import memory_of
+from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion
 
 
 class RMSprop(ClippedOptimizer):

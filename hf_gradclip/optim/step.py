@@ -17,6 +17,7 @@ from hf_gradclip.kernels import Ready
 from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule
 from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views.view import View
 
 PLACES_KEPT = 64  # sets of parameters, for those without a gradient come and go
 
@@ -61,17 +62,17 @@ class Jobs:
         self._places: dict[tuple[int, ...], tuple[Segments, Segments, Places]] = {}
 
     def of(
-        self, groups: list[dict[str, Any]], rule_of: RuleOf, clipper: Clipper | None, update_clipper: Clipper | None
+        self, groups: list[dict[str, Any]], rule_of: RuleOf, view: View | None, update_clipper: Clipper | None
     ) -> list[Job]:
         """What there is to do for the parameters that have a gradient; nothing has moved yet.
 
         Args:
             groups: of the optimizer.
             rule_of: its arithmetic.
-            clipper: of the gradients, which has just measured.
+            view: of the gradients, which has just measured them.
             update_clipper: of the updates.
         """
-        of_gradients = _NOWHERE if clipper is None else clipper.view.places()
+        of_gradients = _NOWHERE if view is None else view.places()
         of_updates = _NOWHERE
         if update_clipper is not None:
             update_clipper.view.watched()  # looks anew: a parameter may have been unfrozen since the last step

@@ -1,0 +1,203 @@
+"""A plan that an optimizer of hf_gradclip.optim takes over: its step clips as it reads, and no gradient is written.
+
+Compared with the same loop with torch's optimizer and torch's clip.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+import hf_gradclip
+from hf_gradclip import Clipper, GradClipTrainer, optim
+from tests.tiny import counting_data, tiny_llama, training_args
+
+STEPS = 12
+LIMIT = 2.0
+PAIRS = {
+    "AdamW": (optim.AdamW, torch.optim.AdamW, {"lr": 1e-2, "eps": 1e-3}),
+    "SGD": (optim.SGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+    "RMSprop": (optim.RMSprop, torch.optim.RMSprop, {"lr": 1e-3, "eps": 1e-3}),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+    """Some steps are above the limit, some below."""
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+    return model(x).square().mean() * (1 + 10 * (step % 3))
+
+
+def attached(make, spec=f"global_norm:max_norm={LIMIT}"):
+    """A prepared model, its optimizer and the attachment."""
+    accelerator = Accelerator(cpu=True)
+    attachment = hf_gradclip.attach(accelerator, spec)
+    model = network()
+    model, optimizer = accelerator.prepare(model, make(model.parameters()))
+    return accelerator, attachment, model, optimizer
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_as_torch_clips_and_steps(pair):
+    ours, torchs, options = PAIRS[pair]
+    accelerator, attachment, model, optimizer = attached(lambda params: ours(params, **options))
+    plain = network()
+    reference, norms = torchs(plain.parameters(), **options), []
+    for step in range(STEPS):
+        accelerator.backward(loss_of(model, step))
+        came = [p.grad.clone() for p in model.parameters()]
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        assert all(map(torch.equal, came, [p.grad for p in model.parameters()])), "a gradient was written"
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(plain, step).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), LIMIT)))
+        reference.step()
+        reference.zero_grad()
+        assert float(norm) == pytest.approx(norms[-1], rel=1e-5)
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert 2 < sum(norm > LIMIT for norm in norms) < STEPS - 2
+    assert attachment.scalars()["clip/rate"] == pytest.approx(sum(norm > LIMIT for norm in norms) / STEPS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "takes"),
+    [
+        (f"global_norm:max_norm={LIMIT}", True),
+        ("param_norm:max_norm=0.5", True),
+        ("value:max_value=0.05", True),
+        ("adaptive_norm", True),
+        ("adaptive", False),  # by unit
+    ],
+)
+def test_which_plans_are_taken(spec, takes):
+    """The step is the same as with a gradient that was written."""
+    *_, attachment, model, optimizer = attached(lambda params: optim.SGD(params, lr=1.0), spec)
+    plain = network()
+    clipper = Clipper.for_model(plain, spec)
+    for step in range(4):
+        attachment.accelerator.backward(loss_of(model, step))
+        came = [p.grad.clone() for p in model.parameters()]
+        attachment.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        left = all(map(torch.equal, came, [p.grad for p in model.parameters()]))
+        loss_of(plain, step).backward()
+        clipper.step()
+        clipped = any(not torch.equal(p.grad, g) for p, g in zip(plain.parameters(), came, strict=True))
+        assert left == (takes or not clipped)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= p.grad
+                p.grad = None
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_two_optimizers_of_one_model_take_nothing():
+    accelerator = Accelerator(cpu=True)
+    attachment = hf_gradclip.attach(accelerator, "global_norm:max_norm=1e-3")
+    model = network()
+    first, second = list(model[0].parameters()), list(model[2].parameters())
+    model, *optimizers = accelerator.prepare(model, optim.SGD(first, lr=1.0), optim.SGD(second, lr=1.0))
+    before = [p.detach().clone() for p in model.parameters()]
+    accelerator.backward(loss_of(model, 1))
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    moved = math.sqrt(
+        sum(float((a - b).detach().square().sum()) for a, b in zip(before, model.parameters(), strict=True))
+    )
+    assert moved == pytest.approx(1e-3, rel=1e-4)
+    assert attachment.scalars()["clip/rate"] == 1
+
+
+def test_a_gradient_that_is_written_after_the_clip_is_an_error():
+    """Noise that is added to a clipped gradient would be scaled with it."""
+    accelerator, _, model, optimizer = attached(lambda params: optim.SGD(params, lr=1.0), "global_norm:max_norm=1e-3")
+    before = [p.detach().clone() for p in model.parameters()]
+    accelerator.backward(loss_of(model, 1))
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    model[0].weight.grad.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"SGD\.step\(\): a gradient was written to between the clip and the step"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_plan_serves_one_step():
+    """A step that nothing clips, after one that something does."""
+    accelerator, _, model, optimizer = attached(lambda params: optim.SGD(params, lr=1.0), "global_norm:max_norm=2")
+    for step, loud in ((0, 100.0), (1, 1e-3)):
+        accelerator.backward(loss_of(model, step) * loud)
+        before = [p.detach().clone() for p in model.parameters()]
+        grads = [p.grad.clone() for p in model.parameters()]
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        for p, old, grad in zip(model.parameters(), before, grads, strict=True):
+            torch.testing.assert_close(old - p.detach(), grad * min(1.0, 2 / norm), rtol=1e-4, atol=1e-6)
+
+
+def test_a_skipped_step_hands_nothing_over():
+    accelerator, attachment, model, optimizer = attached(lambda params: optim.AdamW(params, lr=1.0), "zclip")
+    for step in range(4):
+        accelerator.backward(loss_of(model, step) * (math.nan if step == 2 else 1.0))
+        before = [p.detach().clone() for p in model.parameters()]
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(map(torch.equal, before, model.parameters())) == (step == 2)
+    assert attachment.scalars()["clip/skipped"] == 1
+
+
+def test_what_holds_a_plan_can_be_copied():
+    accelerator, attachment, model, optimizer = attached(
+        lambda params: optim.SGD(params, lr=1.0), "global_norm:max_norm=1"
+    )
+    accelerator.backward(loss_of(model, 1))
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    pickle.loads(pickle.dumps(attachment.clipper))
+    pickle.loads(pickle.dumps(optimizer.optimizer))
+    optimizer.step()
+
+
+class Seen(TrainerCallback):
+    """The norms of the gradients that the optimizer is about to read."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
+
+
+@pytest.mark.parametrize(("accumulation", "limit"), [(1, 0.5), (2, 0.38)])
+def test_under_the_trainer_as_the_stock_one_with_torchs_optimizer(tmp_path, accumulation, limit):
+    weights, logs = [], []
+    for kind in (Trainer, GradClipTrainer):
+        model, seen = tiny_llama(), Seen()
+        optimizer = (optim if kind is GradClipTrainer else torch.optim).AdamW(model.parameters(), lr=5e-3, eps=1e-3)
+        args = training_args(
+            tmp_path / kind.__name__, max_steps=10, max_grad_norm=limit, gradient_accumulation_steps=accumulation
+        )
+        trainer = kind(model, args, train_dataset=counting_data(), optimizers=(optimizer, None), callbacks=[seen])
+        trainer.train()
+        weights.append([p.detach().clone() for p in model.parameters()])
+        logs.append([log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log])
+        if kind is GradClipTrainer:
+            assert max(seen.norms) > limit * 1.01, "what is read is what backward left"
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    assert 0 < sum(norm > limit for norm in logs[0]) < 10
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
