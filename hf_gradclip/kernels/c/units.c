@@ -45,7 +45,7 @@ INLINE void sum_lines(Part part, int bytes, double *sum)
 {
     const int64_t n = part.length, quarter = part.count / 4;
     double sums[4];
-    uint32_t tops[4];
+    Tops unused = {{0}, {0}};
     if (n <= LANES) {
         for (int64_t line = 0; line < part.count; line++)
             sum[line] = sum_of_few(part.x + line * n * bytes, n, bytes);
@@ -53,14 +53,14 @@ INLINE void sum_lines(Part part, int bytes, double *sum)
     }
     for (int64_t r = 0; r < quarter; r++)
         for (int64_t i = 0; i < n; i += ROW) {
-            sum_four(part.x + (r * n + i) * bytes, quarter * n, n - i < ROW ? n - i : ROW, bytes, sums, tops);
+            sum_four(part.x + (r * n + i) * bytes, quarter * n, n - i < ROW ? n - i : ROW, bytes, sums, &unused);
             for (int k = 0; k < 4; k++)
                 sum[k * quarter + r] = sums[k] + (i ? sum[k * quarter + r] : 0);
         }
     for (int64_t line = 4 * quarter; line < part.count; line++) {
         sum[line] = 0;
         for (int64_t i = 0; i < n; i += ROW)
-            sum[line] += sum_one(part.x + (line * n + i) * bytes, n - i < ROW ? n - i : ROW, bytes, tops);
+            sum[line] += sum_one(part.x + (line * n + i) * bytes, n - i < ROW ? n - i : ROW, bytes, &unused);
     }
 }
 
@@ -116,18 +116,30 @@ EVERY_CPU void gradclip_unit_sums(
     }
 }
 
-INLINE void write_lines(Part part, int bytes, const float *scale, const float *bound)
+/* Four lines at a time of those that something is asked of, from the four quarters as long as it is of all. */
+INLINE void write_lines(Part part, int bytes, const float *scale, const float *bound, int bounded)
 {
-    const int64_t quarter = (part.count + 3) / 4;
+    const int64_t n = part.length, quarter = (part.count + 3) / 4;
+    char *run[4];
+    Change by[4];
+    int found = 0;
     for (int64_t r = 0; r < quarter; r++)
         for (int64_t line = r; line < part.count; line += quarter) {
-            const float limit = bound ? bound[line] : number(INF);
-            if (scale[line] != 1 || limit < number(INF))
-                scale_and_clamp(part.x + line * part.length * bytes, part.length, bytes, scale[line], limit);
+            const float limit = bounded ? bound[line] : number(INF);
+            if (!is_asked(scale[line], limit))
+                continue;
+            run[found] = part.x + line * n * bytes;
+            by[found++] = change(scale[line], limit);
+            if (found == 4) {
+                write_four(run, n, bytes, by, bounded);
+                found = 0;
+            }
         }
+    for (int k = 0; k < found; k++)
+        write_run(run[k], n, bytes, by[k], bounded);
 }
 
-INLINE void write_line(char *x, int64_t n, int bytes, const float *scale, const float *bound, int bounded)
+INLINE void write_across(char *x, int64_t n, int bytes, const float *scale, const float *bound, int bounded)
 {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
@@ -141,14 +153,14 @@ INLINE void write_columns(Part part, int bytes, const float *scale, const float 
     const int64_t quarter = (part.length + 3) / 4;
     int asked = 0;
     for (int64_t i = 0; i < part.width; i++)
-        asked |= scale[i] != 1 || (bound && bound[i] < number(INF));
+        asked |= is_asked(scale[i], bound ? bound[i] : number(INF));
     for (int64_t r = 0; asked && r < quarter; r++)
         for (int64_t row = r; row < part.length; row += quarter) {
             char *line = part.x + row * part.columns * bytes;
             if (bound)
-                write_line(line, part.width, bytes, scale, bound, 1);
+                write_across(line, part.width, bytes, scale, bound, 1);
             else
-                write_line(line, part.width, bytes, scale, 0, 0);
+                write_across(line, part.width, bytes, scale, 0, 0);
         }
 }
 
@@ -161,8 +173,14 @@ EVERY_CPU void gradclip_unit_apply(
         const int bytes = bytes_K[kind_S[s]];
         const Part part = part_of(c, address_S, first_S, s, place_S, bytes);
         const float *scale = scale_U + part.unit, *bound = bound_U ? bound_U + part.unit : 0;
-        if (part.columns == 0)
-            write_lines(part, bytes, scale, bound);
+        if (part.columns == 0 && bytes == 4 && bound)
+            write_lines(part, 4, scale, bound, 1);
+        else if (part.columns == 0 && bytes == 4)
+            write_lines(part, 4, scale, bound, 0);
+        else if (part.columns == 0 && bound)
+            write_lines(part, 2, scale, bound, 1);
+        else if (part.columns == 0)
+            write_lines(part, 2, scale, bound, 0);
         else if (bytes == 4)
             write_columns(part, 4, scale, bound);
         else

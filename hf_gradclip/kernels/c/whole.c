@@ -46,7 +46,7 @@ EVERY_CPU void gradclip_apply(
         const int64_t s = segment_C[c], start = (c - first_S[s]) * chunk, left = numel_S[s] - start;
         const float scale = scale_S[s * scale_stride], bound = bound_S ? bound_S[s * bound_stride] : number(INF);
         const int bytes = bytes_K[kind_S[s]];
-        if (scale != 1 || bound < number(INF))
+        if (is_asked(scale, bound))
             scale_and_clamp((char *)address_S[s] + start * bytes, left < chunk ? left : chunk, bytes, scale, bound);
     }
 }
