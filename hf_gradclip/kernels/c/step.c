@@ -24,7 +24,8 @@ INLINE float advance(int rule, int kept, float g, float *a, float *b, float *c, 
     if (rule == ADAM) {
         *a = of.past * *a + of.fresh * g;
         *b = of.past2 * *b + of.fresh2 * g * g;
-        *c = *c >= *b || *c != *c ? *c : *b; /* NaN stays */
+        if (kept & C)
+            *c = (*c >= *b) | (*c != *c) ? *c : *b; /* NaN stays */
         return own.term * (*a / (__builtin_sqrtf(kept & C ? *c : *b) / own.root + of.eps));
     }
     if (rule == RMSPROP) {
@@ -38,18 +39,18 @@ INLINE float advance(int rule, int kept, float g, float *a, float *b, float *c, 
     return !(kept & A) ? g : rule == NESTEROV ? g + of.past * *a : *a;
 }
 
-/* n elements: a step, or into `update`, where that is asked for, the update before its own clip and nothing else. */
+/* n elements: a step; or with `measures`, into `update`, the update before its own clip and nothing else. No branch is
+   left in the loop, or a processor without masks would go through it element by element. */
 INLINE void row(
-    int rule, int kept, float *restrict w, const float *restrict g, float *restrict a, float *restrict b,
+    int rule, int kept, int measures, float *restrict w, const float *restrict g, float *restrict a, float *restrict b,
     float *restrict c, int64_t n, Numbers of, Own own, float *restrict update)
 {
     for (int64_t k = 0; k < n; k++) {
         float a_k = kept & A ? a[k] : 0, b_k = kept & B ? b[k] : 0, c_k = kept & C ? c[k] : 0;
         float g_k = of.sign * clamped(g[k] * own.scale, own.bound);
-        if (of.decay != 0)
-            g_k += of.decay * w[k];
+        g_k = of.decay != 0 ? g_k + of.decay * w[k] : g_k;
         const float u = advance(rule, kept, g_k, &a_k, &b_k, &c_k, of, own);
-        if (update) {
+        if (measures) {
             update[k] = u;
             continue;
         }
@@ -59,8 +60,8 @@ INLINE void row(
             b[k] = b_k;
         if (kept & C)
             c[k] = c_k;
-        if (of.lr != 0) /* else nothing moves, also where the update is not finite */
-            w[k] = w[k] * of.keep - of.lr * clamped(u * own.after, own.limit);
+        const float moved = w[k] * of.keep - of.lr * clamped(u * own.after, own.limit);
+        w[k] = of.lr != 0 ? moved : w[k]; /* else nothing moves, also where the update is not finite */
     }
 }
 
@@ -69,7 +70,10 @@ INLINE void any_row(int64_t rule, void *const x[COLUMNS], int64_t n, Numbers of,
 {
 #define CASE(RULE, KEPT)                                                                                               \
     case 8 * (RULE) + (KEPT):                                                                                          \
-        row(RULE, KEPT, x[0], x[1], x[2], x[3], x[4], n, of, own, update);                                             \
+        if (update)                                                                                                    \
+            row(RULE, KEPT, 1, x[0], x[1], x[2], x[3], x[4], n, of, own, update);                                      \
+        else                                                                                                           \
+            row(RULE, KEPT, 0, x[0], x[1], x[2], x[3], x[4], n, of, own, 0);                                           \
         break
     switch (8 * rule + (x[2] ? A : 0) + (x[3] ? B : 0) + (x[4] ? C : 0)) {
         CASE(SGD, 0);
@@ -85,6 +89,18 @@ INLINE void any_row(int64_t rule, void *const x[COLUMNS], int64_t n, Numbers of,
 #undef CASE
 }
 
+INLINE void widen(float *restrict wide, const uint16_t *restrict x, int64_t n)
+{
+    for (int64_t k = 0; k < n; k++)
+        wide[k] = get((const char *)x, k, 2);
+}
+
+INLINE void narrow(uint16_t *restrict x, const float *restrict wide, int64_t n)
+{
+    for (int64_t k = 0; k < n; k++)
+        set((char *)x, k, 2, wide[k]);
+}
+
 /* The same in bfloat16, through buffers that stay in the first cache. */
 INLINE void any_row_of_two_bytes(int64_t rule, void *const x[COLUMNS], int64_t n, Numbers of, Own own, float *update)
 {
@@ -92,13 +108,13 @@ INLINE void any_row_of_two_bytes(int64_t rule, void *const x[COLUMNS], int64_t n
     void *y[COLUMNS];
     for (int r = 0; r < COLUMNS; r++) {
         y[r] = x[r] ? wide[r] : 0;
-        for (int64_t k = 0; x[r] && k < n; k++)
-            wide[r][k] = get(x[r], k, 2);
+        if (x[r])
+            widen(wide[r], x[r], n);
     }
     any_row(rule, y, n, of, own, update);
-    for (int r = 0; !update && r < COLUMNS; r++)
-        for (int64_t k = 0; x[r] && r != GRADIENT && k < n; k++)
-            set(x[r], k, 2, wide[r][k]);
+    for (int r = 0; r < COLUMNS; r++)
+        if (x[r] && r != GRADIENT && !update)
+            narrow(x[r], wide[r], n);
 }
 
 INLINE float at_or(const float *number_S, int64_t stride, int64_t place, float missing)
