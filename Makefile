@@ -1,4 +1,4 @@
-.PHONY: install test test-all lint format run bench wheel
+.PHONY: install test test-all lint format run bench gpu wheel
 
 install:
 	pip install -c constraints.txt -e '.[dev]'
@@ -24,6 +24,9 @@ run:
 
 bench:
 	python scripts/bench_clip.py --out benchmarks
+
+gpu:
+	python3 scripts/gpu_check.py --out gpu_check --minutes 9
 
 wheel:
 	python -m build --wheel

@@ -275,6 +275,7 @@ def parse_args(argv: Sequence[str], description: str, workloads: list[str]) -> a
     parser.add_argument("--repeats", type=int, default=5, help="Rounds; three times as many below 20M elements.")
     parser.add_argument("--threads", type=int, default=1, help="Of torch, on the CPU.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
+    parser.add_argument("--backlog", type=float, default=0.0, help="On a GPU: ms of other work before each call.")
     parser.add_argument("--out", type=Path, default=None, help="A folder for the Markdown and JSON files.")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
