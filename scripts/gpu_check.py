@@ -139,8 +139,11 @@ def check(out: Path, names: Sequence[str], minutes: float, rehearsal: bool) -> F
                 "seconds": took,
                 "lines": [json.loads(line) for line in _whole_lines(lines)],
             }
+            text = printed.read_text("utf-8", errors="replace")
+            if status:
+                found["parts"][name]["said"] = " ".join(text.strip().splitlines()[-1:])[-300:]
             words = f"{name}: {found['parts'][name]['status']}"
-            log.write(f"\n==== {words}, {took} s\n{printed.read_text('utf-8', errors='replace')[-400_000:]}\n")
+            log.write(f"\n==== {words}, {took} s\n{text[-400_000:]}\n")
             log.flush()
             print(f"[{time.monotonic() - start:5.0f} s] {words} ({took} s)", flush=True)
             (out / "check.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -16,7 +16,7 @@ TIMED = re.compile(
 
 Line = dict[str, Any]
 Found = dict[str, Any]
-"""`commit`, `rehearsal`, and `parts`: by name their status, seconds and lines."""
+"""`commit`, `rehearsal`, and `parts`: by name their status, seconds, lines and, where not ok, what was printed last."""
 
 
 def rows(found: Found, part: str) -> list[Line]:
@@ -41,6 +41,7 @@ def summary(found: Found) -> str:
 def headline(found: Found) -> str:
     """What failed, and the numbers that matter, in at most LIMIT characters."""
     text = [_title(found), ", ".join(f"{name} {part['status']}" for name, part in found["parts"].items())]
+    text += [f"  {name} said last: {part['said']}" for name, part in found["parts"].items() if part.get("said")]
     for name in found["parts"]:
         text += [f"  FAILED {name}: {line['row'][-66:]}: {line['FAILED'][:160]}" for line in _bad(found, name)[:12]]
     for name in ("env", "pytest"):

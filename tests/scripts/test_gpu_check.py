@@ -23,7 +23,7 @@ lines = open(sys.argv[sys.argv.index("--lines") + 1], "a", buffering=1)
 print('{"row": "found before", "ms": 1.5}', file=lines)
 """
 FAKE = {
-    "crashing": "os.kill(os.getpid(), signal.SIGSEGV)",
+    "crashing": "print('about to crash', flush=True); os.kill(os.getpid(), signal.SIGSEGV)",
     "hanging": """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
@@ -119,6 +119,7 @@ def test_what_crashes_or_hangs_costs_only_itself(fakes, tmp_path, capsys) -> Non
     assert fakes.failed(found) == ["crashing", "sound: another"]
     printed = capsys.readouterr().out
     assert "crashing exit -11, hanging time box, sound ok" in printed
+    assert "crashing said last: about to crash" in printed
     assert "FAILED sound: another: ValueError: on purpose" in printed
 
 
