@@ -121,7 +121,7 @@ class Clipper:
         """Forget everything: the strategy's state, the counters, the report."""
         self.steps = 0
         self._start_anew(self.view.layout)
-        self.report = ClipReport(self._meters_on, self._layout.dtype, self.prefix)
+        self.report = ClipReport(self._layout.by_param.device, self._layout.dtype, self.prefix)
 
     def _start_anew(self, layout: Layout) -> None:
         """Forget what was learnt of other parameters; what the run has done so far stays in the report."""
@@ -136,7 +136,7 @@ class Clipper:
         self.config = config
         self.guard.adopt(config, self.view.guarded)
         self._layout = self.seen(self._measured)
-        self.report.move_to(self._meters_on, self._layout.dtype)
+        self.report.move_to(self._layout.by_param.device, self._layout.dtype)
         self.state = config.gradient.init(self._layout)
 
     def seen(self, layout: Layout) -> Layout:
@@ -144,10 +144,6 @@ class Clipper:
         strategy = self.config.gradient
         asked = self.guard.must_read or any(part.skips for part in parts_of(strategy))
         return seen_by(strategy, layout, asked and self.config.skip_sync)
-
-    @property
-    def _meters_on(self) -> torch.device:  # where numbers of the whole are judged
-        return self._layout.by_param.device
 
     def __repr__(self) -> str:
         words = exempt(self.config.gradient, self.view)
@@ -279,7 +275,7 @@ class Clipper:
         self._start_anew(layout)
         if self._fold is not None:
             self._fold.insist(self.view)
-        self.report.move_to(self._meters_on, self._layout.dtype)
+        self.report.move_to(self._layout.by_param.device, self._layout.dtype)
         if words := idle(self.config.gradient, self.view):
             logger.warning(words)
 

@@ -37,6 +37,23 @@ def number_on(device: torch.device, number: Tensor) -> Tensor:
     return torch.full((), float(number), dtype=number.dtype, device=device)
 
 
+def refuse_capture(call: str, device: torch.device) -> None:
+    """Stop where a CUDA graph is captured: what changes from step to step would be frozen in it, without a word.
+
+    Args:
+        call: as a message says it.
+        device: of the work.
+
+    Raises:
+        RuntimeError: while the current stream captures.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{call} in a CUDA graph: a capture would freeze learning rate, bias corrections and the addresses of the "
+            "gradients, which change from step to step. Capture forward and backward, and clip and step outside."
+        )
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which kernels are launched on this device; Triton takes the current one."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

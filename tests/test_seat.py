@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from hf_gradclip import Clipper
+from hf_gradclip import Clipper, kernels, optim
+from hf_gradclip.device import refuse_capture
+from hf_gradclip.kernels import choice
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
+from hf_gradclip.run import startup
 from hf_gradclip.seat import MOST, brought, handed, seen_by
 from hf_gradclip.spec import read_strategy
 from hf_gradclip.strategy import flatten
@@ -168,6 +174,69 @@ def test_what_only_the_device_knows_is_counted_when_the_report_is_read():
     assert found["clip/rate"] == pytest.approx(200 / 1200)
     assert found["clip/tensor_rate"] == pytest.approx(2 * 200 / 4 / 1200)
     assert found["clip/skipped"] == 200
+
+
+def test_ranks_that_measure_or_judge_otherwise_do_not_start(monkeypatch):
+    """What the ranks compare before the first step; of two that differ, each raises."""
+    sent: list[int] = []
+    monkeypatch.setattr(startup, "world_size", lambda: 2)
+    monkeypatch.setattr(startup.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(startup.dist, "all_reduce", lambda ends, op: sent.append(int(ends[0])))
+
+    def number(spec: str = "adaptive", **settings: object) -> int:
+        choice.forget()
+        startup.insist_on_one_layout(Clipper.for_model(torch.nn.Linear(3, 2), spec, **settings), torch.device("cpu"))
+        return sent.pop()
+
+    kinds = {"now": number(), "policy": number(nonfinite="raise"), "spec": number("adaptive_norm")}
+    assert number() == kinds["now"]
+    with monkeypatch.context() as patch:
+        patch.setenv(choice.VARIABLE, "eager")
+        kinds["language"] = number()
+    choice.forget()
+    with monkeypatch.context() as patch:
+        elsewhere = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+        elsewhere.by_param = SimpleNamespace(device=torch.device("cpu"))
+        patch.setattr(Clipper, "seen", lambda clipper, layout: layout)
+        clipper = Clipper.for_model(torch.nn.Linear(3, 2), "adaptive")
+        patch.setattr(Clipper, "seen", lambda clipper, layout: elsewhere)
+        startup.insist_on_one_layout(clipper, torch.device("cpu"))
+        kinds["seat"] = sent.pop()
+    assert len({*kinds.values()}) == (5 if choice.compiled() else 4), kinds
+    monkeypatch.setattr(startup.dist, "all_reduce", lambda ends, op: ends[1].add_(1))
+    with pytest.raises(RuntimeError, match=r"with kernels in \w+, and another rank something else"):
+        number()
+
+
+@pytest.mark.parametrize("what", ["Clipping", "AdamW.step()"])
+def test_a_step_in_a_captured_graph_is_refused(monkeypatch, what):
+    """Nothing of it would change from one replay to the next."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=re.escape(f"{what} in a CUDA graph: a capture would freeze")):
+        refuse_capture(what, torch.device("cuda"))
+    asked = []
+    model = torch.nn.Linear(3, 2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for place in ("hf_gradclip.views.view", "hf_gradclip.optim.optimizer"):
+        monkeypatch.setattr(f"{place}.refuse_capture", lambda call, device: asked.append((call, device.type)))
+    Clipper.for_model(model, "none").step() if what == "Clipping" else optim.AdamW(model.parameters()).step()
+    assert asked == [(what, "cpu")]
+
+
+@pytest.mark.parametrize(("gradient", "measures"), [([math.nan, 1.0], 1), ([math.inf, 1.0], 2), ([1e30, 1.0], 1)])
+def test_a_nan_is_not_measured_again(gradient, measures):
+    """Squares that overflow give inf, and only a NaN gives NaN; the kernels' own squares do not overflow."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([gradient])
+    clipper, asked = Clipper.for_model(model, "global_norm:max_norm=1"), []
+    real = clipper.view.here.measure
+    clipper.view.here.measure = lambda needs, rescale: asked.append(rescale) or real(needs, rescale)
+    clipper.step()
+    if kernels.squares_overflow(torch.device("cpu")) and gradient[0] == 1e30:
+        measures = 2
+    assert asked == [False, True][:measures]
+    assert clipper.step_was_skipped == (not math.isfinite(gradient[0]))
 
 
 JUDGE = """

@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import Decision
+from hf_gradclip.device import refuse_capture
 from hf_gradclip.kernels.rule import Memory, Rule
 from hf_gradclip.optim.groups import named_of
 from hf_gradclip.optim.options import insist_on_options
@@ -149,6 +150,7 @@ class ClippedOptimizer(Optimizer, ABC):
             logger.warning("%s: the set of parameters changed, so the clip state starts anew.", type(self).__name__)
             self._make_clippers()
         self._settle()
+        refuse_capture(f"{type(self).__name__}.step()", self.param_groups[0]["params"][0].device)
 
         plan = after = None
         if self.clipper is None:

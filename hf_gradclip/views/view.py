@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from hf_gradclip.device import refuse_capture
 from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from hf_gradclip.views.heads import Heads
@@ -103,6 +104,7 @@ class View:
             needs: what to measure beside the norms.
             rescale: divide by the largest element before squaring, for gradients whose squares overflow.
         """
+        refuse_capture("Clipping", self.here.layout.device)
         if self._unscale is not None and not rescale:
             self._unscale()
         self.here.look()
