@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +15,7 @@ from hf_gradclip import Clipper
 from hf_gradclip.kernels import choice
 from hf_gradclip.kernels.operations import ByUnit, Language, Whole
 from hf_gradclip.kernels.table import MisfitError
+from hf_gradclip.strategy import flatten
 
 pytestmark = pytest.mark.gpu
 
@@ -169,6 +172,39 @@ def test_a_decision_that_skips_nothing_waits_for_nothing(kernels, no_waiting, sp
     torch.cuda.set_sync_debug_mode("default")
     assert choice.language_of(device()).name == "Triton"
     assert clipper.report.summary()["clipped"] >= 4
+
+
+@pytest.mark.parametrize("most", [16_384, 300], ids=["all on the host", "units on the device"])
+@pytest.mark.parametrize("spec", ["global_norm:max_norm=60", "adaptive_norm", "adagc:warmup_steps=3", "adaptive"])
+def test_a_step_that_is_read_is_judged_on_the_host_as_on_a_cpu(kernels, monkeypatch, spec, most):
+    """One wait in a step, for the statistics; the gradients that are left are those of the same run on a CPU."""
+    monkeypatch.setattr("hf_gradclip.seat.MOST", most)
+    generator = torch.Generator().manual_seed(0)
+    there = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+    model = copy.deepcopy(there).to(device())
+    clippers = [Clipper.for_model(one, spec) for one in (there, model)]
+    waits = []
+    for step in range(30):
+        grads = [torch.randn(p.shape, generator=generator) * (40 if step % 9 == 8 else 1) for p in there.parameters()]
+        for p, q, grad in zip(there.parameters(), model.parameters(), grads, strict=True):
+            p.grad, q.grad = grad, grad.to(device())
+        norms = [float(clippers[0].step())]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            norm = clippers[1].step()
+        torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(warning.message) for warning in said))
+        assert norm.device == device()
+        assert norms[0] == pytest.approx(float(norm), rel=1e-6)
+        for p, q in zip(there.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(q.grad.cpu(), p.grad, rtol=1e-5, atol=1e-7)
+    assert set(waits[5:]) == {1}
+    assert all(tensor.is_cpu for tensor in flatten(clippers[1].state).values())
+    mine, theirs = (clipper.report.summary() for clipper in clippers)
+    assert mine == pytest.approx(theirs)
+    assert 0 < theirs["rate"]
 
 
 def test_triton_serves_on_a_gpu(kernels):
