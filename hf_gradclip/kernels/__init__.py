@@ -20,7 +20,7 @@ from hf_gradclip.kernels import choice
 from hf_gradclip.kernels.blocks import Axes
 from hf_gradclip.kernels.operations import Language
 from hf_gradclip.kernels.rule import Memory, Places, Rule
-from hf_gradclip.kernels.table import Table
+from hf_gradclip.kernels.table import Table, are_plain
 from hf_gradclip.types import ClipPlan
 
 
@@ -100,8 +100,14 @@ def unit_apply_(
 
 
 @_disable_dynamo
-def prepare(rule: Rule, memory: Memory, places: Places) -> Ready:
-    """Everything of a step that does not depend on a plan; see operations.Step. Any memory."""
+def prepare(rule: Rule, memory: Memory, places: Places, before: Ready | None = None) -> Ready:
+    """Everything of a step that does not depend on a plan; see operations.Step. Any memory.
+
+    `before` is what this gave for the last step of the same parameters: where every tensor is where it was, only the
+    gradients are looked at again, which are other objects.
+    """
+    if before is not None and before.table is not None and (ready := _again(rule, memory, places, before)) is not None:
+        return ready
     found = choice.step(memory, places)
     try:
         return Ready(found, found.step.prepare(rule, memory, places))
@@ -149,6 +155,18 @@ def step_(
         choice.torch_language().step.step_(rule, memory, places, plan, after)
     for column in (memory.weights, memory.first, memory.second, memory.third):
         _written(column)
+
+
+def _again(rule: Rule, memory: Memory, places: Places, before: Ready) -> Ready | None:
+    """The same where all addresses, sizes and dtypes are those of an earlier step; None where they are not."""
+    language, table = _still(before)
+    if table is None or not are_plain(memory.grads) or any(map(Tensor.is_inference, memory.grads)):
+        return None
+    try:
+        now = language.step.prepare(rule, memory, places)
+    except Exception:
+        return None  # which is said where it is prepared anew
+    return Ready(language, now) if now is not None and now.address_RS is table.address_RS else None
 
 
 def _still(ready: Ready) -> Ready:

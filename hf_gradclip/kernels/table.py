@@ -63,6 +63,7 @@ _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # a child has no thread that would give back a lock that another one held
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _is_on_cpu = operator.attrgetter("is_cpu")
+_dtype_of = operator.attrgetter("dtype")
 
 
 def table_of(
@@ -92,10 +93,11 @@ def table_of(
     if len(tensors) == sum(map(len, columns)):  # nothing is missing: no Python runs per tensor
         addresses = [*map(Tensor.data_ptr, tensors)]
         sizes = tuple([tuple(map(Tensor.numel, column)) for column in columns])  # type: ignore[arg-type]
+        dtypes = tuple([tuple(map(_dtype_of, column)) for column in columns])
     else:
         addresses = [0 if tensor is None else tensor.data_ptr() for column in columns for tensor in column]
         sizes = tuple([tuple([-1 if tensor is None else tensor.numel() for tensor in column]) for column in columns])
-    dtypes = tuple([tuple([None if tensor is None else tensor.dtype for tensor in column]) for column in columns])
+        dtypes = tuple([tuple([None if tensor is None else tensor.dtype for tensor in column]) for column in columns])
     stream = 0 if device.type == "cpu" else torch.get_device_module(device).current_stream(device).stream_id
     key = (device, stream, chunk, places, sizes, dtypes)
     with _lock:  # threads with tensors of the same sizes share a table, and have addresses of their own

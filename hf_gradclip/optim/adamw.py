@@ -18,8 +18,8 @@ class _Moments(ClippedOptimizer):
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
         states = [self._moments_of(p, group["amsgrad"]) for p in params]
-        steps = [state["step"] for state in states]
-        counts = [float(step) + 1 for step in steps]
+        step_P = self._counters.of(params, states)
+        counts = [step + 1 for step in step_P.tolist()]
         beta1, beta2 = map(float, group["betas"])
         terms = {count: (1 / (1 - beta1**count), (1 - beta2**count) ** 0.5) for count in set(counts)}
         rule = Rule(
@@ -37,7 +37,7 @@ class _Moments(ClippedOptimizer):
 
         def done() -> None:
             self._keep(params, states)
-            torch._foreach_add_(steps, 1)
+            step_P.add_(1)
 
         return Motion(rule, memory, done)
 

@@ -25,6 +25,7 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import Decision
 from hf_gradclip.device import refuse_capture
 from hf_gradclip.kernels.rule import Memory, Rule
+from hf_gradclip.optim.counters import Counters
 from hf_gradclip.optim.groups import named_of
 from hf_gradclip.optim.options import insist_on_options
 from hf_gradclip.optim.step import Job, Jobs, measured, step_
@@ -114,7 +115,7 @@ class ClippedOptimizer(Optimizer, ABC):
     def _make_clippers(self) -> None:
         named = named_of(self.param_groups)
         self._watched = [p for _, p in named]
-        self._jobs = Jobs()
+        self._jobs, self._counters = Jobs(), Counters()
         made = {place: Clipper(config, view_of(named), PLACES[place]) for place, config in self._specs.items()}
         self.clipper = made.get("gradient", self.clipper)
         self.update_clipper = made.get("update", self.update_clipper)

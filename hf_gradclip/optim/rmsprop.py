@@ -78,9 +78,9 @@ class RMSprop(ClippedOptimizer):
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
         states = [self._averages_of(p, group) for p in params]
-        steps = [state["step"] for state in states]
+        step_P = self._counters.of(params, states)
         alpha = float(group["alpha"])
-        counts = [float(step) + 1 for step in steps] if group["bias_correction"] else None
+        counts = [step + 1 for step in step_P.tolist()] if group["bias_correction"] else None
         rule = Rule(
             "rmsprop",
             **self._numbers(group),
@@ -96,7 +96,7 @@ class RMSprop(ClippedOptimizer):
 
         def done() -> None:
             self._keep(params, states)
-            torch._foreach_add_(steps, 1)
+            step_P.add_(1)
 
         return Motion(rule, memory, done)
 

@@ -19,7 +19,7 @@ from hf_gradclip.strategy import Needs
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from hf_gradclip.views.view import View
 
-PLACES_KEPT = 64  # sets of parameters, for those without a gradient come and go
+KEPT = 64  # sets of parameters, for those without a gradient come and go
 
 
 Segments = Mapping[int, tuple[int, ByAxes | None]]
@@ -55,11 +55,21 @@ RuleOf = Callable[[dict[str, Any], list[Tensor]], tuple[Rule, Memory, Callable[[
 """An optimizer's `_rule`: of a group and some of its parameters the arithmetic, its memory, and what counts it."""
 
 
+@dataclass
+class _Known:
+    """Where some parameters find their numbers, and what the last step of them has made ready."""
+
+    of_gradients: Segments
+    of_updates: Segments
+    places: Places
+    ready: Ready | None = None
+
+
 class Jobs:
     """Makes the jobs of an optimizer's steps, and keeps where its parameters find their numbers."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, ...], tuple[Segments, Segments, Places]] = {}
+        self._known: dict[tuple[int, ...], _Known] = {}
 
     def of(
         self, groups: list[dict[str, Any]], rule_of: RuleOf, view: View | None, update_clipper: Clipper | None
@@ -87,27 +97,27 @@ class Jobs:
             for (_, _, gradient, update), params in alike.items():
                 rule, memory, done = rule_of(group, params)
                 segments = of_gradients if gradient else _NOWHERE, of_updates if update else _NOWHERE
-                places = self._places_of(params, *segments)
-                ready = kernels.prepare(rule, memory, places)
-                jobs.append(Job(ready, rule, memory, places, gradient, update, done))
+                known = self._known_of(params, *segments)
+                known.ready = kernels.prepare(rule, memory, known.places, known.ready)
+                jobs.append(Job(known.ready, rule, memory, known.places, gradient, update, done))
         return jobs
 
-    def _places_of(self, params: list[Tensor], of_gradients: Segments, of_updates: Segments) -> Places:
-        """Where these parameters find their numbers; kept while the parameters and their segments are the same."""
+    def _known_of(self, params: list[Tensor], of_gradients: Segments, of_updates: Segments) -> _Known:
+        """What is kept of these parameters while they and their segments are the same."""
         ids = tuple(map(id, params))
-        known = self._places.get(ids)
-        if known is not None and known[0] is of_gradients and known[1] is of_updates:
-            return known[2]
+        known = self._known.get(ids)
+        if known is not None and known.of_gradients is of_gradients and known.of_updates is of_updates:
+            return known
         units = tuple(of_gradients[i][1] if of_gradients else None for i in ids)
         places = Places(
             tuple(of_gradients[i][0] if of_gradients else 0 for i in ids),
             tuple(of_updates[i][0] if of_updates else 0 for i in ids),
             units if any(cut is not None for cut in units) else None,
         )
-        if len(self._places) > PLACES_KEPT:
-            self._places.clear()
-        self._places[ids] = of_gradients, of_updates, places
-        return places
+        if len(self._known) > KEPT:
+            self._known.clear()
+        self._known[ids] = known = _Known(of_gradients, of_updates, places)
+        return known
 
 
 def measured(clipper: Clipper, jobs: list[Job], plan: ClipPlan | None) -> Measure:
