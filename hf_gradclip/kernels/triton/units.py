@@ -66,7 +66,7 @@ def unit_apply_(
         table = block_table(blocks, kept, counts, scale_U.device, _programs)
         if table.chunks:
             _write[(table.chunks,)](
-                *table.arguments, table.place_S, scale_U, bound_U, dtypes_of(table), ROWS, COLS, num_warps=WARPS
+                *table.arguments, table.place_S, scale_U, bound_U, dtypes_of(table), ROWS, COLS, num_warps=2 * WARPS
             )
 
 
@@ -164,7 +164,11 @@ def _write(
     address_S, numel_S, kind_S, first_S, segment_C, place_S, scale_U, bound_U,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Scale and bound the units of one program, unless nothing is asked of any."""
+    """Scale and bound the units of one program, unless nothing is asked of any.
+
+    A thread has 8 elements of whole words and 4 of others, each with an address of its own: with more, the registers of
+    all four ways leave a fifth of the warps.
+    """
     i = tl.program_id(0)
     s = tl.load(segment_C + i)
     kind = tl.load(kind_S + s)
@@ -178,11 +182,11 @@ def _write(
             if (columns == 0) & words:
                 _write_along(address, scales, bounds, j, matrices, length, DTYPES[k], True, ROWS, COLS)
             elif columns == 0:
-                _write_along(address, scales, bounds, j, matrices, length, DTYPES[k], False, ROWS, COLS)
+                _write_along(address, scales, bounds, j, matrices, length, DTYPES[k], False, ROWS, COLS // 2)
             elif words:
                 _write_across(address, scales, bounds, j, length, columns, DTYPES[k], True, ROWS, COLS)
             else:
-                _write_across(address, scales, bounds, j, length, columns, DTYPES[k], False, ROWS, COLS)
+                _write_across(address, scales, bounds, j, length, columns, DTYPES[k], False, ROWS // 2, COLS)
 
 
 @triton.jit
