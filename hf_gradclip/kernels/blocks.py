@@ -91,18 +91,23 @@ def insist_on_numbers(name: str, number_U: Tensor | None, shapes: Sequence[tuple
         name: of the vector, for the message.
         number_U: the vector; None is taken.
         shapes: that it may have.
-        device: that it must be on.
+        device: that it must be on, but for one number that serves all, which the host may have.
 
     Raises:
         MisfitError: for another shape or device.
     """
     if number_U is None:
         return
-    if tuple(number_U.shape) not in shapes or number_U.device != device:
+    if tuple(number_U.shape) not in shapes or not (number_U.device == device or of_host(number_U)):
         known = " or ".join(map(str, shapes))
         raise MisfitError(
             f"{name} has shape {tuple(number_U.shape)} on {number_U.device}: must be {known} on {device}."
         )
+
+
+def of_host(number: Tensor) -> bool:
+    """Whether it is one number that the host has: a kernel is handed it, wherever the memory is."""
+    return number.ndim == 0 and number.is_cpu
 
 
 def block_table(

@@ -50,7 +50,7 @@ class Whole(Protocol):
 
         Args:
             grads: as for `statistics`.
-            scale_S: factor per gradient, shape (S,), or 0-d for one factor that serves all.
+            scale_S: factor per gradient, shape (S,), or 0-d for one factor that serves all, which may be the host's.
             bound_S: largest absolute element per gradient, of the same shapes; inf or None bounds nothing.
 
         Raises:
@@ -139,7 +139,7 @@ class Step(Protocol):
 
         Args:
             rule, memory, places: as for `prepare`.
-            plan: for the gradients; None leaves them as they are.
+            plan: for the gradients; None leaves them as they are. On their device, or one number of the host's for all.
             table: what `prepare` gave for these; None prepares now.
 
         Returns:

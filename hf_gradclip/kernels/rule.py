@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_gradclip.kernels.blocks import of_host
 from hf_gradclip.kernels.table import Column, MisfitError, allocated, are_on, are_plain, dense
 from hf_gradclip.types import ClipPlan, cached
 
@@ -200,7 +201,7 @@ def insist_on_plans(memory: Memory, places: Places, *plans: ClipPlan | None) -> 
         for name, number_S in (("scale_S", plan.scale_S), ("bound_S", plan.bound_S)):
             if number_S is None:
                 continue
-            if number_S.device != memory.weights[0].device:
+            if number_S.device != memory.weights[0].device and not of_host(number_S):
                 raise MisfitError(f"{name} is on {number_S.device}, and the parameters on {memory.weights[0].device}.")
             if number_S.ndim > 1 or (number_S.ndim == 1 and furthest >= len(number_S)):
                 raise MisfitError(

@@ -227,6 +227,33 @@ class TestGuards:
 
 
 class TestNumbers:
+    def test_terms_that_all_have_are_not_uploaded(self, language, monkeypatch):
+        """Two arguments of a kernel in Triton, or a vector where some parameters are behind."""
+        seen = []
+        if language.name == "Triton":
+            upload = language.step.upload
+            monkeypatch.setattr(language.step, "upload", lambda *given: (seen.append(given[0]), upload(*given))[1])
+        found = []
+        for terms in ([TERMS[1]] * 3, [TERMS[1], TERMS[1], TERMS[0]]):
+            _, memory = made((F32,) * 4, (0, 0, 0, 0))
+            language.step.step_(rule(terms=terms), memory, PLACES, PLAN, AFTER)
+            found.append(memory.weights)
+        assert [len(numbers) for numbers in seen] == ([6] if language.name == "Triton" else [])
+        assert [*map(same_bits, *found)] == [True, True, False]
+
+    def test_one_number_is_that_number_for_each(self, language):
+        """A vector whose elements are one memory, a number with no axis, and a vector."""
+        found = []
+        for scale in (torch.full((3,), 0.5), torch.tensor([0.5]).expand(3), torch.tensor(0.5, dtype=F64)):
+            for bound in (torch.full((3,), 0.3), torch.tensor(0.3)):
+                _, memory = made((F32,) * 4, (0, 0, 0, 0))
+                plan = ClipPlan(scale, bound)
+                sumsq_S, _ = language.step.measure_update(rule(), memory, PLACES, plan)
+                language.step.step_(rule(), memory, PLACES, plan, plan)
+                found.append((*memory.weights, *memory.second, sumsq_S))
+        for other in found[1:]:
+            assert all(map(same_bits, other, found[0]))
+
     def test_one_number_for_all_sign_and_coupled_decay(self, language):
         other = OTHER[language.name]
         weights = [torch.full((5,), 2.0), torch.full((2,), 4.0).to(other)]

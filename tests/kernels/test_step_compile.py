@@ -22,17 +22,17 @@ PLANS = {
     "unclipped": None,
 }
 
-def launch(rule, weights, moments, plan, after, decay, decoupled, terms):
+def launch(rule, weights, moments, plan, after, decay, decoupled, terms, eps=1e-8):
     global case
     def column(dtype):
         return [torch.zeros(n, dtype=getattr(torch, dtype)) for n in (40, 2**14)]
     kept = [column(moments) if letter == "k" else [None] * 2 for letter in KEPT[rule]]
     memory, places = Memory(column(weights), column(weights), *kept), Places((0, 1), (0, 1))
     name = {"amsgrad": "adam"}.get(rule, rule)
-    numbers = Rule(name, 1e-3, decay, decoupled, False, 0.9, 0.1, 0.99, 0.01, 1e-8, terms)
+    numbers = Rule(name, 1e-3, decay, decoupled, False, 0.9, 0.1, 0.99, 0.01, eps, terms)
     what = f"{rule} {weights}" if weights == moments else f"{rule} mixed"
     form = f"{plan}, {after} update, decay {decay} decoupled {decoupled}, terms {terms is not None}"
-    case = f"{what} step: {form}"
+    case = f"{what} step: {form}" if eps else f"small {what}"
     step.step_(numbers, memory, places, PLANS[plan], PLANS[after])
     if weights == "bfloat16" and after == "unclipped":
         case = f"{what} measure: {form}"
@@ -45,6 +45,7 @@ for rule in KEPT:
         launch(rule, weights, moments, "scaled", "unclipped", 0.1, True, None)
         launch(rule, weights, moments, "unclipped", "one number", 0.0, True, terms)
         launch(rule, weights, moments, "unclipped", "unclipped", 0.1, False, None)
+    launch(rule, "float32", "float32", "unclipped", "unclipped", 0.1, True, terms, eps=0.0)
 """
 TENSORS = {"adam": 4, "amsgrad": 5, "rmsprop": 4, "sgd": 2, "nesterov": 3}
 
@@ -81,11 +82,12 @@ class TestMoves:
             assert widths(ones, "ld") == widths(ones, "st") == {size}
 
     def test_every_tensor_is_read_once_and_the_gradient_is_not_written(self, rule, dtype):
+        """A thread moves a word of each."""
         size = 2 if dtype == "bfloat16" else 4
         for ptx in forms(f"{rule} {dtype} step"):
             for body in loops(ptx):
-                assert elements(body, "ld", size) == 8 * TENSORS[rule]
-                assert elements(body, "st", size) == 8 * (TENSORS[rule] - 1)
+                assert elements(body, "ld", size) == 16 // size * TENSORS[rule]
+                assert elements(body, "st", size) == 16 // size * (TENSORS[rule] - 1)
 
 
 @pytest.mark.parametrize("rule", TENSORS)
@@ -134,11 +136,32 @@ def test_weights_in_16_bits_and_moments_in_32_move_in_words_too(rule):
         assert widths(words, "ld") == widths(words, "st") == {16}
 
 
+FAST = {"sqrt.approx.ftz.f32", "rsqrt.approx.ftz.f32"}
+"""What takes subnormal numbers for 0, in a quotient whose eps is not small."""
+
+
 def test_numbers_are_rounded_to_nearest_and_small_ones_kept():
-    for ptx in forms(""):
-        assert ".ftz" not in ptx
-        assert not re.search(r"\b(div|sqrt|rcp)\.(approx|full)", ptx)
+    """But in a quotient, of which test_quotient.py knows what its fast instructions are off by."""
+    for ptx in [ptx for rule in TENSORS for ptx in forms(f"{rule} ")]:
+        fast = re.findall(r"\b[a-z]+(?:\.\w+)*\.ftz[.\w]*", ptx) + re.findall(r"\b\w+\.(?:approx|full)[.\w]*", ptx)
+        assert set(fast) <= FAST
+        assert not re.search(r"\b(div|sqrt|rcp)\.rn", ptx)  # which leave the loop
         assert set(re.findall(r"cvt\.(\w+)\.(?:bf|f)16(?:x2)?\.f32", ptx)) <= {"rn"}
+
+
+def test_no_number_is_lost_where_eps_is_small():
+    """Division is then that of all numbers, and what root and reciprocal take for 0 is scaled before."""
+    for case in ("small adam", "small rmsprop"):
+        for ptx in forms(case):
+            fast = set(re.findall(r"\b\w+\.(?:approx|full)[.\w]*", ptx))
+            assert fast == FAST | {"div.full.f32"}
+
+
+def test_registers_leave_room_for_as_many_warps():
+    """Where the compiler would take more for a thread of eight elements."""
+    for rule in ("adam", "amsgrad", "rmsprop"):
+        for ptx in forms(f"{rule} bfloat16"):
+            assert ".maxnreg 72" in ptx
 
 
 def test_nothing_is_added_atomically_nor_spilled():

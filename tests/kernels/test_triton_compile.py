@@ -119,3 +119,28 @@ def test_sixteen_bits_are_written_from_32():
     for dtype in ("bf16", "f16"):
         for ptx in forms("whole._scale_and_clamp", "bfloat16" if dtype == "bf16" else "float16"):
             assert re.search(rf"cvt\.rn\.{dtype}(x2)?\.f32", ptx)
+
+
+NUMBERS = """
+from hf_gradclip.kernels.rule import Memory, Places, Rule
+from hf_gradclip.kernels.triton import step, whole
+from hf_gradclip.types import ClipPlan
+
+case = "numbers"
+ones = [torch.ones(40)]
+for number in (0.5, 1.0, 0.0, 3.0):
+    host = torch.tensor(number, dtype=torch.float64)
+    whole.apply_(ones, host, host)
+    rule = Rule("adam", 0.1, 0.0, True, False, eps=1e-8, terms=[(1 + number, 1.0)])
+    step.step_(rule, Memory(ones, ones, ones, ones, [None]), Places((0,), (0,)), ClipPlan(host), None)
+for kernel in (whole._scale_and_clamp, step._step):
+    found[kernel.__name__] = len(kernel.device_caches[0][0])
+"""
+
+
+def test_numbers_of_the_host_are_not_compiled_in():
+    """A plan's one number for all, and the bias corrections where all parameters have the same: arguments."""
+    found = compiled(NUMBERS)
+    assert found["_scale_and_clamp"] == found["_step"] == 1
+    for kernel, floats in (("whole._scale_and_clamp", 2), ("step._step", 11)):
+        assert len(re.findall(r"\.param \.f32", found["numbers"][kernel])) == floats

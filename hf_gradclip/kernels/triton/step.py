@@ -18,12 +18,14 @@ from torch import Tensor
 from hf_gradclip.device import on, upload
 from hf_gradclip.kernels.rule import Memory, Places, Rule, are_alike, insist_on_places, insist_on_plans
 from hf_gradclip.kernels.table import Table, table_of
-from hf_gradclip.kernels.triton.whole import INF_BITS, TRITON, WORD, bits_of, clamped, finish
+from hf_gradclip.kernels.triton.quotient import SMALL, quotient
+from hf_gradclip.kernels.triton.whole import INF_BITS, TRITON, WORD, argument, bits_of, clamped, finish, number_at
 from hf_gradclip.types import ClipPlan
 
 CHUNK = 1 << 14  # elements that a program takes
-STEP = 1 << 10  # elements that it moves at a time
-WARPS = 4  # eight elements in a thread, a word of the narrowest dtype
+STEP = 1 << 10  # elements that it moves at a time, half as many where all are of 32 bits: a word in a thread
+WARPS = 4
+REGISTERS = 72  # of a thread, at most: 28 of 64 warps are then there at once
 
 _LANES = tl.constexpr(8)  # elements of the narrowest dtype in a word
 _ABSENT = tl.constexpr(tl.int1)  # in the place of the dtype of a moment that a rule does not keep
@@ -85,36 +87,60 @@ def _launch(
     sumsq_C: Tensor | None,
     max_C: Tensor | None,
 ) -> None:
-    terms = None
-    if rule.terms is not None:
-        terms = upload([number for pair in rule.terms for number in pair], torch.float32, table.address_RS.device)
-    sign = -1.0 if rule.maximize else 1.0
+    term_S, pairs = None, _pairs(rule)
+    if len(pairs) > 1:
+        term_S = upload([number for pair in pairs for number in pair], torch.float32, table.address_RS.device)
     weigh = (rule.past, rule.fresh, rule.past2, rule.fresh2)
-    numbers = (rule.lr, 1 - rule.lr * rule.decay, rule.decay, sign, *weigh, rule.eps)
+    numbers = (rule.lr, 1 - rule.lr * rule.decay, rule.decay, -1.0 if rule.maximize else 1.0, *weigh, *pairs[0])
     decay = "none" if rule.decay == 0 else "decoupled" if rule.decoupled else "coupled"
-    kinds = tuple(tl.int1 if dtype is None else TRITON[dtype] for kind in table.kinds for dtype in kind)
     _step[(table.chunks,)](
-        *table.arguments, table.place_S, terms, count, *_vectors(plan), *_vectors(after), sumsq_C, max_C,
-        *map(float, numbers), rule.name, decay, kinds, CHUNK, STEP, num_warps=WARPS,
+        *table.arguments, table.place_S, term_S, count, *_vectors(plan), *_vectors(after), sumsq_C, max_C,
+        *map(float, numbers), rule.name, decay, rule.eps < SMALL, _kinds(table), CHUNK, num_warps=WARPS,
+        **_limits(rule, table),
     )  # fmt: skip
 
 
+def _pairs(rule: Rule) -> list[tuple[float, float]]:
+    """The two numbers that a parameter has of its own, `one` and `two` in `_elements`: a pair where all have the same.
+
+    Of a quotient they are what multiplies the root and eps, with the term in both: one division less.
+    """
+    pairs = list(rule.terms or [(1.0, 1.0)])
+    if len(set(pairs)) == 1:
+        pairs = pairs[:1]
+    if rule.name == "adam":
+        return [(1 / (term * root), rule.eps / term) for term, root in pairs]
+    return [(1 / root, rule.eps) for _, root in pairs] if rule.name == "rmsprop" else pairs
+
+
+def _kinds(table: Table) -> tuple[Any, ...]:
+    """Of each kind the five dtypes and how many elements to move at a time."""
+    found: list[Any] = []
+    for kind in table.kinds:
+        wide = all(dtype is None or dtype.itemsize == 4 for dtype in kind)
+        found += [*(tl.int1 if dtype is None else TRITON[dtype] for dtype in kind), STEP // 2 if wide else STEP]
+    return tuple(found)
+
+
+def _limits(rule: Rule, table: Table) -> dict[str, int]:
+    """Where NVIDIA's compiler takes more registers than it needs: for a quotient of eight elements in a thread."""
+    if table.address_RS.device.type == "xpu" or torch.version.hip or rule.name not in ("adam", "rmsprop"):
+        return {}
+    return {"maxnreg": REGISTERS} if any(dtype and dtype.itemsize < 4 for kind in table.kinds for dtype in kind) else {}
+
+
 def _vectors(plan: ClipPlan | None) -> tuple[Any, ...]:
-    """Scale and bound with the distance between two segments, which is 0 where one number serves all."""
-    if plan is None:
-        return None, 0, None, 0
-    scale, bound = plan.scale_S, plan.bound_S
-    stride = scale.stride(0) if scale.ndim else 0
-    return scale, stride, bound, bound.stride(0) if bound is not None and bound.ndim else 0
+    """Scale and bound with the distance between two segments."""
+    return (None, None, None, None) if plan is None else (*argument(plan.scale_S), *argument(plan.bound_S))
 
 
 @triton.jit(do_not_specialize=["count", "scale_stride", "bound_stride", "after_stride", "limit_stride"])
 def _step(
     address_RS, numel_S, kind_S, first_S, segment_C, place_S, term_S, count,
     scale_S, scale_stride, bound_S, bound_stride, after_S, after_stride, limit_S, limit_stride, sumsq_C, max_C,
-    lr, keep, decay, sign, past, fresh, past2, fresh2, eps,
-    RULE: tl.constexpr, DECAY: tl.constexpr, KINDS: tl.constexpr,
-    CHUNK: tl.constexpr, STEP: tl.constexpr,
+    lr, keep, decay, sign, past, fresh, past2, fresh2, one, two,
+    RULE: tl.constexpr, DECAY: tl.constexpr, ANY: tl.constexpr, KINDS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One chunk; with `sumsq_C` its update is measured and nothing else is written."""
     i = tl.program_id(0)
@@ -123,18 +149,15 @@ def _step(
     n = tl.minimum(tl.load(numel_S + s) - start, CHUNK).to(tl.int32)
     scale, bound = _numbers(scale_S, scale_stride, bound_S, bound_stride, tl.load(place_S + 2 * s))
     after, limit = _numbers(after_S, after_stride, limit_S, limit_stride, tl.load(place_S + 2 * s + 1))
-    term, root = 1.0, 1.0
     if term_S is not None:
-        term, root = tl.load(term_S + 2 * s), tl.load(term_S + 2 * s + 1)
-    numbers = (
-        scale, bound, after, limit, term, root, lr, keep, decay, sign, past, fresh, past2, fresh2, eps
-    )  # fmt: skip
+        one, two = tl.load(term_S + 2 * s), tl.load(term_S + 2 * s + 1)
+    numbers = scale * sign, bound, after, limit, one, two, lr, keep, decay, past, fresh, past2, fresh2
     kind = tl.load(kind_S + s)
-    for k in tl.static_range(len(KINDS) // 5):
+    for k in tl.static_range(len(KINDS) // 6):
         if kind == k:
             _chunk(
-                address_RS + s, count, start, n, numbers, sumsq_C, max_C, i, RULE, DECAY,
-                KINDS[5 * k], KINDS[5 * k + 1], KINDS[5 * k + 2], KINDS[5 * k + 3], KINDS[5 * k + 4], STEP,
+                address_RS + s, count, start, n, numbers, sumsq_C, max_C, i, RULE, DECAY, ANY,
+                KINDS[6 * k], KINDS[6 * k + 1], KINDS[6 * k + 2], KINDS[6 * k + 3], KINDS[6 * k + 4], KINDS[6 * k + 5],
             )  # fmt: skip
 
 
@@ -143,15 +166,15 @@ def _numbers(scale_S, scale_stride, bound_S, bound_stride, place):
     """A plan's scale and bound of one segment."""
     scale, bound = 1.0, float("inf")
     if scale_S is not None:
-        scale = tl.load(scale_S + place * scale_stride).to(tl.float32)
+        scale = number_at(scale_S, place, scale_stride)
     if bound_S is not None:
-        bound = tl.load(bound_S + place * bound_stride).to(tl.float32)
+        bound = number_at(bound_S, place, bound_stride)
     return scale, bound
 
 
 @triton.jit
 def _chunk(
-    address, count, start, n, numbers, sumsq_C, max_C, i, RULE: tl.constexpr, DECAY: tl.constexpr,
+    address, count, start, n, numbers, sumsq_C, max_C, i, RULE: tl.constexpr, DECAY: tl.constexpr, ANY: tl.constexpr,
     w_dtype: tl.constexpr, g_dtype: tl.constexpr, a_dtype: tl.constexpr, b_dtype: tl.constexpr, c_dtype: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +199,7 @@ def _chunk(
     for first in tl.range(0, n_body, STEP):
         o = first + tl.arange(0, STEP)
         u = _elements(
-            ww, gg, aa, bb, cc, o, o < n_body, numbers, RULE, DECAY, MEASURE, a_dtype, b_dtype, c_dtype
+            ww, gg, aa, bb, cc, o, o < n_body, numbers, RULE, DECAY, MEASURE, ANY, a_dtype, b_dtype, c_dtype
         )  # fmt: skip
         if MEASURE:
             total += u.to(tl.float64) * u.to(tl.float64)
@@ -184,7 +207,7 @@ def _chunk(
     for first in tl.range(0, n - n_body, STEP):
         j = first + tl.arange(0, STEP)
         o = tl.where(j < head, j, j + n_body)
-        u = _elements(w, g, a, b, c, o, j < n - n_body, numbers, RULE, DECAY, MEASURE, a_dtype, b_dtype, c_dtype)
+        u = _elements(w, g, a, b, c, o, j < n - n_body, numbers, RULE, DECAY, MEASURE, ANY, a_dtype, b_dtype, c_dtype)
         if MEASURE:
             total += u.to(tl.float64) * u.to(tl.float64)
             bits = tl.maximum(bits, bits_of(u))
@@ -211,15 +234,15 @@ def _first(address, column: tl.constexpr, count, start, dtype: tl.constexpr):
 @triton.jit
 def _elements(
     w_ptr, g_ptr, a_ptr, b_ptr, c_ptr, o, mask, numbers, RULE: tl.constexpr, DECAY: tl.constexpr,
-    MEASURE: tl.constexpr, a_dtype: tl.constexpr, b_dtype: tl.constexpr, c_dtype: tl.constexpr,
+    MEASURE: tl.constexpr, ANY: tl.constexpr, a_dtype: tl.constexpr, b_dtype: tl.constexpr, c_dtype: tl.constexpr,
 ):  # fmt: skip
     """Some elements: read, step, write. The update before its own clip, 0 where masked."""
-    scale, bound, after, limit, term, root, lr, keep, decay, sign, past, fresh, past2, fresh2, eps = numbers
-    g = sign * clamped(tl.load(g_ptr + o, mask=mask, other=0.0).to(tl.float32) * scale, bound)
+    scale, bound, after, limit, one, two, lr, keep, decay, past, fresh, past2, fresh2 = numbers
+    g = clamped(tl.load(g_ptr + o, mask=mask, other=0.0).to(tl.float32) * scale, bound)
     if not MEASURE or DECAY == "coupled":
         w = tl.load(w_ptr + o, mask=mask, other=0.0).to(tl.float32)
     if DECAY == "coupled":
-        g += decay * w
+        g = tl.fma(decay, w, g)
     if a_dtype != _ABSENT:
         a = tl.load(a_ptr + o, mask=mask, other=0.0).to(tl.float32)
     if b_dtype != _ABSENT:
@@ -228,30 +251,30 @@ def _elements(
         c = tl.load(c_ptr + o, mask=mask, other=0.0).to(tl.float32)
 
     if RULE == "adam":
-        a = past * a + fresh * g
-        b = past2 * b + fresh2 * g * g
+        a = tl.fma(fresh, g, past * a)
+        b = tl.fma(fresh2 * g, g, past2 * b)
         top = b
         if c_dtype != _ABSENT:
-            c = tl.where((c >= b) | (c != c), c, b)
+            c = tl.maximum(c, b, propagate_nan=tl.PropagateNan.ALL)
             top = c
-        u = term * tl.div_rn(a, tl.div_rn(tl.sqrt_rn(top), root) + eps)
+        u = quotient(a, top, one, two, ANY)
     elif RULE == "rmsprop":
-        a = past2 * a + fresh2 * g * g
+        a = tl.fma(fresh2 * g, g, past2 * a)
         variance = a
         if b_dtype != _ABSENT:
-            b += fresh2 * (g - b)  # settles at g, so that the variance does not fall below 0
-            variance = a - b * b
-        u = tl.div_rn(g, tl.div_rn(tl.sqrt_rn(variance), root) + eps)
+            b = tl.fma(fresh2, g - b, b)  # settles at g, so that the variance does not fall below 0
+            variance = tl.fma(-b, b, a)
+        u = quotient(g, variance, one, two, ANY)
         if c_dtype != _ABSENT:
-            c = past * c + u
+            c = tl.fma(past, c, u)
             u = c
     else:
         u = g
         if a_dtype != _ABSENT:
-            a = past * a + term * g
+            a = tl.fma(one, g, past * a)
             u = a
             if RULE == "nesterov":
-                u = g + past * a
+                u = tl.fma(past, a, g)
 
     if not MEASURE:
         if a_dtype != _ABSENT:
@@ -260,8 +283,7 @@ def _elements(
             tl.store(b_ptr + o, b.to(b_dtype), mask=mask)
         if c_dtype != _ABSENT:
             tl.store(c_ptr + o, c.to(c_dtype), mask=mask)
-        if DECAY == "decoupled":
-            w = w * keep
         move = tl.where(lr == 0.0, 0.0, lr * clamped(u * after, limit))  # also where the update is not finite
-        tl.store(w_ptr + o, (w - move).to(w_ptr.dtype.element_ty), mask=mask)
+        w = tl.fma(w, keep, -move) if DECAY == "decoupled" else w - move
+        tl.store(w_ptr + o, w.to(w_ptr.dtype.element_ty), mask=mask)
     return tl.where(mask, u, 0.0)

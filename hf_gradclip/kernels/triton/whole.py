@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_gradclip.device import on
-from hf_gradclip.kernels.blocks import insist_on_numbers
+from hf_gradclip.kernels.blocks import insist_on_numbers, of_host
 from hf_gradclip.kernels.table import Table, table_of
 
 CHUNK = 1 << 16  # elements that a program takes
@@ -61,15 +61,24 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
 
     A gradient with scale 1 and bound inf is neither read nor written; the device decides that, not the host.
     """
+    device = next((grad.device for grad in grads if grad is not None), scale_S.device)
     for name, number_S in (("scale_S", scale_S), ("bound_S", bound_S)):
-        insist_on_numbers(name, number_S, ((), (len(grads),)), scale_S.device)
-    scale_S = scale_S.expand(len(grads))
-    bound_S = None if bound_S is None else bound_S.expand(len(grads))
-    with on(scale_S.device):
-        table = table_of([grads], scale_S.device, CHUNK)
+        insist_on_numbers(name, number_S, ((), (len(grads),)), device)
+    with on(device):
+        table = table_of([grads], device, CHUNK)
         if table.chunks:
-            plan = (scale_S, scale_S.stride(0), bound_S, 0 if bound_S is None else bound_S.stride(0))
+            plan = (*argument(scale_S), *argument(bound_S))
             _scale_and_clamp[(table.chunks,)](*table.arguments, *plan, dtypes_of(table), CHUNK, BLOCK, num_warps=WARPS)
+
+
+def argument(number_S: Tensor | None) -> tuple[Tensor | float | None, int | None]:
+    """A number of a plan as a kernel is given it, for `number_at`, with the distance between two segments.
+
+    That is 0 where one number serves all, and None where the host has that one: it is an argument, and not uploaded.
+    """
+    if number_S is None or of_host(number_S):
+        return None if number_S is None else float(number_S), None
+    return number_S, number_S.stride(0) if number_S.ndim else 0
 
 
 def dtypes_of(table: Table) -> tuple[tl.dtype, ...]:
@@ -167,6 +176,15 @@ def finish(first_S, sumsq_C, max_C, sumsq_S, max_S, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def number_at(number_S, s, stride):
+    """A number of a plan, in float32."""
+    number = number_S
+    if stride is not None:
+        number = tl.load(number_S + s * stride).to(tl.float32)
+    return number
+
+
+@triton.jit(do_not_specialize=["scale_stride", "bound_stride"])
 def _scale_and_clamp(
     address_S, numel_S, kind_S, first_S, segment_C, scale_S, scale_stride, bound_S, bound_stride,
     DTYPES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -174,10 +192,10 @@ def _scale_and_clamp(
     """Write one chunk, unless nothing is asked of its gradient."""
     c = tl.program_id(0)
     s = tl.load(segment_C + c)
-    scale = tl.load(scale_S + s * scale_stride).to(tl.float32)
+    scale = number_at(scale_S, s, scale_stride)
     bound = float("inf")
     if bound_S is not None:
-        bound = tl.load(bound_S + s * bound_stride).to(tl.float32)
+        bound = number_at(bound_S, s, bound_stride)
     if (scale != 1.0) | (bound < float("inf")):
         start = (c - tl.load(first_S + s)).to(tl.int64) * CHUNK
         n = tl.minimum(tl.load(numel_S + s) - start, CHUNK).to(tl.int32)
