@@ -140,6 +140,7 @@ class Gpu(TorchDispatchMode):
             mock.patch.object(torch.cuda, "_lazy_init"),
             mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
             mock.patch.object(torch.cuda, "current_stream", return_value=stream),
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
             mock.patch.object(table, "PLAIN", {*table.PLAIN, OnGpu}),
             mock.patch.object(check, "check"),
         ):
