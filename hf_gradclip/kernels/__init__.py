@@ -17,11 +17,12 @@ from torch.autograd.graph import increment_version
 
 from hf_gradclip.device import moved
 from hf_gradclip.kernels import choice
-from hf_gradclip.kernels.blocks import Axes
+from hf_gradclip.kernels.blocks import Axes, insist_on_counts, insist_on_numbers, of_host
+from hf_gradclip.kernels.devices import Part, each_written, gathered, handed, parts_of, picked
 from hf_gradclip.kernels.operations import Language
 from hf_gradclip.kernels.rule import Memory, Places, Rule
 from hf_gradclip.kernels.table import Table, are_plain
-from hf_gradclip.types import ClipPlan
+from hf_gradclip.types import ClipPlan, statistics_dtype
 
 
 class Ready(NamedTuple):
@@ -44,6 +45,12 @@ def statistics(
 
     Gradients on several devices are taken, and dtypes that only plain torch has.
     """
+    if parts := parts_of(grads, device):
+        pairs = [statistics(picked(grads, part), statistics_dtype(part[0]), part[0], max_abs) for part in parts]
+        sums, tops = zip(*pairs, strict=True)
+        ones = [1] * len(grads)
+        sumsq_S = gathered(sums, parts, ones, dtype, device)
+        return sumsq_S, gathered(tops, parts, ones, dtype, device) if max_abs else None
     found = choice.whole(grads, device)
     try:
         return found.whole.statistics(grads, dtype, device, max_abs)
@@ -55,7 +62,20 @@ def statistics(
 @_disable_dynamo
 def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | None) -> None:
     """g <- clamp(g * scale, -bound, +bound), in place; see operations.Whole. As `statistics`, any gradients."""
-    found = choice.whole(grads, scale_S.device)
+    device = _device_of(grads, scale_S)
+    if parts := parts_of(grads, device):
+        ones = [1] * len(grads)
+        for name, number_S in (("scale_S", scale_S), ("bound_S", bound_S)):
+            insist_on_numbers(name, number_S, ((), (len(grads),)), scale_S.device)
+
+        def write(part: Part) -> None:
+            scale, bound = handed(scale_S, part, ones), handed(bound_S, part, ones)
+            assert scale is not None
+            apply_(picked(grads, part), scale, bound)
+
+        each_written(parts, write)
+        return
+    found = choice.whole(grads, device)
     try:
         found.whole.apply_(grads, scale_S, bound_S)
     except Exception as error:
@@ -73,6 +93,15 @@ def unit_sums(
     device: torch.device,
 ) -> Tensor:
     """Sum of squares per unit of all blocks; see operations.ByUnit. Any blocks."""
+    if parts := parts_of(blocks, device):
+        insist_on_counts(blocks, kept, counts)
+        found_U = [
+            unit_sums(
+                picked(blocks, part), picked(kept, part), picked(counts, part), statistics_dtype(part[0]), part[0]
+            )
+            for part in parts
+        ]
+        return gathered(found_U, parts, counts, dtype, device)
     found = choice.by_unit(blocks, kept, device)
     try:
         return found.units.unit_sums(blocks, kept, counts, dtype, device)
@@ -90,6 +119,18 @@ def unit_apply_(
     bound_U: Tensor | None,
 ) -> None:
     """g <- clamp(g * scale, -bound, +bound) by unit, in place; see operations.ByUnit. Any blocks."""
+    if parts := parts_of(blocks, scale_U.device):
+        insist_on_counts(blocks, kept, counts)
+        for name, number_U in (("scale_U", scale_U), ("bound_U", bound_U)):
+            insist_on_numbers(name, number_U, ((sum(counts),),), scale_U.device)
+
+        def write(part: Part) -> None:
+            scale, bound = handed(scale_U, part, counts), handed(bound_U, part, counts)
+            assert scale is not None
+            unit_apply_(picked(blocks, part), picked(kept, part), picked(counts, part), scale, bound)
+
+        each_written(parts, write)
+        return
     found = choice.by_unit(blocks, kept, scale_U.device)
     try:
         found.units.unit_apply_(blocks, kept, counts, scale_U, bound_U)
@@ -176,12 +217,24 @@ def _still(ready: Ready) -> Ready:
 
 
 def _beside(memory: Memory, plan: ClipPlan | None) -> ClipPlan | None:
-    """The plan on the device of the memory; a model may be spread over several."""
-    device = memory.weights[0].device
-    if plan is None or plan.scale_S.device == device:
+    """The plan on the device of the memory; a model may be spread over several. One number for all stays."""
+    if plan is None:
         return plan
-    bound_S = None if plan.bound_S is None else moved(plan.bound_S, device)
-    return replace(plan, scale_S=moved(plan.scale_S, device), bound_S=bound_S)
+    device = memory.weights[0].device
+
+    def beside(number_S: Tensor) -> Tensor:
+        return number_S if of_host(number_S) or number_S.device == device else moved(number_S, device)
+
+    scale_S, bound_S = beside(plan.scale_S), None if plan.bound_S is None else beside(plan.bound_S)
+    same = scale_S is plan.scale_S and bound_S is plan.bound_S
+    return plan if same else replace(plan, scale_S=scale_S, bound_S=bound_S)
+
+
+def _device_of(grads: Sequence[Tensor | None], scale_S: Tensor) -> torch.device:
+    """Where the kernels are asked for: beside the numbers, unless the host has one for all."""
+    if of_host(scale_S):
+        return next((grad.device for grad in grads if grad is not None), scale_S.device)
+    return scale_S.device
 
 
 def _written(tensors: Sequence[Tensor | None]) -> None:
@@ -191,7 +244,7 @@ def _written(tensors: Sequence[Tensor | None]) -> None:
 
 def _asked(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | None) -> list[bool]:
     """Whether something is asked of each gradient; on a GPU the host does not know, and says so of all."""
-    if scale_S.device.type != "cpu":
+    if not scale_S.is_cpu or not (bound_S is None or bound_S.is_cpu):
         return [True] * len(grads)
     asked = scale_S != 1 if bound_S is None else (scale_S != 1) | (bound_S < float("inf"))
     return asked.expand(len(grads)).tolist()

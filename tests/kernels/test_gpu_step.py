@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradclip import optim
-from hf_gradclip.kernels import choice
+from hf_gradclip.kernels import choice, table
+from hf_gradclip.kernels.eager import whole as eager
+from hf_gradclip.kernels.rule import Memory, Places, Rule
+from tests.kernels.tensors import randn
+from tests.kernels.test_quotient import apart, spread, wanted
 
 pytestmark = pytest.mark.gpu
 
@@ -140,6 +144,33 @@ def test_the_host_reads_one_flag_per_clipper_and_none_if_nothing_is_skipped(nonf
     torch.cuda.set_sync_debug_mode("error")
     optimizer.step()
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-12, 0.0])
+def test_an_update_is_within_one_unit_in_the_last_place(eps) -> None:
+    """With the instructions that test_quotient.py puts in their place."""
+    a, square, term = spread(3, -20, 20), spread(1, -90, 90), (1.7, 0.3)
+    weight, grad = torch.zeros_like(a, device="cuda"), torch.zeros_like(a, device="cuda")
+    memory = Memory([weight], [grad], [a.cuda()], [square.cuda()], [None])
+    rule = Rule("adam", 1.0, 0.0, True, False, past=1.0, fresh=0.0, past2=1.0, fresh2=0.0, eps=eps, terms=[term])
+    choice.triton_language().step.step_(rule, memory, Places((0,), (0,)), None, None)
+    assert apart(-weight.cpu(), wanted(a, square, eps, term)) <= 1
+
+
+@pytest.mark.parametrize("dtype", table.DTYPES)
+def test_plain_torch_rounds_once(dtype) -> None:
+    """By factors on the device and of the host, many gradients in a launch."""
+    for factor_S in (torch.tensor(0.3337123), torch.tensor([0.3337123, 1.7])):
+        for numbers in (factor_S, factor_S.cuda()):
+            grads = [randn(size, dtype, size).cuda() for size in (300, 70_001)]
+            want = [(g.float() * f).to(dtype) for g, f in zip(grads, factor_S.expand(2).tolist(), strict=True)]
+            sums_S, max_S = eager.statistics(grads, torch.float64, grads[0].device, True)
+            torch.testing.assert_close(
+                sums_S, torch.stack([g.double().square().sum() for g in grads]), rtol=1e-6, atol=0
+            )
+            assert torch.equal(max_S, torch.stack([g.double().abs().max() for g in grads]))
+            eager.apply_(grads, numbers, None)
+            assert all(map(torch.equal, grads, want))
 
 
 def test_more_than_2_31_elements() -> None:

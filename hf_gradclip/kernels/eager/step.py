@@ -255,18 +255,19 @@ def _clipped(tensors: list[Tensor], plan: ClipPlan, places: Sequence[int]) -> li
     """clamp(t * scale, -bound, bound) in new memory; on the CPU the tensors themselves where nothing is asked."""
     scale, bound = (_numbers(number_S, places) for number_S in (plan.scale_S, plan.bound_S))
     assert scale is not None
-    if scale.device.type == "cpu":
+    if scale.is_cpu and (bound is None or bound.is_cpu):
         numbers = scale.tolist()
         found = tensors if set(numbers) == {1.0} else list(torch._foreach_mul(tensors, numbers))
         if bound is None or not bool((bound < float("inf")).any()):
             return found
         limits = bound.tolist()
         return [t if limit == float("inf") else t.clamp(-limit, limit) for t, limit in zip(found, limits, strict=True)]
-    found = [t * moved(number, t.device, t.dtype) for t, number in zip(tensors, scale, strict=True)]
+    device, wide = tensors[0].device, tensors[0].dtype  # of all
+    found = [t * number for t, number in zip(tensors, moved(scale, device, wide).unbind(), strict=True)]
     if bound is None:
         return found
-    limits_S = [moved(limit, t.device, t.dtype) for t, limit in zip(found, bound, strict=True)]
-    return [torch.clamp(t, -limit, limit) for t, limit in zip(found, limits_S, strict=True)]
+    high = moved(bound, device, wide)
+    return [torch.clamp(t, *ends) for t, *ends in zip(found, high.neg().unbind(), high.unbind(), strict=True)]
 
 
 def _numbers(number_S: Tensor | None, places: Sequence[int]) -> Tensor | None:

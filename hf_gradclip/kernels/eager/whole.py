@@ -7,13 +7,14 @@ thousand elements, each in float32, and added in float64: as fast as one long fl
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_gradclip.device import moved
 from hf_gradclip.kernels.blocks import insist_on_numbers
+from hf_gradclip.kernels.eager import many
 from hf_gradclip.kernels.eager.half import CHUNK, SMALL, divisor_of, half_sums
 from hf_gradclip.kernels.table import MisfitError, dense, insist_on_memory
 from hf_gradclip.types import statistics_dtype
@@ -101,6 +102,8 @@ def _sums(grads: list[Tensor]) -> Tensor:
     if device.type == "cpu" and dtype.itemsize < 4:
         return half_sums(grads)
     double = statistics_dtype(device)
+    if device.type in many.GPUS:
+        return many.norms(grads).to(double).square()
     norm_dtype = torch.float32 if dtype.itemsize < 4 else None
     if max(map(Tensor.numel, grads)) <= SMALL:
         return torch.stack(torch._foreach_norm(grads, 2, dtype=norm_dtype)).to(double).square()
@@ -135,18 +138,22 @@ def _divided(grad: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def largest(grads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Largest absolute element per gradient, shape (len(grads),); missing gives 0, NaN gives inf."""
-    ends: dict[torch.device, dict[int, tuple[Tensor, Tensor]]] = defaultdict(dict)
-    for i, grad in enumerate(grads):
-        if grad is not None and grad.numel() > 0:
-            ends[grad.device][i] = torch.aminmax(grad)
+    taken = [None if grad is None or grad.numel() == 0 else grad for grad in grads]
+    groups = many.groups_of(taken)
+    found = [(group, many.largest(_at(taken, group))) for group in groups]
+    left = {i for i, grad in enumerate(taken) if grad is not None}.difference(*groups)
+    others: dict[torch.device, list[int]] = defaultdict(list)
+    for i in sorted(left):
+        others[_at(taken, [i])[0].device].append(i)
+    for group in others.values():
+        lows, highs = zip(*map(torch.aminmax, _at(taken, group)), strict=True)
+        found.append((group, torch.maximum(-torch.stack(lows), torch.stack(highs))))
     largest = torch.zeros(len(grads), dtype=dtype, device=device)
-    for found in ends.values():
-        lows, highs = zip(*found.values(), strict=True)
-        values = moved(torch.maximum(-torch.stack(lows), torch.stack(highs)), device, dtype)
-        values = values.nan_to_num(nan=float("inf"), posinf=float("inf"))
-        if len(found) == len(grads):  # the usual case needs no places, and so no copy from the host
+    for group, tops in found:
+        values = moved(tops, device, dtype).nan_to_num(nan=float("inf"), posinf=float("inf"))
+        if len(group) == len(grads):  # the usual case needs no places, and so no copy from the host
             return values
-        places = moved(torch.tensor(list(found), device="cpu"), device)
+        places = moved(torch.tensor(group, device="cpu"), device)
         largest.index_copy_(0, places, values)
     return largest
 
@@ -158,6 +165,7 @@ def divisors(largest: Tensor) -> Tensor:
 
 def scale_(grads: Sequence[Tensor | None], scale_S: Tensor) -> None:
     """Multiply each gradient by its factor, shape (len(grads),) or 0-d. On the CPU a factor of 1 writes nothing."""
+    grads = _without_many(grads, scale_S, many.scale_)
     if scale_S.device.type == "cpu":
         if scale_S.ndim == 0:
             number = float(scale_S)  # the early exit on CPU: a read that costs nothing there
@@ -187,6 +195,7 @@ def scale_(grads: Sequence[Tensor | None], scale_S: Tensor) -> None:
 
 def clamp_(grads: Sequence[Tensor | None], bound_S: Tensor) -> None:
     """Clamp each gradient to [-bound, bound], shape (len(grads),). On the CPU an infinite bound writes nothing."""
+    grads = _without_many(grads, bound_S, many.clamp_)
     if bound_S.device.type == "cpu":
         for grad, bound in zip(grads, bound_S.tolist(), strict=True):  # the early exit on CPU
             if grad is not None and bound != float("inf"):
@@ -196,3 +205,21 @@ def clamp_(grads: Sequence[Tensor | None], bound_S: Tensor) -> None:
         if grad is not None:
             limit = moved(bound, grad.device, torch.promote_types(grad.dtype, torch.float32))
             torch.clamp(grad, -limit, limit, out=grad)
+
+
+def _without_many(
+    grads: Sequence[Tensor | None], number_S: Tensor, write: Callable[[list[Tensor], Tensor], None]
+) -> Sequence[Tensor | None]:
+    """The gradients that are left when those of a GPU have been written, many at once."""
+    left = list(grads)
+    for group in many.groups_of(grads):
+        own = number_S if number_S.ndim == 0 or len(group) == len(grads) else torch.stack([number_S[i] for i in group])
+        write(_at(grads, group), own)
+        for i in group:
+            left[i] = None
+    return left
+
+
+def _at(grads: Sequence[Tensor | None], places: list[int]) -> list[Tensor]:
+    """Those at some places, where none is missing."""
+    return [grad for i in places if (grad := grads[i]) is not None]
