@@ -26,6 +26,7 @@ from hf_gradclip.record.buffer import Recorder
 
 TENSORS = 400
 SHAPE = (8, 16)
+TALL = (64, 16)  # with 400 tensors more rows than are judged on the host
 QUIET, LOUD = 1.0, 100.0  # the norm of every gradient; that of every weight is 1
 COLUMNS = ("step", "nothing clips", "clips", "reads")
 SPECS = {
@@ -93,12 +94,14 @@ def rows_of(tensors: int) -> Iterator[tuple[str, Callable[[nn.ParameterList], Ma
     yield "AdamW clip=zclip, update_clip, two groups", partial(stepping, clip=zclip, update=UPDATE, groups=2)
 
 
-def counts(make: Callable[[nn.ParameterList], Made], tensors: int) -> tuple[Count, Count]:
+def counts(
+    make: Callable[[nn.ParameterList], Made], tensors: int, shape: tuple[int, int] = SHAPE
+) -> tuple[Count, Count]:
     """A step in which nothing clips, and one in which everything does, of what has seen both before."""
     with Gpu() as gpu:
-        params = nn.ParameterList([nn.Parameter(gpu.weight(SHAPE)) for _ in range(tensors)])
+        params = nn.ParameterList([nn.Parameter(gpu.weight(shape)) for _ in range(tensors)])
         for param in params:
-            param.grad = gpu.gradient(SHAPE)
+            param.grad = gpu.gradient(shape)
         grads = [param.grad for param in params]
         step, clippers = make(params)
 
@@ -137,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, tuple[Count, Count]]:
     options = parser.parse_args(argv)
     rows = {name: make for name, make in rows_of(options.tensors) if options.only is None or name in options.only}
     found = {name: counts(make, options.tensors) for name, make in rows.items()}
+    for name in ("agc, record", "adaptive", "adaptive, record"):
+        if options.only is None or name in options.only:
+            found[f"{name}, {TALL[0] * options.tensors} rows"] = counts(rows[name], options.tensors, TALL)
     print(f"Launches per step, {options.tensors} tensors\n\n{table_of(found)}")
     for name in options.show:
         for what, count in zip(COLUMNS[1:], found[name], strict=False):

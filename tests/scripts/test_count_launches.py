@@ -111,6 +111,15 @@ def test_no_count_depends_on_how_many_tensors_there_are(steps) -> None:
     assert many[0] - few[0] == 80
 
 
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("none", 5), ("zclip", 5), ("agc, record", 25), ("AdamW clip=zclip", 6), ("AdamW clip=zclip, two groups", 7)],
+)
+def test_a_step_takes_few(steps, name, most) -> None:
+    few, many = steps[name]
+    assert max(many[:2]) <= most
+
+
 def test_something_clips_where_it_should(steps) -> None:
     for name in ROWS:
         quiet_launches, loud_launches, reads, quiet, loud, kernels = steps[name][0]
