@@ -116,7 +116,7 @@ def test_no_count_depends_on_how_many_tensors_there_are(steps) -> None:
     [("none", 5), ("zclip", 5), ("agc, record", 25), ("AdamW clip=zclip", 6), ("AdamW clip=zclip, two groups", 7)],
 )
 def test_a_step_takes_few(steps, name, most) -> None:
-    few, many = steps[name]
+    _few, many = steps[name]
     assert max(many[:2]) <= most
 
 
