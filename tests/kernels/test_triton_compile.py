@@ -86,6 +86,17 @@ class TestWidth:
                 assert sorted(map(sorted, found)) == sorted([[16]] * 2 * len(sizes) + [[size] for size in sizes * 2])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_thread_writes_few_units_at_a_time(dtype):
+    """Eight elements of words and four of others: with twice as many, registers leave a fifth of the warps."""
+    size = 4 if dtype == "float32" else 2
+    for ptx in forms("units._write", dtype):
+        for body in [body for body in loops(ptx) if "bra" not in body]:
+            moves = re.findall(r"\bst\.global(?:\.(?!v\d)[\w:]+?)*?(?:\.v(\d))?\.[bfsu](\d+)\b", body)
+            moved = sum(int(lanes or 1) * int(bits) // 8 for lanes, bits in moves)
+            assert moved == (8 if widths(body, "st") == {16} else 4) * size
+
+
 KERNELS = [
     "whole._measure",
     "whole.finish",
