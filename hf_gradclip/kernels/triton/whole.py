@@ -61,7 +61,8 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
 
     A gradient with scale 1 and bound inf is neither read nor written; the device decides that, not the host.
     """
-    device = next((grad.device for grad in grads if grad is not None), scale_S.device)
+    elsewhere = (grad.device for grad in grads if grad is not None and not grad.is_cpu and not grad.is_meta)
+    device = next(elsewhere, scale_S.device)  # the scale may be one number of the host's
     for name, number_S in (("scale_S", scale_S), ("bound_S", bound_S)):
         insist_on_numbers(name, number_S, ((), (len(grads),)), device)
     with on(device):
