@@ -36,7 +36,7 @@ def compiled(sanitizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of the library."""
     folder = tmp_path_factory.mktemp("sanitized")
     sources = [str(ROOT / "hf_gradclip" / "kernels" / "c" / f"{name}.c") for name in ("whole", "units", "step")]
-    more = ["-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd"]  # as pyproject.toml has them
+    more = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]  # as pyproject.toml has them
     done = run("gcc", *FLAGS, *more, *sources, "-o", str(folder / "sanitized_kernels.so"))
     assert done.returncode == 0, done.stderr
     return str(folder)

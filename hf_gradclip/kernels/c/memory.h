@@ -43,14 +43,24 @@ INLINE float get(const char *memory, int64_t i, int bytes)
     return bytes == 4 ? ((const float *)memory)[i] : number((uint32_t)((const uint16_t *)memory)[i] << 16);
 }
 
+/* Rounds to two bytes, which are in the upper half; for numbers, and for a NaN whose lower half is 0. */
+INLINE uint32_t rounded(float value)
+{
+    const uint32_t word = bits(value), even = (word & 0x10000) == 0 ? ~0u : 0;
+    return word + 0x8000 + even;
+}
+
+INLINE uint32_t rounded_or_nan(float value)
+{
+    return value != value ? bits(value) | 0x400000 : rounded(value);
+}
+
 INLINE void set(char *memory, int64_t i, int bytes, float value)
 {
-    if (bytes == 4) {
+    if (bytes == 4)
         ((float *)memory)[i] = value;
-        return;
-    }
-    uint32_t word = bits(value), rounded = word + 0x7fff + (word >> 16 & 1);
-    ((uint16_t *)memory)[i] = ((word & 0x7fffffff) > INF ? word | 0x400000 : rounded) >> 16;
+    else
+        ((uint16_t *)memory)[i] = rounded_or_nan(value) >> 16;
 }
 
 /* Comparisons, because they are false for NaN and so keep it. */
@@ -216,13 +226,6 @@ INLINE float changed(float value, Change by, int bounded)
     return bounded ? clamped(value * by.scale, by.bound) : value * by.scale;
 }
 
-/* Rounds to two bytes, which are in the upper half; for numbers, and for a NaN whose lower half is 0. */
-INLINE uint32_t rounded(float value)
-{
-    const uint32_t word = bits(value), even = (word & 0x10000) == 0 ? ~0u : 0;
-    return word + 0x8000 + even;
-}
-
 INLINE void write_run(char *x, int64_t n, int bytes, Change by, int bounded)
 {
     if (bytes == 4) {
@@ -263,11 +266,10 @@ INLINE void write_four(char *const run[4], int64_t n, int bytes, const Change by
         write_run(run[k] + lines, n - lines / bytes, bytes, by[k], bounded);
 }
 
-/* The change in float32; a NaN is one whose lower half is 0, so that `rounded` keeps it. */
+/* A NaN is made one whose lower half is 0, so that `rounded` keeps it. */
 INLINE Change change(float scale, float bound)
 {
-    const Change by = {scale == scale ? scale : number(0x7fc00000), bound};
-    return by;
+    return (Change){scale == scale ? scale : number(0x7fc00000), bound};
 }
 
 INLINE int is_asked(float scale, float bound)

@@ -7,6 +7,7 @@
 enum { SGD, NESTEROV, ADAM, RMSPROP };
 enum { A = 1, B = 2, C = 4 };
 enum { GRADIENT = 1, COLUMNS = 5 }; /* of a table: weight, gradient, and a, b and c */
+enum { SHORT = 512 };               /* a row of which all columns fit the first cache, in both dtypes at once */
 
 /* As in rule.py; `decay` is 0 where it is not in the gradient, `keep` is 1 where it is not outside. */
 typedef struct {
@@ -89,31 +90,42 @@ INLINE void any_row(int64_t rule, void *const x[COLUMNS], int64_t n, Numbers of,
 #undef CASE
 }
 
-INLINE void widen(float *restrict wide, const uint16_t *restrict x, int64_t n)
+/* n elements of two bytes as float32: the lower ones of each pair, then the higher ones, then one that is left. */
+INLINE void widen(float *restrict wide, const void *restrict x, int64_t n)
 {
-    for (int64_t k = 0; k < n; k++)
-        wide[k] = get((const char *)x, k, 2);
+    const int64_t half = n / 2;
+    for (int64_t k = 0; k < half; k++) {
+        const uint32_t two = ((const Pair *)x)[k];
+        wide[k] = number(two << 16);
+        wide[half + k] = number(two & 0xffff0000);
+    }
+    if (n % 2)
+        wide[n - 1] = get(x, n - 1, 2);
 }
 
-INLINE void narrow(uint16_t *restrict x, const float *restrict wide, int64_t n)
+INLINE void narrow(void *restrict x, const float *restrict wide, int64_t n)
 {
-    for (int64_t k = 0; k < n; k++)
-        set((char *)x, k, 2, wide[k]);
+    const int64_t half = n / 2;
+    for (int64_t k = 0; k < half; k++)
+        ((Pair *)x)[k] = rounded_or_nan(wide[k]) >> 16 | (rounded_or_nan(wide[half + k]) & 0xffff0000);
+    if (n % 2)
+        set(x, n - 1, 2, wide[n - 1]);
 }
 
-/* The same in bfloat16, through buffers that stay in the first cache. */
-INLINE void any_row_of_two_bytes(int64_t rule, void *const x[COLUMNS], int64_t n, Numbers of, Own own, float *update)
+/* The same of memory in bfloat16 too, through buffers that stay in the first cache: one copy of the loops for both. */
+INLINE void any_row_of(
+    int bytes, int64_t rule, void *const x[COLUMNS], int64_t n, Numbers of, Own own, float *update)
 {
-    float wide[COLUMNS][ROW];
+    float wide[COLUMNS][SHORT];
     void *y[COLUMNS];
     for (int r = 0; r < COLUMNS; r++) {
-        y[r] = x[r] ? wide[r] : 0;
-        if (x[r])
+        y[r] = bytes == 2 && x[r] ? wide[r] : x[r];
+        if (bytes == 2 && x[r])
             widen(wide[r], x[r], n);
     }
     any_row(rule, y, n, of, own, update);
     for (int r = 0; r < COLUMNS; r++)
-        if (x[r] && r != GRADIENT && !update)
+        if (bytes == 2 && x[r] && r != GRADIENT && !update)
             narrow(x[r], wide[r], n);
 }
 
@@ -130,7 +142,7 @@ EVERY_CPU void gradclip_step(
     int64_t bound_stride, const float *after_S, int64_t after_stride, const float *limit_S, int64_t limit_stride,
     int64_t rule, const Numbers *numbers, double *sumsq_C, float *max_C)
 {
-    float update[ROW];
+    float update[SHORT];
     for (int64_t p = first; p < last; p++) {
         const int64_t s = segment_C[p], start = (p - first_S[s]) * chunk, left = numel_S[s] - start;
         const int64_t n = left < chunk ? left : chunk, here = place_S[2 * s], there = place_S[2 * s + 1];
@@ -141,17 +153,14 @@ EVERY_CPU void gradclip_step(
         const int bytes = bytes_K[kind_S[s]];
         uint32_t most = 0, top;
         double sum = 0;
-        for (int64_t i = 0; i < n; i += ROW) {
-            const int64_t some = n - i < ROW ? n - i : ROW;
+        for (int64_t i = 0; i < n; i += SHORT) {
+            const int64_t some = n - i < SHORT ? n - i : SHORT;
             void *x[COLUMNS];
             for (int r = 0; r < COLUMNS; r++) {
                 char *memory = (char *)address_RS[r * segments + s];
                 x[r] = memory ? memory + (start + i) * bytes : 0;
             }
-            if (bytes == 4)
-                any_row(rule, x, some, *numbers, own, sumsq_C ? update : 0);
-            else
-                any_row_of_two_bytes(rule, x, some, *numbers, own, sumsq_C ? update : 0);
+            any_row_of(bytes, rule, x, some, *numbers, own, sumsq_C ? update : 0);
             if (sumsq_C) {
                 sum += sum_of_squares((const char *)update, some, 4, &top);
                 most = top > most ? top : most;
