@@ -66,7 +66,9 @@ def ours(work: Workload, case: Case, backend: str) -> list[Row]:
         "zclip": ("zclip", "zclip:warmup_steps=2,max_norm=inf"),
         "adagc": ("adagc", "adagc:warmup_steps=2,max_norm=inf"),
     }
-    specs["agc"] = ("agc", f"agc:clip_factor={case.agc},include_1d=true")  # as its peers do
+    agc = f"agc:clip_factor={case.agc},include_1d=true"  # as its peers do; where it clips, it clips every row
+    specs["agc"] = ("agc", agc)
+    specs["adaptive_norm+agc"] = ("adaptive", f"adaptive_norm+{agc}")  # the preset `adaptive`
     if work.flat.is_cuda:
         specs["global_norm, nonfinite=pass"] = ("norm", {"gradient": plain, "nonfinite": "pass"})
     rows = [_clipper_row(work, case, backend, name, *spec) for name, spec in specs.items()]

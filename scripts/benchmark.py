@@ -162,11 +162,19 @@ def bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[]
 
 def ceilings(work: Workload) -> list[Row]:
     """What the memory allows, on one flat buffer of the same size and dtype."""
-    spare = torch.empty_like(work.flat)
+    spare = torch.zeros_like(work.flat)
+
+    def two_reads_and_a_write() -> None:
+        """What a rule by unit needs where it clips: gradients and weights read, then gradients written."""
+        work.flat.sum()
+        spare.sum()
+        work.flat.mul_(1.0)
+
     calls = {
         READ: bind(torch.sum, work.flat),
         "read + multiply in place, flat buffer": bind(work.flat.mul_, 1.0),
         "copy of a flat buffer": bind(spare.copy_, work.flat),
+        "two reads, then multiply in place": two_reads_and_a_write,
     }
     return [Row(name, "ceiling", "kernel", call=call, grads=False) for name, call in calls.items()]
 
