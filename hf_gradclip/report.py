@@ -155,7 +155,7 @@ class ClipReport:
         shown["threshold"] = sums.get("threshold")
         shown["rate"] = sums["clipped"] / steps
         shown["tensor_rate"] = sums["tensors"] / max(tensor_steps, 1)
-        shown["skipped"], shown["nonfinite"] = sums["skipped"], sums["nonfinite"]
+        shown["skipped"], shown["nonfinite"] = float(sums["skipped"]), float(sums["nonfinite"])
         return {f"{self.prefix}/{k}": v for k, v in shown.items() if v is not None and v == v}
 
     def summary(self) -> dict[str, float]:

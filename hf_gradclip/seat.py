@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_gradclip.device import upload
 from hf_gradclip.strategy import Strategy, parts_of
-from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.types import ClipPlan, Layout, NormStats, statistics_dtype
 
 MOST = 16_384
 """Segments of a layout whose statistics are brought to the host; below torch's size for a sum by several threads, so
@@ -33,8 +33,8 @@ def seen_by(strategy: Strategy, layout: Layout, read: bool) -> Layout:
         The same on the CPU, if it is small; with only its parameters on the CPU, if they are few and what goes by unit
         comes last, since nothing after that may be read; else the layout itself.
     """
-    if not read or layout.device.type == "cpu":
-        return layout
+    if not read or layout.device.type == "cpu" or layout.dtype != statistics_dtype(torch.device("cpu")):
+        return layout  # a device without float64 does not take the numbers of the host
     if len(layout) <= MOST:
         return layout.on_host
     by_unit = [part.needs.units is not None for part in parts_of(strategy)]

@@ -34,6 +34,7 @@ SPECS = {
     "global_norm": "global_norm:max_norm={limit}",
     "zclip": "zclip:warmup_steps=2,max_norm=inf",
     "adaptive_norm": "adaptive_norm",
+    "value": "value:max_value=2",
     "adagc": "adagc:warmup_steps=2,max_norm=inf",
     "agc": "agc:clip_factor=2",
     "adaptive": "adaptive_norm+agc:clip_factor=2",

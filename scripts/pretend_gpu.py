@@ -165,7 +165,8 @@ class Gpu(TorchDispatchMode):
         there = any(isinstance(leaf, OnGpu) for leaf in tree_leaves(made))
         if not (here or there) or func.is_view or name in SILENT:
             return made
-        if name == "_local_scalar_dense" or (here and not there):
+        given = any(isinstance(leaf, Tensor) for leaf in tree_leaves(made))
+        if name == "_local_scalar_dense" or (here and given and not there):
             self.reads += 1
             self.launches[f"{name} to the host"] += 1
         elif name in ("cat", "stack") and len({tensor.dtype for tensor in before}) > 1:

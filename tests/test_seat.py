@@ -239,6 +239,20 @@ def test_a_nan_is_not_measured_again(gradient, measures):
     assert clipper.step_was_skipped == (not math.isfinite(gradient[0]))
 
 
+def test_a_record_says_of_an_infinite_norm_that_nothing_was_scaled():
+    model = torch.nn.Linear(3, 2)
+    clipper = Clipper.for_model(model, "adaptive_norm")
+    clipper.recorder = Recorder()
+    clipper.recorder.start_after(0)
+    for loud in (1.0, math.inf, math.nan, 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, loud)
+        clipper.step()
+    rows = clipper.recorder.drain()
+    assert rows["finite"].tolist() == [True, False, False, True]
+    assert (rows["scales"] == 1).all()
+
+
 JUDGE = """
 import hashlib, sys, torch
 torch.set_num_threads(int(sys.argv[1]))

@@ -195,7 +195,7 @@ class Attachment:
             return self._norm_of_engine()  # decided and applied inside backward
         if self._is_behind():
             self.watch_optimizers()
-        if (norm := self._steps_of.marks.norm_of(clipper)) is not None:
+        if (norm := self._steps_of.norm_of(clipper)) is not None:
             return norm  # a second call for one step
         if (recording := self._recordings.get(clipper)) is not None:
             recording.before_step()

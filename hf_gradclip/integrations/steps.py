@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.clippers import Clippers
@@ -101,7 +103,15 @@ class Steps:
             found += strays
             if clipper.withheld and (taker := taker_of(clipper, self.stepping(clipper, optimizers))) is not None:
                 self._takers[clipper] = weakref.ref(taker)
+        if len({*self._takers.values()}) < len(self._takers):
+            self._takers.clear()  # one optimizer takes one plan
         return found
+
+    def norm_of(self, clipper: Clipper) -> Tensor | None:
+        """The norm of the clip of the coming step; None where one is due, as after an edit of what a plan is for."""
+        norm, taker = self.marks.norm_of(clipper), self.taker(clipper)
+        edited = norm is not None and taker is not None and taker.taken is not None and taker.taken.changed()
+        return None if edited else norm
 
     def taker(self, clipper: Clipper) -> ClippedOptimizer | None:
         """The optimizer that clips as it reads what a clipper has decided on; None where gradients are written."""

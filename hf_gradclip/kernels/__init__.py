@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from hf_gradclip.device import moved
 from hf_gradclip.kernels import choice
-from hf_gradclip.kernels.blocks import Axes, insist_on_counts, insist_on_numbers, of_host
+from hf_gradclip.kernels.blocks import Axes, device_of_bounds, insist_on_counts, insist_on_numbers, of_host
 from hf_gradclip.kernels.devices import Part, each_written, gathered, handed, parts_of, picked
 from hf_gradclip.kernels.operations import Language
 from hf_gradclip.kernels.rule import Memory, Places, Rule
@@ -65,8 +65,8 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
     device = _device_of(grads, scale_S)
     if parts := parts_of(grads, device):
         ones = [1] * len(grads)
-        for name, number_S in (("scale_S", scale_S), ("bound_S", bound_S)):
-            insist_on_numbers(name, number_S, ((), (len(grads),)), scale_S.device)
+        insist_on_numbers("scale_S", scale_S, ((), (len(grads),)), scale_S.device)
+        insist_on_numbers("bound_S", bound_S, ((), (len(grads),)), device_of_bounds(scale_S, bound_S))
 
         def write(part: Part) -> None:
             scale, bound = handed(scale_S, part, ones), handed(bound_S, part, ones)
@@ -203,6 +203,8 @@ def _again(rule: Rule, memory: Memory, places: Places, before: Ready) -> Ready |
     language, table = _still(before)
     if table is None or not are_plain(memory.grads) or any(map(Tensor.is_inference, memory.grads)):
         return None
+    if [*map(Tensor.size, memory.weights)] != [*map(Tensor.size, memory.grads)]:
+        return None  # one was reshaped in place
     try:
         now = language.step.prepare(rule, memory, places)
     except Exception:

@@ -110,6 +110,11 @@ def of_host(number: Tensor) -> bool:
     return number.ndim == 0 and number.is_cpu
 
 
+def device_of_bounds(scale_S: Tensor, bound_S: Tensor | None) -> torch.device:
+    """Where bounds must be: beside the scales, unless those are one number of the host's."""
+    return scale_S.device if bound_S is None or not of_host(scale_S) else bound_S.device
+
+
 def block_table(
     blocks: Sequence[Tensor | None],
     kept: Sequence[Axes],

@@ -29,7 +29,7 @@ from hf_gradclip.optim.counters import Counters
 from hf_gradclip.optim.groups import named_of
 from hf_gradclip.optim.options import insist_on_options
 from hf_gradclip.optim.step import Job, Jobs, measured, step_
-from hf_gradclip.optim.taken import Taken
+from hf_gradclip.optim.taken import Taken, ids_of
 from hf_gradclip.say import logger
 from hf_gradclip.strategy import Needs, SpecError, describe, flatten
 from hf_gradclip.suits import refuse_a_record
@@ -70,6 +70,7 @@ class ClippedOptimizer(Optimizer, ABC):
     Attributes:
         clipper: of the gradients, with state and report; None without `clip`.
         update_clipper: of the updates; None without `update_clip`. GradClipTrainer and `attach` set it.
+        taken: what `take` was given for the coming step.
 
     Raises:
         SpecError: for a wrong spec.
@@ -78,7 +79,7 @@ class ClippedOptimizer(Optimizer, ABC):
 
     clipper: Clipper | None = None
     update_clipper: Clipper | None = None
-    _taken: Taken | None = None
+    taken: Taken | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], clip: Any, update_clip: Any) -> None:
         name = type(self).__name__
@@ -155,9 +156,10 @@ class ClippedOptimizer(Optimizer, ABC):
 
         plan = after = None
         if self.clipper is None:
-            taken, self._taken = self._taken, None
-            plan, view = (None, None) if taken is None else taken.insist(type(self).__name__)
-            jobs = self._prepared(view)
+            if (taken := self.taken) is not None:
+                taken.insist(type(self).__name__, ids_of(self.param_groups))
+                plan, self.taken = taken.plan, None
+            jobs = self._prepared(None if taken is None else taken.view)
         else:
             decision, jobs = self._decide(self._judged(loss))
             outcome = self.clipper.settle(decision)
@@ -180,7 +182,7 @@ class ClippedOptimizer(Optimizer, ABC):
             plan: for the gradients; None leaves them as they are.
             view: of the gradients.
         """
-        self._taken = None if plan is None else Taken(plan, view)
+        self.taken = Taken(plan, view)
 
     def _prepared(self, view: View | None) -> list[Job]:
         """What there is to do, with everything that no plan decides made ready; `view` is of the clipped gradients."""

@@ -144,7 +144,8 @@ class Recorder:
             losses = columns[0].new_full((len(columns[0]),), float("nan"))
         before_TP, scale_TP, after_TP, small, bounded, loss = _on_host([*columns, losses[:, None]])
         with np.errstate(divide="ignore", invalid="ignore"):  # what nothing was measured of is kept as it is
-            scale_TP = np.where(before_TP > 0, scale_TP * np.sqrt(after_TP / before_TP), 1.0)
+            left_TP = np.where(after_TP == before_TP, 1.0, np.sqrt(after_TP / before_TP))  # also where both are inf
+            scale_TP = np.where(before_TP > 0, scale_TP * left_TP, 1.0)
         notes = self._notes
         self._clear()
         total, threshold, finite, skipped = small.T

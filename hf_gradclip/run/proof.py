@@ -1,7 +1,8 @@
 """In the first steps: is what an optimizer steps what was clipped?
 
 A loop that clips before backward, or zeroes gradients after the clip, does so in every step, so that a few of them show
-it. Later steps cost nothing. An edit of a gradient between clip and step, such as a mask, is allowed.
+it. Later steps cost nothing. An edit of a gradient between clip and step, such as a mask, is allowed
+where the gradient was clipped in its memory; see optim/taken.py.
 """
 
 from __future__ import annotations

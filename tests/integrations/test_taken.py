@@ -123,14 +123,88 @@ def test_two_optimizers_of_one_model_take_nothing():
     assert attachment.scalars()["clip/rate"] == 1
 
 
-def test_a_gradient_that_is_written_after_the_clip_is_an_error():
-    """Noise that is added to a clipped gradient would be scaled with it."""
+@pytest.mark.parametrize("quiet", [(), (0,), (1,), (0, 1)])
+def test_one_optimizer_of_two_models_takes_nothing(quiet):
+    """Each has a plan of its own, or none where its gradient is quiet."""
+    accelerator = Accelerator(cpu=True)
+    models = [network(), network()]
+    hf_gradclip.attach(accelerator, "global_norm:max_norm=1e-3")
+    *models, optimizer = accelerator.prepare(*models, optim.SGD([p for m in models for p in m.parameters()], lr=1.0))
+    before = [[p.detach().clone() for p in model.parameters()] for model in models]
+    for i, model in enumerate(models):
+        accelerator.backward(loss_of(model, 1) * (1e-6 if i in quiet else 1.0))
+    for model in models:
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    for i, (model, old) in enumerate(zip(models, before, strict=True)):
+        moved = [(a - b).detach().square().sum() for a, b in zip(old, model.parameters(), strict=True)]
+        norm = math.sqrt(sum(map(float, moved)))
+        assert norm < 1e-3 * 1.001
+        assert i in quiet or norm == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("loud", [True, False])
+def test_a_parameter_that_leaves_the_optimizer_after_the_clip_is_an_error(loud):
+    spec = f"global_norm:max_norm={1e-3 if loud else 1e6}"
+    accelerator, _, model, optimizer = attached(lambda params: optim.SGD(params, lr=1.0), spec)
+    accelerator.backward(loss_of(model, 1))
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(RuntimeError, match="1 parameters left the optimizer between the clip and the step"):
+        optimizer.optimizer.step()
+
+
+def test_an_edit_is_taken_by_a_second_clip():
+    """Of whichever gradient."""
     accelerator, _, model, optimizer = attached(lambda params: optim.SGD(params, lr=1.0), "global_norm:max_norm=1e-3")
     before = [p.detach().clone() for p in model.parameters()]
     accelerator.backward(loss_of(model, 1))
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    model[2].weight.grad.add_(100.0)
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
+    assert norm > 300
+    optimizer.step()
+    moved = [(a - b).detach().square().sum() for a, b in zip(before, model.parameters(), strict=True)]
+    assert math.sqrt(sum(map(float, moved))) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_gradient_that_is_taken_away_after_the_clip_is_none():
+    accelerator, _, model, optimizer = attached(lambda params: optim.SGD(params, lr=1.0), "global_norm:max_norm=1e-3")
+    before = model[0].weight.detach().clone()
+    accelerator.backward(loss_of(model, 1))
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    model[0].weight.grad = None
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_plan_of_gradients_that_are_gone_is_not_used():
+    """A step that was left out, and another backward: by hand, where nobody else looks."""
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=1.0)
+    clipper = Clipper.for_model(model, "global_norm:max_norm=1e-3")
+    for step in range(20):
+        loss_of(model, step).backward()
+        clipper.step(to=optimizer)
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        with pytest.raises(RuntimeError, match="was written to, or replaced"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="was written to, or replaced"):
+            optimizer.step()  # still
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_a_gradient_that_is_written_after_the_clip_is_an_error(limit):
+    """Noise that is added to a clipped gradient would be scaled with it."""
+    spec = f"global_norm:max_norm={limit}"
+    accelerator, _, model, optimizer = attached(lambda params: optim.SGD(params, lr=1.0), spec)
+    before = [p.detach().clone() for p in model.parameters()]
+    accelerator.backward(loss_of(model, 1))
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
     model[0].weight.grad.add_(1.0)
-    with pytest.raises(RuntimeError, match=r"SGD\.step\(\): a gradient was written to between the clip and the step"):
+    with pytest.raises(RuntimeError, match=r"SGD\.step\(\): a gradient was written to, or replaced, between the clip"):
         optimizer.step()
     assert all(map(torch.equal, before, model.parameters()))
 

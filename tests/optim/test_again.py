@@ -75,6 +75,12 @@ def counted(params: list[nn.Parameter], optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def in_a_row(params: list[nn.Parameter], optimizer: Optimizer) -> Optimizer:
+    """A counter with an axis, as some checkpoints have it."""
+    optimizer.state[params[1]]["step"] = torch.tensor([5.0])
+    return optimizer
+
+
 CHANGES: dict[str, Callable[[list[nn.Parameter], Optimizer], Optimizer]] = {
     "nothing": lambda _, optimizer: optimizer,
     "a weight is moved": moved,
@@ -84,6 +90,7 @@ CHANGES: dict[str, Callable[[list[nn.Parameter], Optimizer], Optimizer]] = {
     "a dtype": wide,
     "an order of elements": turned,
     "counters": counted,
+    "a counter with an axis": in_a_row,
 }
 
 

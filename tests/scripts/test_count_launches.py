@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROWS = ["none", "zclip", "adagc", "agc, record", "AdamW clip=zclip", "AdamW clip=zclip, two groups"]
+ROWS = ["none", "zclip", "value", "adagc", "agc, record", "AdamW clip=zclip", "AdamW clip=zclip, two groups"]
 
 SINGLE = """
 import json, torch
@@ -113,7 +113,14 @@ def test_no_count_depends_on_how_many_tensors_there_are(steps) -> None:
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("none", 5), ("zclip", 5), ("agc, record", 25), ("AdamW clip=zclip", 6), ("AdamW clip=zclip, two groups", 7)],
+    [
+        ("none", 5),
+        ("zclip", 5),
+        ("value", 8),
+        ("agc, record", 25),
+        ("AdamW clip=zclip", 6),
+        ("AdamW clip=zclip, two groups", 7),
+    ],
 )
 def test_a_step_takes_few(steps, name, most) -> None:
     _few, many = steps[name]

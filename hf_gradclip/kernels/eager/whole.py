@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_gradclip.device import moved
-from hf_gradclip.kernels.blocks import insist_on_numbers
+from hf_gradclip.kernels.blocks import device_of_bounds, insist_on_numbers
 from hf_gradclip.kernels.eager import many
 from hf_gradclip.kernels.eager.half import CHUNK, SMALL, divisor_of, half_sums
 from hf_gradclip.kernels.table import MisfitError, dense, insist_on_memory
@@ -45,7 +45,7 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
     """g <- clamp(g * scale, -bound, +bound), in place; see operations.Whole. Any devices."""
     _insist_on_memory(grads)
     insist_on_numbers("scale_S", scale_S, ((), (len(grads),)), scale_S.device)
-    insist_on_numbers("bound_S", bound_S, ((), (len(grads),)), scale_S.device)
+    insist_on_numbers("bound_S", bound_S, ((), (len(grads),)), device_of_bounds(scale_S, bound_S))
     scale_(grads, scale_S)
     if bound_S is not None:
         clamp_(grads, bound_S.expand(len(grads)))
