@@ -30,6 +30,8 @@ def parts_of(tensors: Sequence[Tensor | None], device: torch.device) -> list[Par
     places: dict[torch.device, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         places[present[0].device if tensor is None else tensor.device].append(i)
+    if len(places) == 1 and present[0].device.type == device.type and device.index is None:
+        return []  # the same, by its full name
     return list(places.items())
 
 

@@ -30,7 +30,7 @@ class Counters:
         step_P, parts = self._known.get(key, (None, ()))
         if step_P is not None and len(parts) == len(steps) and all(map(is_, parts, steps)):
             return step_P
-        step_P = torch.cat([torch.as_tensor(step, dtype=torch.float32).reshape(1) for step in steps])
+        step_P = torch.cat([torch.as_tensor(step, dtype=torch.float32, device="cpu").reshape(1) for step in steps])
         parts = list(step_P.unbind())
         for state, part in zip(states, parts, strict=True):
             state["step"] = part

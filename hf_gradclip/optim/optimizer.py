@@ -152,8 +152,8 @@ class ClippedOptimizer(Optimizer, ABC):
             logger.warning("%s: the set of parameters changed, so the clip state starts anew.", type(self).__name__)
             self._make_clippers()
         self._settle()
-        refuse_capture(f"{type(self).__name__}.step()", self.param_groups[0]["params"][0].device)
-
+        for device in {p.device for group in self.param_groups for p in group["params"]}:
+            refuse_capture(f"{type(self).__name__}.step()", device)
         plan = after = None
         if self.clipper is None:
             if (taken := self.taken) is not None:
@@ -296,5 +296,5 @@ class ClippedOptimizer(Optimizer, ABC):
 
     def _own(self) -> dict[str, Clipper]:
         """The clippers that the constructor was asked for."""
-        clippers = {"gradient": self.clipper, "update": self.update_clipper}
-        return {place: clipper for place, clipper in clippers.items() if clipper and place in self._specs}
+        made = {"gradient": self.clipper, "update": self.update_clipper}
+        return {place: clipper for place, clipper in made.items() if clipper and place in self._specs}

@@ -1,13 +1,11 @@
-"""Part `sweep`: tile sizes and arithmetic of the kernels at 1.1B elements, behind a backlog, so that the device alone
-counts. A variant of the step's arithmetic is kernels/triton/step.py with one line changed."""
+"""Part `sweep`: tile sizes of the kernels at 1.1B elements, behind a backlog, so that the device alone counts."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from benchmark import Workload, bind
@@ -16,13 +14,6 @@ from gpu_parts.worker import ROOT, Clock, Worker, serve
 from hf_gradclip.kernels.rule import Memory, Places, Rule
 from hf_gradclip.types import ClipPlan
 
-LINE = "u = term * tl.div_rn(a, tl.div_rn(tl.sqrt_rn(top), root) + eps)"
-VARIANTS = {
-    "as is": LINE,
-    "one division less": "u = term * tl.div_rn(a, tl.sqrt_rn(top) * (1.0 / root) + eps)",
-    "fast division": "u = term * (a / (tl.sqrt_rn(top) * (1.0 / root) + eps))",
-    "fast division and root": "u = term * (a / (tl.sqrt(top) * (1.0 / root) + eps))",
-}
 WHOLE = [  # CHUNK, BLOCK, WARPS; first those that are in force
     (1 << 16, 1 << 13, 8),
     (1 << 16, 1 << 14, 8),
@@ -33,31 +24,37 @@ WHOLE = [  # CHUNK, BLOCK, WARPS; first those that are in force
     (1 << 15, 1 << 13, 4),
     (1 << 15, 1 << 12, 4),
 ]
-STEP = [(1 << 14, 1024, 4), (1 << 14, 512, 4), (1 << 15, 2048, 8), (1 << 14, 1024, 8)]  # CHUNK, STEP, WARPS
+STEP = [  # CHUNK, STEP, WARPS, REGISTERS
+    (1 << 14, 1024, 4, 72),
+    (1 << 14, 1024, 4, 96),
+    (1 << 14, 1024, 4, 64),
+    (1 << 14, 512, 4, 72),
+    (1 << 15, 2048, 8, 72),
+    (1 << 14, 1024, 8, 72),
+]
 
 
-def variant(w: Worker, name: str) -> ModuleType:
-    """The step's file with the arithmetic of this name, as a module of its own."""
-    text = (ROOT / "hf_gradclip" / "kernels" / "triton" / "step.py").read_text("utf-8")
-    if LINE not in text:
-        raise LookupError(f"kernels/triton/step.py has no line {LINE!r} any more: sweep.py changes that one")
-    path = w.work / f"step_{re.sub(r'[^a-z]+', '_', name)}.py"
-    path.write_text(text.replace(LINE, VARIANTS[name]), "utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def variant(sizes: tuple[int, int, int, int]) -> ModuleType:
+    """The step's file with these sizes, as a module of its own, whose kernels are compiled anew."""
+    name = "step_" + "_".join(map(str, sizes))
+    spec = importlib.util.spec_from_file_location(name, ROOT / "hf_gradclip" / "kernels" / "triton" / "step.py")
     assert spec is not None
     assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = made
+    made: Any = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made
     spec.loader.exec_module(made)
-    return made
+    for size in ("CHUNK", "STEP", "WARPS", "REGISTERS"):
+        assert hasattr(made, size), f"kernels/triton/step.py has no {size} any more"
+    made.CHUNK, made.STEP, made.WARPS, made.REGISTERS = sizes
+    return cast(ModuleType, made)
 
 
 def sweep(w: Worker) -> None:
     """In a rehearsal, whether the variants can be made."""
     if w.tiny:
-        for name in VARIANTS:
-            with w.row(f"adam, {name}"):
-                w.emit(row=f"adam, {name}", launcher=variant(w, name).step_.__name__)
+        for sizes in STEP:
+            with w.row(f"adam, {sizes}"):
+                w.emit(row=f"adam, {sizes}", launcher=variant(sizes).step_.__name__)
         return
     device, clock = w.device(), Clock(w.device())
     work = w.workload("llama1b", "bf16")
@@ -94,16 +91,13 @@ def _step(w: Worker, clock: Clock, work: Workload, moments: torch.dtype, device:
     places = Places(tuple(range(len(weights))), tuple(range(len(weights))))
     plan = ClipPlan(torch.tensor(0.5, device=device, dtype=torch.float64))
     moved = work.flat.numel() * (3 * 2 + 4 * first[0].element_size())
-    for name in VARIANTS:
-        for sizes in STEP:
-            full = f"adam, {str(moments)[6:]} moments, {name}: " + "CHUNK {} STEP {} WARPS {}".format(*sizes)
-            with w.row(full):
-                made: Any = variant(w, name)
-                made.CHUNK, made.STEP, made.WARPS = sizes
-                ms = clock.behind(bind(made.step_, rule, memory, places, plan, None), 5)
-                w.emit(row=full, ms=ms, TB_per_s=moved / ms / 1e9, now=name == "as is" and sizes == STEP[0])
-            if w.late(3):
-                return
+    for sizes in STEP:
+        full = f"adam, {str(moments)[6:]} moments: " + "CHUNK {} STEP {} WARPS {} REGISTERS {}".format(*sizes)
+        with w.row(full):
+            ms = clock.behind(bind(variant(sizes).step_, rule, memory, places, plan, None), 5)
+            w.emit(row=full, ms=ms, TB_per_s=moved / ms / 1e9, now=sizes == STEP[0])
+        if w.late(3):
+            return
 
 
 if __name__ == "__main__":

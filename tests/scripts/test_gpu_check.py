@@ -87,7 +87,7 @@ def test_a_rehearsal(script, tmp_path, capsys) -> None:
         assert f"{row['share']:.2%}" in headline
     assert shares["no clipping"]["clip_ms"] < min(shares[name]["clip_ms"] for name in ("none", "adaptive"))
 
-    assert len(parts["sweep"]["lines"]) == 4
+    assert len(parts["sweep"]["lines"]) == 6
 
 
 @pytest.mark.slow

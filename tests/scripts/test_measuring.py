@@ -38,7 +38,7 @@ def test_bench_against_itself(printed) -> None:
     words = ["--script", "clip", "step", "--workload", "tiny", "--dtype", "fp32", "--pairs", "3"]
     lines = printed("bench_against", str(ROOT), *words).splitlines()
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines[2:]]
-    assert len(rows) == 2 * (7 + 4)
+    assert len(rows) == 2 * (8 + 4)
     assert {"clipper.step() agc", "hf_gradclip.optim.AdamW clip"} <= {row[1] for row in rows}
     for _, _, ours, other, ratio, _ in rows:
         assert min(float(ours), float(other), float(ratio)) > 0
