@@ -110,12 +110,15 @@ def trained(monkeypatch, strategy: object, where: str) -> dict[str, object]:
     clipper = Clipper.for_model(model, strategy)
     clipper.recorder = Recorder()
     clipper.recorder.start_after(0)
-    norms, left = [], []
+    norms, left, changed = [], [], False
     for grads in gradients(steps=60):
         set_gradients(model, grads)
         norms.append(clipper.step(LOSS).item())
-        left += [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        for key, p in model.named_parameters():
+            left.append(None if p.grad is None else p.grad.clone())
+            changed |= p.grad is not None and not np.array_equal(p.grad, grads[key], equal_nan=True)
     rows = clipper.recorder.drain()
+    assert changed == (clipper.report.summary()["clipped"] > 0)
     return {"norms": norms, "left": left, "state": flatten(clipper.state), "rows": rows} | clipper.report.scalars()
 
 
@@ -208,7 +211,7 @@ def test_ranks_that_measure_or_judge_otherwise_do_not_start(monkeypatch):
         number()
 
 
-@pytest.mark.parametrize("what", ["Clipping", "AdamW.step()"])
+@pytest.mark.parametrize("what", ["Clipping", "optimizer.step()"])
 def test_a_step_in_a_captured_graph_is_refused(monkeypatch, what):
     """Nothing of it would change from one replay to the next."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -218,7 +221,7 @@ def test_a_step_in_a_captured_graph_is_refused(monkeypatch, what):
     model = torch.nn.Linear(3, 2)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    for place in ("hf_gradclip.views.view", "hf_gradclip.optim.optimizer"):
+    for place in ("hf_gradclip.views.view", "hf_gradclip.optim.step"):
         monkeypatch.setattr(f"{place}.refuse_capture", lambda call, device: asked.append((call, device.type)))
     Clipper.for_model(model, "none").step() if what == "Clipping" else optim.AdamW(model.parameters()).step()
     assert asked == [(what, "cpu")]

@@ -199,12 +199,13 @@ def _step(optimizer: Any, inner: Callable[..., Any], closure: Any) -> Any:
 def taker_of(clipper: Clipper, optimizers: Sequence[Any]) -> ClippedOptimizer | None:
     """The one of hf_gradclip.optim that alone steps what a clipper clips, where its kernels take the plan.
 
-    What is clipped by unit is faster written.
+    What is clipped by unit is faster written, and flat shards of FSDP1 are written as ever.
     """
-    if len(optimizers) != 1 or not isinstance(optimizers[0], ClippedOptimizer):
+    if len(optimizers) != 1 or not isinstance(optimizers[0], ClippedOptimizer) or clipper.view.whole_only:
         return None
-    by_unit = any(cut is not None for _, cut in clipper.view.places().values())
-    return None if by_unit else optimizers[0]
+    places = clipper.view.places()
+    taken = all(id(p) in places and places[id(p)][1] is None for p in clipper.view.watched())
+    return optimizers[0] if taken else None
 
 
 _guards: weakref.WeakKeyDictionary[Any, weakref.ref[Steps]] = weakref.WeakKeyDictionary()

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from hf_gradclip.device import moved
 from hf_gradclip.kernels import choice
 from hf_gradclip.kernels.blocks import Axes, device_of_bounds, insist_on_counts, insist_on_numbers, of_host
-from hf_gradclip.kernels.devices import Part, each_written, gathered, handed, parts_of, picked
+from hf_gradclip.kernels.devices import Part, each_written, gathered, numbers_of, parts_of, picked
 from hf_gradclip.kernels.operations import Language
 from hf_gradclip.kernels.rule import Memory, Places, Rule
 from hf_gradclip.kernels.table import Table, are_plain
@@ -69,7 +69,7 @@ def apply_(grads: Sequence[Tensor | None], scale_S: Tensor, bound_S: Tensor | No
         insist_on_numbers("bound_S", bound_S, ((), (len(grads),)), device_of_bounds(scale_S, bound_S))
 
         def write(part: Part) -> None:
-            scale, bound = handed(scale_S, part, ones), handed(bound_S, part, ones)
+            scale, bound = numbers_of(scale_S, part, ones), numbers_of(bound_S, part, ones)
             assert scale is not None
             apply_(picked(grads, part), scale, bound)
 
@@ -125,7 +125,7 @@ def unit_apply_(
             insist_on_numbers(name, number_U, ((sum(counts),),), scale_U.device)
 
         def write(part: Part) -> None:
-            scale, bound = handed(scale_U, part, counts), handed(bound_U, part, counts)
+            scale, bound = numbers_of(scale_U, part, counts), numbers_of(bound_U, part, counts)
             assert scale is not None
             unit_apply_(picked(blocks, part), picked(kept, part), picked(counts, part), scale, bound)
 

@@ -58,7 +58,7 @@ def gathered(
     return torch.cat([pieces[i] for i in range(len(counts))])
 
 
-def handed(numbers: Tensor | None, part: Part, counts: Sequence[int]) -> Tensor | None:
+def numbers_of(numbers: Tensor | None, part: Part, counts: Sequence[int]) -> Tensor | None:
     """The numbers of a part on its device; one that serves all may stay with the host."""
     if numbers is None or of_host(numbers):
         return numbers

@@ -23,7 +23,6 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import Decision
-from hf_gradclip.device import refuse_capture
 from hf_gradclip.kernels.rule import Memory, Rule
 from hf_gradclip.optim.counters import Counters
 from hf_gradclip.optim.groups import named_of
@@ -152,8 +151,6 @@ class ClippedOptimizer(Optimizer, ABC):
             logger.warning("%s: the set of parameters changed, so the clip state starts anew.", type(self).__name__)
             self._make_clippers()
         self._settle()
-        for device in {p.device for group in self.param_groups for p in group["params"]}:
-            refuse_capture(f"{type(self).__name__}.step()", device)
         plan = after = None
         if self.clipper is None:
             if (taken := self.taken) is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_gradclip import kernels
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.decision import Measure
-from hf_gradclip.device import moved, upload
+from hf_gradclip.device import moved, refuse_capture, upload
 from hf_gradclip.kernels import Ready
 from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule
 from hf_gradclip.strategy import Needs
@@ -94,7 +94,8 @@ class Jobs:
                 if p.grad is not None:
                     key = p.dtype, p.device, id(p) in of_gradients, id(p) in of_updates
                     alike.setdefault(key, []).append(p)
-            for (_, _, gradient, update), params in alike.items():
+            for (_, device, gradient, update), params in alike.items():
+                refuse_capture("optimizer.step()", device)
                 rule, memory, done = rule_of(group, params)
                 segments = of_gradients if gradient else _NOWHERE, of_updates if update else _NOWHERE
                 known = self._known_of(params, *segments)
