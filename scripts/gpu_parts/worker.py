@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import DTYPES, Shapes, Stopwatch, Workload
+from benchmark import DTYPES, Shapes, Workload
+from stopwatch import Stopwatch
 
 from hf_gradclip.kernels import choice
 
