@@ -7,6 +7,7 @@ the clip of the update after. Of 16-bit memory the result of one step is that of
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -305,7 +306,11 @@ class TestPlainStep:
 
 
 def peak_of(call: Any) -> int:
-    """Bytes that a call holds at most beside what there was, as the profiler of torch saw memory come and go."""
+    """Bytes that a call holds at most beside what there was, as the profiler of torch saw memory come and go.
+
+    Garbage of earlier tests goes first: freed while the call runs, it would be taken off the peak.
+    """
+    gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     held = peak = 0
