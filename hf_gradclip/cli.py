@@ -64,6 +64,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _replay(args: argparse.Namespace) -> None:
+    from hf_gradclip.analysis import groups
     from hf_gradclip.analysis.replay import (
         LIMIT_OF_REPLAY,
         difference,
@@ -80,8 +81,12 @@ def _replay(args: argparse.Namespace) -> None:
     if not record.finite_T.any():
         raise ValueError(f"{args.run}: no recorded step has a finite norm.")
     specs = args.clip or [spec_recorded(record)]
-    found = [replay(record, strategy_for_replay(spec)) for spec in specs]
+    strategies = [strategy_for_replay(spec) for spec in specs]
+    found = [replay(record, strategy) for strategy in strategies]
     show_table(COLUMNS, outcome_rows(map(functools.partial(outcome_of, record), found, specs)))
+    for spec, strategy, of_spec in zip(specs, strategies, found, strict=True):
+        if parts := groups.replayed_groups(record, strategy, of_spec):
+            show_table(groups.COLUMNS, groups.group_rows(parts), f"Groups of parameters under {spec}")
     for run in found:
         if run.spec == record.meta["spec"] and not record.earlier:
             print(f"What was recorded is {run.spec}: its scales differ by {difference(record, run):.1e} at most.")

@@ -6,6 +6,7 @@
     "zclip:z_threshold=3"         name[:key=value,...]
     "adagc+value:max_value=1"     a chain; `+` before a letter
     {"strategy": "zclip", ...}    one strategy, its fields beside it
+    {"embed*": spec, "*": spec}   by name of parameters, see hf_gradclip.grouped; as text "embed*=spec;*=spec"
     {"gradient": spec, "update": spec, ...}    a whole configuration; the same as YAML
 
 A name is looked up as a strategy of this package, then a preset, then a YAML file, then the dotted path of a class.
@@ -18,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hf_gradclip.grouped import is_grouped
 from hf_gradclip.spec import UnknownFieldError, is_file, nearest, read_strategy, read_yaml, shown
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 
@@ -192,7 +194,7 @@ def _settings(spec: Any) -> dict[str, Any]:
     """The fields of a ClipConfig that a spec gives."""
     if isinstance(spec, ClipConfig):
         return {f.name: getattr(spec, f.name) for f in fields(spec)}
-    if isinstance(spec, Mapping) and "strategy" not in spec:
+    if isinstance(spec, Mapping) and "strategy" not in spec and not is_grouped(spec):
         known = [f.name for f in fields(ClipConfig)]
         for key in spec:
             if key not in known:

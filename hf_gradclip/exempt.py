@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
+from hf_gradclip.budgets import Budgets
 from hf_gradclip.say import logger
 from hf_gradclip.strategies.agc import AGC
 from hf_gradclip.strategies.none import NoClip
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
+from hf_gradclip.views.heads import Heads
 from hf_gradclip.views.view import View
 
 SHOWN = 3
@@ -22,38 +26,65 @@ def refuse_idle(strategy: Strategy, view: View) -> None:
         view: divided as it asks for.
 
     Raises:
-        SpecError: if `agc` leaves every trainable parameter alone, and no other strategy is there.
+        SpecError: if `agc` leaves every trainable parameter alone that it is for, and no other strategy is there.
     """
-    words = idle(strategy, view)
-    if words and not _others(strategy):
-        raise SpecError(words)
-    if words and (not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0):
-        logger.warning(words)
+    for part, names in _by_group(strategy, view):
+        words = _idle(part, names, view)
+        if words and not _others(part):
+            raise SpecError(words)
+        if words and (not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0):
+            logger.warning(words)
 
 
 def idle(strategy: Strategy, view: View) -> str:
     """Words for an `agc` that leaves every trainable parameter alone; "" where it can clip something."""
-    part, names = _agc(strategy), view.layout.names
-    if part is None or len(view.uncut) < len(names):
-        return ""
-    use = [f"include_{word}=true" for word, found in (("1d", _vectors(view)), ("head", view.heads)) if found]
-    others = _others(strategy)
-    use.append(f"{'+'.join(others)} alone" if others else "adaptive_norm, which clips the whole gradient")
-    return (
-        f"{describe(part)}: clips nothing here. All {len(names)} trainable parameters are left alone: "
-        f"{_left(view)}. Use {' or '.join(use)}."
-    )
+    return " ".join(filter(None, (_idle(part, names, view) for part, names in _by_group(strategy, view))))
 
 
 def exempt(strategy: Strategy, view: View) -> str:
     """Words for the start of a run: what `agc` leaves alone; "" for other strategies."""
-    part = _agc(strategy)
-    if part is None or (part.include_1d and part.include_head):
+    words = []
+    for whole, names in _by_group(strategy, view):
+        part = _agc(whole)
+        if part is None or (part.include_1d and part.include_head):
+            continue
+        left = _left(names, view) or "nothing"
+        if not view.heads and not part.include_head:
+            left += "; it found no trained head, so it clips every matrix"
+        words.append(f"{name_of(part)} leaves alone {left}")
+    return "; ".join(words)
+
+
+def counts(strategy: Strategy, view: View) -> str:
+    """Words for the start of a run: how many parameters are in each group; "" where there are no groups."""
+    if not isinstance(strategy, Budgets):
         return ""
-    words = _left(view) or "nothing"
-    if not view.heads and not part.include_head:
-        words += "; it found no trained head, so it clips every matrix"
-    return f"{name_of(part)} leaves alone {words}"
+    sizes = [0 if part is None else len(part.names) for part in strategy.split(view.layout).layouts]
+    found = [f"{label} {size}" for label, size in zip(strategy.labels, sizes, strict=True)]
+    return f"parameters by group: {', '.join(found)}"
+
+
+def _by_group(strategy: Strategy, view: View) -> list[tuple[Strategy, tuple[str, ...]]]:
+    """Each strategy that is judged by itself, and the trained parameters that it is for."""
+    if not isinstance(strategy, Budgets):
+        return [(strategy, view.layout.names)]
+    layouts = strategy.split(view.layout).layouts
+    pairs = zip(strategy.groups, layouts, strict=True)
+    return [(group.strategy, layout.names) for group, layout in pairs if layout is not None]
+
+
+def _idle(strategy: Strategy, names: Sequence[str], view: View) -> str:
+    part = _agc(strategy)
+    if part is None or not set(names) <= {*view.uncut}:
+        return ""
+    heads, vectors = _heads(names, view), _vectors(names, view)
+    use = [f"include_{word}=true" for word, found in (("1d", vectors), ("head", heads)) if found]
+    others = _others(strategy)
+    use.append(f"{'+'.join(others)} alone" if others else "adaptive_norm, which clips the whole gradient")
+    return (
+        f"{describe(part)}: clips nothing here. All {len(names)} trainable parameters are left alone: "
+        f"{_left(names, view)}. Use {' or '.join(use)}."
+    )
 
 
 def _agc(strategy: Strategy) -> AGC | None:
@@ -65,8 +96,8 @@ def _others(strategy: Strategy) -> list[str]:
     return [name_of(part) for part in parts_of(strategy) if not isinstance(part, (AGC, NoClip))]
 
 
-def _left(view: View) -> str:
-    heads, vectors, words = view.heads, len(_vectors(view)), []
+def _left(names: Sequence[str], view: View) -> str:
+    heads, vectors, words = _heads(names, view), len(_vectors(names, view)), []
     if heads:
         shown = [_head(name, parameters) for name, parameters in list(heads.items())[:SHOWN]]
         more = f" and {len(heads) - SHOWN} more" if len(heads) > SHOWN else ""
@@ -76,6 +107,11 @@ def _left(view: View) -> str:
     return " and ".join(words)
 
 
+def _heads(names: Sequence[str], view: View) -> Heads:
+    """The heads with a parameter among these."""
+    return {layer: parameters for layer, parameters in view.heads.items() if {*parameters} & {*names}}
+
+
 def _head(name: str, parameters: tuple[str, ...]) -> str:
     """The name of a head, and of the embedding that it is tied to."""
     layers = (parameter.rpartition(".")[0] for parameter in parameters)
@@ -83,7 +119,8 @@ def _head(name: str, parameters: tuple[str, ...]) -> str:
     return f"{name}, tied to {' and '.join(sorted(others))}" if others else name
 
 
-def _vectors(view: View) -> list[str]:
-    """The parameters that are left whole and belong to no head."""
-    heads = {name for names in view.heads.values() for name in names}
-    return [name for name in view.uncut if name not in heads]
+def _vectors(names: Sequence[str], view: View) -> list[str]:
+    """The parameters among these that are left whole and belong to no head."""
+    heads = {name for parameters in view.heads.values() for name in parameters}
+    mine = {*names} - heads
+    return [name for name in view.uncut if name in mine]

@@ -59,7 +59,7 @@ class Fold:
         word = "fold=True" if self.scale else "skip_sync=False"
         instead = "fold=False" if self.scale else "skip_sync=True"
         if self.scale:
-            for part in parts_of(strategy):
+            for part in (strategy, *parts_of(strategy)):
                 if part.per_parameter or part.bounds:
                     raise SpecError(
                         f"fold=True with {name_of(part)}: a fused optimizer takes one number for all gradients. "

@@ -15,6 +15,8 @@ Meters = dict[str, Tensor]
 
 ZERO_STEPS = 10
 _FOLD = 512
+OF_THE_STEP = ("skipped", "nonfinite")
+"""What is of a step, and of no group of parameters."""
 LAST = ("threshold", "norm_in", "norm_post")
 """What is known of the last step alone."""
 
@@ -33,6 +35,7 @@ class ClipReport:
     | `clip/rate` | share of the steps since in which any segment was scaled or bounded |
     | `clip/tensor_rate` | share of the tensor-steps since in which any part of the tensor was scaled or bounded |
     | `clip/skipped`, `clip/nonfinite` | steps since that did not reach the optimizer, that had a NaN or inf |
+    | `clip/<label>/...` | the same of a group of parameters, but for the last two |
 
     Attributes:
         last: what was measured in the last step; None before the first.
@@ -46,6 +49,7 @@ class ClipReport:
         self._last: dict[str, float] = {}
         self._warned_zero = False
         self.last: NormStats | None = None
+        self._groups: dict[str, ClipReport] = {}
         self._place(device, dtype)
         self._clear()
 
@@ -72,6 +76,15 @@ class ClipReport:
             self._place(device, dtype)
             self._at = {}
             self._clear()
+        for report in self._groups.values():
+            report.move_to(device, dtype)
+
+    def _group(self, label: str) -> ClipReport:
+        """The report of a group of parameters, from its first step on."""
+        if label not in self._groups:
+            report = self._groups[label] = ClipReport(self.device, self._zero.dtype)
+            report._warned_zero = True  # one group may well be still, as LoRA's A is at first
+        return self._groups[label]
 
     def add(
         self,
@@ -101,6 +114,8 @@ class ClipReport:
             self._add_known(stats, plan, finite, skipped, clipped)
         if len(self._norms) >= _FOLD:
             self._norms = [torch.cat([norm.view(-1) for norm in self._norms])]
+        for label, (part, decided) in plan.by_group.items():
+            self._group(label).add(part, decided, finite, skipped)
 
     def _add_known(self, stats: NormStats, plan: ClipPlan, finite: bool, skipped: bool, clipped: bool | None) -> None:
         """The same on the host: what only the last step is asked for waits until somebody asks."""
@@ -142,9 +157,19 @@ class ClipReport:
         self._counts["skipped"] += 1
         self._counts["nonfinite"] += 1
         self._norms.append(self._nan)
+        for report in self._groups.values():
+            report.add_overflow()
 
     def scalars(self) -> dict[str, float]:
-        """The keys above, since the last call; empty if no step was counted. One host read."""
+        """The keys above, since the last call; empty if no step was counted. One host read, and one for each group."""
+        shown = {f"{self.prefix}/{key}": value for key, value in self._since().items()}
+        for label, report in self._groups.items():
+            found = {key: value for key, value in report._since().items() if key not in OF_THE_STEP}
+            shown |= {f"{self.prefix}/{label}/{key}": value for key, value in found.items()}
+        return shown
+
+    def _since(self) -> dict[str, float]:
+        """What was counted since the last read, without prefix."""
         steps, tensor_steps = self._steps, self._tensor_steps
         sums = self._drain()
         if not steps:
@@ -156,7 +181,7 @@ class ClipReport:
         shown["rate"] = sums["clipped"] / steps
         shown["tensor_rate"] = sums["tensors"] / max(tensor_steps, 1)
         shown["skipped"], shown["nonfinite"] = float(sums["skipped"]), float(sums["nonfinite"])
-        return {f"{self.prefix}/{k}": v for k, v in shown.items() if v is not None and v == v}
+        return {key: value for key, value in shown.items() if value is not None and value == value}
 
     def summary(self) -> dict[str, float]:
         """The whole run on this process: steps, clipped, rate, skipped, nonfinite, norm_median, norm_max, threshold."""
@@ -180,6 +205,9 @@ class ClipReport:
         if "norm_median" in run:
             text += f"; norm: median {run['norm_median']:.4g}, largest {run['norm_max']:.4g}"
             text += f", threshold at the end {run['threshold']:.4g}" if "threshold" in run else ""
+        if self._groups:
+            rates = [f"{label} {report.summary()['rate']:.1%}" for label, report in self._groups.items()]
+            text += f"; clipped by group: {', '.join(rates)}"
         return text
 
     def _drain(self) -> dict[str, float]:

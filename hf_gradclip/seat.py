@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hf_gradclip.budgets import Budgets
 from hf_gradclip.device import upload
 from hf_gradclip.strategy import Strategy, parts_of
 from hf_gradclip.types import ClipPlan, Layout, NormStats, statistics_dtype
@@ -37,6 +38,8 @@ def seen_by(strategy: Strategy, layout: Layout, read: bool) -> Layout:
         return layout  # a device without float64 does not take the numbers of the host
     if len(layout) <= MOST:
         return layout.on_host
+    if isinstance(strategy, Budgets):
+        return layout  # whose groups by unit may come anywhere
     by_unit = [part.needs.units is not None for part in parts_of(strategy)]
     if len(layout.names) <= MOST and by_unit == sorted(by_unit) and any(by_unit):
         return layout.with_params_on_host

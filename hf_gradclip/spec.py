@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from hf_gradclip import strategies as _strategies
+from hf_gradclip.grouped import is_grouped, read_groups, specs_in
 from hf_gradclip.strategy import Chain, SpecError, Strategy
 from hf_gradclip.yaml_file import load
 
@@ -69,6 +70,8 @@ def read_strategy(spec: Any) -> Strategy:
         if spec == 0:
             raise SpecError("0: is no limit. To switch clipping off use clip='none'.")
         return _build("global_norm", {"max_norm": spec})
+    if is_grouped(spec) and not (isinstance(spec, str) and is_file(spec)):
+        return read_groups(spec, read_strategy)
     if isinstance(spec, Mapping):
         values = dict(spec)
         name = values.pop("strategy", None)
@@ -137,6 +140,8 @@ def _build(name: str, values: dict[str, Any]) -> Strategy:
 
 def _from_file(name: str, content: Any, values: dict[str, Any]) -> Strategy:
     """A strategy from a preset or YAML file, with keys that win over the file's."""
+    if is_grouped(content) and not values:
+        return read_strategy(content)
     if isinstance(content, Mapping) and "strategy" in content:
         return read_strategy({**content, **values})
     if values:
@@ -193,6 +198,8 @@ def is_own(text: Any) -> bool:
     """Whether a spec is made of this package's strategies and presets alone: to read it opens and imports nothing."""
     if not isinstance(text, str):
         return False
+    if is_grouped(text):
+        return all(map(is_own, specs_in(text)))
     return {part.partition(":")[0].strip() for part in _CHAIN.split(text)} <= {*_names()}
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_gradclip.strategy import Chain, State, Strategy, describe, flatten, name_of, unflatten
+from hf_gradclip.budgets import Budgets
+from hf_gradclip.strategy import Chain, State, Strategy, describe, flatten, name_of, rebuild
 from hf_gradclip.types import Layout
 
 LATER = (".past.seen", ".past.logs", ".row")
@@ -23,6 +24,7 @@ def packed(strategy: Strategy, layout: Layout, state: State, skips_in_a_row: int
         "names": list(layout.names),
         "state": {key: value.detach().cpu().clone() for key, value in flatten(state).items()},
         "skips_in_a_row": skips_in_a_row,
+        **_groups(strategy, layout),
     }
 
 
@@ -50,12 +52,42 @@ def unpacked(saved: dict[str, Any], strategy: Strategy, layout: Layout) -> tuple
     flat = {key: value.clone() for key, value in {**mine, **saved["state"]}.items()}
     if saved["names"] != list(layout.names):
         place = {name: i for i, name in enumerate(saved["names"])}
-        order = torch.tensor([place[name] for name in layout.names], device="cpu")
-        flat = {key: value[order] if key.endswith("_S") else value for key, value in flat.items()}
+        for key, value in flat.items():
+            if key.endswith("_S"):  # as ranks of the saved names: a group's own are in the order of the whole
+                order = torch.tensor([place[name] for name in _names(strategy, key, layout)], device="cpu")
+                flat[key] = value[order.argsort().argsort()]
     state = unflatten(like, {key: v.to(device=mine[key].device, dtype=mine[key].dtype) for key, v in flat.items()})
     if saved["spec"] != describe(strategy):
         return state, f"The checkpoint was made with {saved['spec']}; its statistics go on under {describe(strategy)}."
     return state, ""
+
+
+def _groups(strategy: Strategy, layout: Layout) -> dict[str, Any]:
+    """For parameters that are judged in groups, under "groups" the names in each, by its number; else nothing."""
+    if not isinstance(strategy, Budgets):
+        return {}
+    parts = strategy.split(layout).layouts
+    return {"groups": {str(i): sorted(part.names) for i, part in enumerate(parts) if part is not None}}
+
+
+def _names(strategy: Strategy, key: str, layout: Layout) -> tuple[str, ...]:
+    """Of which parameters a tensor of a state is, by its path in `flatten`."""
+    return strategy.names_of(key, layout) if isinstance(strategy, Budgets) else layout.names
+
+
+def unflatten(like: State, flat: dict[str, Tensor], prefix: str = "") -> State:
+    """The inverse of `flatten`, with the structure of `like`.
+
+    Raises:
+        KeyError: if a tensor of `like` is not in `flat`.
+    """
+    if isinstance(like, Tensor):
+        return flat[prefix]
+    keys = getattr(like, "_fields", None) or range(len(like))
+    values = [
+        unflatten(value, flat, f"{prefix}.{key}" if prefix else str(key)) for key, value in zip(keys, like, strict=True)
+    ]
+    return rebuild(like, values)
 
 
 def _is_readable(saved: Any) -> bool:
@@ -98,7 +130,11 @@ def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: di
         return f"of {saved['spec']}"
     if set(saved["names"]) != set(layout.names):
         return "of other trainable parameters"
-    by_unit = any(key.endswith("_S") and len(value) != len(layout.names) for key, value in mine.items())
+    if saved.get("groups", {}) != _groups(strategy, layout).get("groups", {}):
+        return "of other groups of parameters"
+    by_unit = any(
+        key.endswith("_S") and len(value) != len(_names(strategy, key, layout)) for key, value in mine.items()
+    )
     if by_unit and saved["names"] != list(layout.names):
         return "of the same parameters in another order"
     if any(saved["state"].get(key, value).shape != value.shape for key, value in mine.items()):
@@ -107,5 +143,6 @@ def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: di
 
 
 def _kind(strategy: Strategy) -> str:
-    """What a checkpoint calls a strategy: a chain by its class, as its state says which parts it has."""
-    return f"{Chain.__module__}.{Chain.__qualname__}" if isinstance(strategy, Chain) else name_of(strategy)
+    """What a checkpoint calls a strategy: several by their class, as the state says which parts there are."""
+    several = isinstance(strategy, (Chain, Budgets))
+    return f"{type(strategy).__module__}.{type(strategy).__qualname__}" if several else name_of(strategy)

@@ -45,6 +45,10 @@ class Units:
     vectors: bool = False
     head: bool = False
 
+    def of(self, name: str) -> Units | None:
+        """What is asked for of a parameter by its name: the same of all; None leaves it whole."""
+        return self
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -101,6 +105,14 @@ class Strategy(ABC):
     def update(self, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
         """Decide one step. Pure: no gradients, no collectives, no host read. No NaN or inf is ever kept in a state."""
 
+    def _made_of(self) -> tuple[Strategy, ...]:
+        """The strategies that this one puts together; itself, if it is none of several."""
+        return (self,)
+
+    def _written(self, word: Callable[[Strategy], str]) -> str | None:
+        """How a spec writes what it puts together, each by its word; None if it is none of several."""
+        return None
+
 
 @dataclass(frozen=True)
 class Chain(Strategy):
@@ -116,8 +128,9 @@ class Chain(Strategy):
         if len(self.parts) < 2:
             raise SpecError(f"Chain({self.parts!r}): must hold two strategies or more.")
         for part in self.parts:
-            if isinstance(part, Chain):
-                raise SpecError("Chain(...): a chain cannot hold a chain. Write one chain with all the parts.")
+            if parts_of(part) != (part,):
+                held, fix = ("a chain", "one") if isinstance(part, Chain) else ("groups", "in each group a")
+                raise SpecError(f"Chain(...): a chain cannot hold {held}. Write {fix} chain with all the parts.")
         _ = self.needs  # refuses two ways of cutting
         for early in self.parts[:-1]:
             if early.bounds:
@@ -160,10 +173,16 @@ class Chain(Strategy):
             skip=torch.stack(skips).any() if skips else None,
         ), tuple(states)
 
+    def _made_of(self) -> tuple[Strategy, ...]:
+        return self.parts
+
+    def _written(self, word: Callable[[Strategy], str]) -> str | None:
+        return "+".join(map(word, self.parts))
+
 
 def parts_of(strategy: Strategy) -> tuple[Strategy, ...]:
-    """The parts of a chain, or the strategy itself."""
-    return strategy.parts if isinstance(strategy, Chain) else (strategy,)
+    """The parts of a chain, the parts of all groups, or the strategy itself."""
+    return strategy._made_of()
 
 
 def limit_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
@@ -214,25 +233,10 @@ def flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def unflatten(like: State, flat: dict[str, Tensor], prefix: str = "") -> State:
-    """The inverse of `flatten`, with the structure of `like`.
-
-    Raises:
-        KeyError: if a tensor of `like` is not in `flat`.
-    """
-    if isinstance(like, Tensor):
-        return flat[prefix]
-    keys = getattr(like, "_fields", None) or range(len(like))
-    values = [
-        unflatten(value, flat, f"{prefix}.{key}" if prefix else str(key)) for key, value in zip(keys, like, strict=True)
-    ]
-    return rebuild(like, values)
-
-
 def name_of(strategy: Strategy) -> str:
-    """The word a spec uses: `zclip` for the strategies of this package, a dotted path for others; of a chain all."""
-    if isinstance(strategy, Chain):
-        return "+".join(map(name_of, strategy.parts))
+    """The word a spec uses: `zclip` for the strategies of this package, a dotted path for others; of several all."""
+    if (written := strategy._written(name_of)) is not None:
+        return written
     cls = type(strategy)
     package, _, module = cls.__module__.rpartition(".")
     return module if package == "hf_gradclip.strategies" else f"{cls.__module__}.{cls.__qualname__}"
@@ -240,17 +244,15 @@ def name_of(strategy: Strategy) -> str:
 
 def describe(strategy: Strategy) -> str:
     """The spec with every field written out; parsing it gives the strategy back."""
-    if isinstance(strategy, Chain):
-        return "+".join(describe(part) for part in strategy.parts)
+    if (written := strategy._written(describe)) is not None:
+        return written
     shown = ",".join(f"{f.name}={_literal(getattr(strategy, f.name))}" for f in fields(strategy))  # type: ignore[arg-type]
     return name_of(strategy) + (f":{shown}" if shown else "")
 
 
 def warmup_of(strategy: Strategy) -> int:
     """Steps before the strategy adapts: the largest `warmup_steps` in it, 0 where there is none."""
-    if isinstance(strategy, Chain):
-        return max(warmup_of(part) for part in strategy.parts)
-    return int(getattr(strategy, "warmup_steps", 0))
+    return max((int(getattr(part, "warmup_steps", 0)) for part in parts_of(strategy)), default=0)
 
 
 def require(strategy: Strategy, field: str, rule: Callable[[Any], bool], text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_gradclip.budgets import Budgets
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 from hf_gradclip.views.view import UnsupportedBackendError, View
@@ -13,6 +14,8 @@ def refuse_unsuited(strategy: Strategy, view: View) -> None:
     Raises:
         UnsupportedBackendError: with the strategy's name, the reason and what to use instead.
     """
+    if isinstance(strategy, Budgets):
+        _refuse_groups(strategy, view)
     names = [name for name, p in zip(view.layout.names, view.watched(), strict=False) if p.is_complex()]
     for part in parts_of(strategy):
         if view.whole_only and part.per_parameter:
@@ -25,6 +28,17 @@ def refuse_unsuited(strategy: Strategy, view: View) -> None:
                 f"{name_of(part)} of complex gradients ({', '.join(names[:5])}): it goes by single elements, and would "
                 "take the real and the imaginary part for two. Use adaptive_norm, or global_norm with norm_type=2."
             )
+
+
+def _refuse_groups(strategy: Budgets, view: View) -> None:
+    """Stop where groups of parameters cannot be told, a parameter is in none, or a pattern finds none."""
+    if view.whole_only:
+        raise UnsupportedBackendError(
+            f"{describe(strategy)} under FSDP1: its flat shards do not follow the parameters, so groups of them cannot "
+            "be told. Use FSDP2 (fsdp_version: 2), or one strategy of the whole gradient, adaptive_norm say."
+        )
+    strategy.insist_on_names(view.known)
+    strategy.split(view.layout)
 
 
 def refuse_in_a_loop(config: ClipConfig) -> None:

@@ -6,8 +6,8 @@ The three records hold tensors and know nothing of ranks, backends or strategies
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar, overload
 
 import torch
@@ -87,10 +87,12 @@ class Layout:
     @cached
     def on_host(self) -> Layout:
         """The same on the CPU, one object for each layout."""
-        if self.device.type == "cpu":
-            return self
-        unit_S = None if self.unit_S is None else self.unit_S.cpu()
-        return Layout(self.names, self.numel_S.cpu(), self.param_S.cpu(), unit_S)
+        return self if self.device.type == "cpu" else self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> Layout:
+        """The same on another device."""
+        unit_S = None if self.unit_S is None else self.unit_S.to(device)
+        return Layout(self.names, self.numel_S.to(device), self.param_S.to(device), unit_S)
 
     @cached
     def with_params_on_host(self) -> Layout:
@@ -237,12 +239,14 @@ class ClipPlan:
         bound_S: largest absolute element per segment, shape (S,); inf leaves a segment alone.
         threshold: the norm (or value) at which this step begins to clip, 0-d; None where it is not one number.
         skip: True if the optimizer must not step, 0-d bool.
+        by_group: where groups of parameters are judged apart, by label what each saw and decided.
     """
 
     scale_S: Tensor
     bound_S: Tensor | None = None
     threshold: Tensor | None = None
     skip: Tensor | None = None
+    by_group: Mapping[str, tuple[NormStats, ClipPlan]] = field(default_factory=dict)
 
     def over(self, layout: Layout) -> ClipPlan:
         """A plan with one number per parameter as one with a number per segment."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from hf_gradclip.analysis.figures import Picture
 from hf_gradclip.analysis.findings import findings
+from hf_gradclip.analysis.groups import COLUMNS, group_rows, recorded_groups
 from hf_gradclip.analysis.run import Run, configs_of
 from hf_gradclip.analysis.tables import (
     SPIKE_COLUMNS,
@@ -61,6 +62,8 @@ def page_of(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
     parts += [_figure(picture) for picture in pictures]
     for run in runs:
         of_run = f", {_text(run.name)}" if len(runs) > 1 else ""
+        if groups := recorded_groups(run.gradient):
+            parts += [f"<h2>Groups of parameters{of_run}</h2>", _table(COLUMNS, group_rows(groups), text=(1,))]
         parts += [f"<h2>Tensors with the largest norms{of_run}</h2>", _table(TENSOR_COLUMNS, tensor_rows(run.gradient))]
         if run.spikes:
             parts += [f"<h2>Spikes{of_run}</h2>", _table(SPIKE_COLUMNS, spike_rows(run), text=(4, 5))]

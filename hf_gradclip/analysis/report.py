@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hf_gradclip.analysis.figures import pictures_of
 from hf_gradclip.analysis.findings import findings
+from hf_gradclip.analysis.groups import COLUMNS, group_rows, recorded_groups
 from hf_gradclip.analysis.page import page_of
 from hf_gradclip.analysis.run import Run, configs_of, load_run
 from hf_gradclip.analysis.tables import (
@@ -60,6 +61,8 @@ def print_report(paths: Sequence[Path]) -> None:
     show_table(SUMMARY_COLUMNS, summary_rows(runs))
     for run in runs:
         say(f"{run.name}: {configs_of(run.gradient)}", *(f"- {sentence}" for sentence in findings(run)))
+        if groups := recorded_groups(run.gradient):
+            show_table(COLUMNS, group_rows(groups), "Groups of parameters")
         show_table(TENSOR_COLUMNS, tensor_rows(run.gradient), "Tensors with the largest norms")
         if run.spikes:
             show_table(SPIKE_COLUMNS, spike_rows(run), "Spikes")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.device import local
-from hf_gradclip.exempt import exempt
+from hf_gradclip.exempt import counts, exempt
 from hf_gradclip.kernels import choice
 from hf_gradclip.strategy import name_of, parts_of, warmup_of
 
@@ -61,7 +61,7 @@ def in_force(clipper: Clipper, accelerator: Any) -> str:
     sent = f"sends {numbers} numbers {'twice' if sends == 2 else 'once'}" if sends else "sends nothing"
     if needs.loss and world > 1:
         sent += " and the loss"
-    left_alone = exempt(config.gradient, view)
+    left_alone = "; ".join(filter(None, (counts(config.gradient, view), exempt(config.gradient, view))))
     return (
         f"{clipper.prefix}: {config}; {view.backend}{ranks}, {segments} segments; "
         f"a step reads the gradients {'and the weights ' if needs.weights else ''}once, {sent}, "

@@ -73,10 +73,18 @@ class Here(ABC):
         self, model: nn.Module | None, named: Sequence[tuple[str, Tensor]], shapes: Sequence[Shape], units: Units
     ) -> list[tuple[int, ...] | None]:
         """Find the heads, and of each parameter the axes that count units; see `axes_of` for both."""
-        self.heads = {} if units.head else heads_of(model, named)
+        self.heads = {
+            layer: names
+            for layer, names in heads_of(model, named).items()
+            if any(asked is not None and not asked.head for asked in map(units.of, names))
+        }
         axes = axes_of(model, named, shapes, units, self.heads)
         self.uncut = tuple(name for (name, _), kept in zip(named, axes, strict=True) if kept is None)
         return axes
+
+    def known(self) -> Sequence[str]:
+        """The names of all parameters, frozen ones too."""
+        return self.layout.names
 
     @abstractmethod
     def watched(self) -> Sequence[Tensor]:

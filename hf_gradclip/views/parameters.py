@@ -97,6 +97,10 @@ class Parameters(Here):
         self._trainable.look()
         self._read()
 
+    def known(self) -> Sequence[str]:
+        """See Here."""
+        return self._trainable.known
+
     def watched(self) -> Sequence[Tensor]:
         """See Here."""
         return self._trainable.parameters

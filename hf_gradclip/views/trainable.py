@@ -48,6 +48,11 @@ class Trainable:
         """Without its wrappers; None for named parameters."""
         return self._source if isinstance(self._source, nn.Module) else None
 
+    @property
+    def known(self) -> list[str]:
+        """The names of all parameters, frozen ones too."""
+        return [name for name, _ in self._named]
+
     def look(self) -> bool:
         """Look anew; whether other parameters are trainable now, or under other names.
 

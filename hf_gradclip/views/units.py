@@ -26,7 +26,7 @@ def axes_of(
         named: the parameters.
         shapes: of the whole parameters.
         units: what the strategy asks for.
-        heads: see `heads_of`; their parameters are not cut.
+        heads: see `heads_of`; their parameters are not cut, unless asked for.
     """
     layers = (
         {} if model is None else {id(p): layer for layer in model.modules() for p in layer.parameters(recurse=False)}
@@ -34,12 +34,13 @@ def axes_of(
     apart = {name for names in heads.values() for name in names}
     axes: list[tuple[int, ...] | None] = []
     for (name, p), shape in zip(named, shapes, strict=True):
-        if name in apart:
+        asked = units.of(name)
+        if asked is None or (name in apart and not asked.head):
             axes.append(None)
         elif len(shape) < 2 or name.endswith("bias"):
-            axes.append(() if units.vectors else None)
+            axes.append(() if asked.vectors else None)
         else:
-            axes.append(_matrix_axes(layers.get(id(p)), name, len(shape), units.axis))
+            axes.append(_matrix_axes(layers.get(id(p)), name, len(shape), asked.axis))
     return axes
 
 

@@ -70,6 +70,11 @@ class View:
         return self.here.backend
 
     @property
+    def known(self) -> Sequence[str]:
+        """The names of all parameters, frozen ones too, as far as this view has them; of the last look."""
+        return self.here.known()
+
+    @property
     def heads(self) -> Heads:
         """The layers that `divide` leaves whole, since they make the model's output; of the last look."""
         return self.here.heads

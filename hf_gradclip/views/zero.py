@@ -93,6 +93,10 @@ class Pieces(Here):
         """See Here."""
         self._cut(self._axes(self.module, self.named, self._shapes, units), self.layout.device)
 
+    def known(self) -> Sequence[str]:
+        """See Here."""
+        return [name for name, _ in named_parameters(self.module)]
+
     def watched(self) -> Sequence[Tensor]:
         """None: no gradient is in `.grad`."""
         return ()

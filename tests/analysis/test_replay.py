@@ -23,6 +23,7 @@ SPECS = (
     "soft:max_norm=1",
     "adagc:warmup_steps=10,mode=reference+global_norm:max_norm=0.6",
     "skip_step:window=30,min_values=10",
+    "embed*=global_norm:max_norm=0.3;layers*=adagc:warmup_steps=10,max_norm=0.6;*=zclip:warmup_steps=10",
 )
 
 
@@ -99,6 +100,7 @@ def test_the_numbers_of_an_outcome() -> None:
         ("agc", "agc cannot be replayed: it needs the norms of units"),
         ("global_norm:norm_type=inf", "global_norm cannot be replayed: it needs the largest elements"),
         ("zclip+value:max_value=1", "value cannot be replayed"),
+        ("embed*=agc;*=zclip", "agc cannot be replayed"),
         ("nonsense", "no strategy or preset is called"),
     ],
 )

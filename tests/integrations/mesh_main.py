@@ -22,6 +22,7 @@ STRATEGIES = {
     "zclip": "zclip:warmup_steps=2,z_threshold=0.5,max_norm=10",
     "adagc": "adagc:warmup_steps=2,lambda_rel=2,max_norm=10",
     "agc": "agc:clip_factor=3",
+    "groups": "up*=agc:clip_factor=3;down*=param_norm:max_norm=9;head*=global_norm:max_norm=10;*=value:max_value=4",
 }
 LAYOUTS = ("hsdp", "tp", "fsdp_tp")
 UNSETTLED = {"nothing clipped": {}, "update clipped": {"update_clip": "block_rms:max_rms=0.7"}}

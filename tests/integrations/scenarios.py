@@ -116,6 +116,7 @@ RESUMED: dict[str, Any] = {
     "zclip": STRATEGIES["zclip"],
     "adagc": STRATEGIES["adagc"],
     "adaptive": "adaptive",
+    "groups": STRATEGIES["groups"],
     "update": {"gradient": STRATEGIES["zclip"], "update": "adagc:warmup_steps=2,max_norm=2"},
 }
 

@@ -34,11 +34,13 @@ STRATEGIES = {
     "zclip": "zclip:warmup_steps=2,z_threshold=0.5,max_norm=0.34",
     "adagc": "adagc:warmup_steps=2,lambda_rel=1.01,max_norm=0.34",
     "agc": "agc:clip_factor=0.2",
+    "groups": "embed*=global_norm:max_norm=0.22;*self_attn*=agc:clip_factor=0.2;"
+    "*mlp* as mlp=adagc:warmup_steps=2,lambda_rel=1.01;*=value:max_value=0.025",
 }
 ADAPTIVE = ("adaptive_norm", "adaptive_tensors", "adaptive")
 """These meet one loud batch, since they find nothing to do in a sound run so short."""
 LOUD = {5: 50.0}
-BY_TENSOR = ("adagc", "agc")
+BY_TENSOR = ("adagc", "agc", "groups")
 """Those whose scales differ between tensors."""
 STEPS = 8
 RATE = 0.3
@@ -70,6 +72,12 @@ UPDATES = {
     for field, limits in LIMITS.items()
     for optimizer, limit in limits.items()
 }
+
+
+UPDATES["adamw by group"] = (
+    "adamw",
+    "embed*=global_norm:max_norm=12;*mlp*=block_rms:max_rms=0.6;*=value:max_value=0.9",
+)
 
 
 def batch(step: int, rank: int, world: int) -> dict[str, torch.Tensor]:
