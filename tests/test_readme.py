@@ -215,7 +215,7 @@ class TestTables:
         monkeypatch.chdir(tmp_path)
         lines = [re.split(r"\s{2,}", line)[0] for line in blocks(DOCS["choosing"], "text")[0].splitlines()]
         specs = [ast.literal_eval(line) for line in lines]
-        assert len(specs) == 13
+        assert len(specs) == 14
         configs = [ClipConfig.parse(spec, max_grad_norm=0.5) for spec in specs]
         shown = [str(config) for config in configs]
         assert shown[0] == "global_norm:max_norm=0.5,norm_type=2 (nonfinite=pass)"
@@ -223,8 +223,14 @@ class TestTables:
         assert "max_norm=1," in shown[2]
         assert configs[8].gradient == configs[3].gradient.__class__(z_threshold=3)
         assert shown[6].endswith("(nonfinite=pass)")
-        assert configs[9].max_consecutive_skips == 5
-        assert (configs[12].record, configs[12].histogram_every) == (True, 100)
+        assert configs[9].gradient.labels == ("embed", "rest")
+        assert configs[10].max_consecutive_skips == 5
+        assert (configs[13].record, configs[13].histogram_every) == (True, 100)
+
+    def test_groups_are_the_same_in_a_file_and_in_a_line(self, tmp_path):
+        (file := tmp_path / "clip.yaml").write_text(blocks(DOCS["choosing"], "yaml")[0])
+        line = re.search(r'The same in one line: `"([^"]*)"`', DOCS["choosing"])
+        assert ClipConfig.parse(str(file)) == ClipConfig.parse(line[1])
 
     def test_strategies_fields_and_defaults(self):
         table = {words(row[0])[0]: row[1] for row in rows(DOCS["choosing"], "Fields")}
