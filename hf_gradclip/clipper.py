@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_gradclip import kernels
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import CLIP, LEAVE, NONFINITE, SKIP, Decision, Measure, Outcome, Taker, as_loss, judge
+from hf_gradclip.events import KINDS, Events
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
@@ -67,6 +68,7 @@ class Clipper:
         self.withheld = False
         self.recorder: Recorder | None = None
         self._fold: Fold | None = None
+        self.events = Events(config)
         self.prefix = prefix
         self.reset()
 
@@ -79,20 +81,24 @@ class Clipper:
         Args:
             model: any module, wrapped by DDP or torch.compile or not, sharded by FSDP2 or tensor parallelism or not.
             spec: see hf_gradclip.config.
-            optimizer: which `fold=True` and `skip_sync=False` need, and nothing else does.
+            optimizer: which `fold=True`, `skip_sync=False` and `after_spike="lower_rate"` need, and nothing else does.
             scaler: your GradScaler, if there is one; an overflow is then its own, and no skip that counts.
-            **settings: `nonfinite`, `max_consecutive_skips`, `fold`, `skip_sync`; they win over the spec.
+            **settings: `nonfinite`, `max_consecutive_skips`, `fold`, `skip_sync`, `after_spike`, which win over the
+                spec; `on_spike`, `on_skip` and `on_nonfinite`, functions of an Event.
 
         Raises:
-            TypeError: for something else than a model.
+            TypeError: for something else than a model, or than a function.
             SpecError: for a wrong spec; for one with an `update`, which only the optimizer can clip.
             UnsupportedBackendError: where `fold=True` or `skip_sync=False` cannot be exact.
             ValueError: if nothing is trainable.
         """
         insist_on_model(model)
+        handlers = {kind: settings.pop(kind, None) for kind in KINDS}
         config = ClipConfig.parse(spec, **settings)
-        refuse_in_a_loop(config)
+        refuse_in_a_loop(config, optimizer)
         clipper = cls(config, view_of(model, guarded=is_scaling(scaler)))
+        clipper.events.hear(handlers)
+        clipper.events.hold([optimizer] if optimizer is not None else [])
         if config.fold or not config.skip_sync:
             clipper.fold_into(optimizer)
         return clipper
@@ -120,8 +126,9 @@ class Clipper:
     def reset(self) -> None:
         """Forget everything: the strategy's state, the counters, the report."""
         self.steps = 0
+        self.events.forget()
         self._start_anew(self.view.layout)
-        self.report = ClipReport(self._layout.by_param.device, self._layout.dtype, self.prefix)
+        self.report = ClipReport(self._layout.by_param.device, self._layout.dtype, self.prefix, self.events.look)
 
     def _start_anew(self, layout: Layout) -> None:
         """Forget what was learnt of other parameters; what the run has done so far stays in the report."""
@@ -207,19 +214,20 @@ class Clipper:
             again = self.decide(decision.stats.loss, decision.measure, rescale=True)
             if int(again.action) != NONFINITE:
                 decision, action = again, int(again.action)
-        if action in (SKIP, NONFINITE):
-            return self._leave_out(decision, action)
+        told = self.events.judged(action, decision.stats, self.view.guarded) if self.events.kinds else action
+        if told in (SKIP, NONFINITE):
+            return self._leave_out(decision, told, name_of(self.config.gradient) if told == action else "a handler")
         self._skipped, self.guard.skips_in_a_row = False, 0
         self._count(decision, finite=True, skipped=False, clipped=decision.clipped_by(action))
         return decision.outcome(decision.plan if action == CLIP else None)
 
-    def _leave_out(self, decision: Decision, action: int) -> Outcome:
-        """A step that is skipped, or whose NaN or inf is passed on."""
+    def _leave_out(self, decision: Decision, action: int, by: str) -> Outcome:
+        """A step that is skipped, as somebody asked for, or whose NaN or inf is passed on."""
         overflow = action == NONFINITE and self.view.guarded  # the loss scaler's, which has a limit of its own
         self._skipped = skipped = overflow or self.guard.skips(action)
         self._count(decision, finite=action != NONFINITE, skipped=skipped, clipped=False)
         if not overflow:
-            self.guard.insist(action, decision.stats, self.steps)
+            self.guard.insist(action, decision.stats, self.steps, by)
         return decision.outcome(skipped=skipped, drop=skipped and not overflow and not self.withheld)
 
     def _pass_on(self, decision: Decision, finite: Tensor) -> Outcome:
@@ -265,6 +273,8 @@ class Clipper:
         self, decision: Decision, finite: Tensor | bool, skipped: Tensor | bool, clipped: bool | None = None
     ) -> None:
         self.report.add(decision.stats, decision.plan, finite, skipped, clipped)
+        if self.events.kinds and isinstance(finite, Tensor):
+            self.events.keep(decision.stats, finite, skipped)
         if self.recorder is not None:
             self.recorder.add(decision.stats, decision.plan, finite, skipped)
 
@@ -281,13 +291,14 @@ class Clipper:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, on the CPU, loadable with `weights_only=True`; keyed by parameter name."""
-        return packed(self.config.gradient, self._layout, self.state, self.guard.in_a_row())
+        kept = packed(self.config.gradient, self._layout, self.state, self.guard.in_a_row())
+        return {**kept, **self.events.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> str:
         """Take the state of a checkpoint, bit for bit, or start anew and say why.
 
         Returns:
-            "" if the state was taken as it is, else one sentence that says what happened instead.
+            "" if the state was taken as it is, else a sentence about what happened instead.
         """
         state, words = unpacked(saved, self.config.gradient, self._layout)
         if state is None:
@@ -295,4 +306,5 @@ class Clipper:
         else:
             self.state = state
             self.guard.go_on(int(saved.get("skips_in_a_row", 0)))
+        self.events.load_state_dict(saved)
         return words

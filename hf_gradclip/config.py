@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradclip.grouped import is_grouped
+from hf_gradclip.reactions import Reaction, read_reactions, written
 from hf_gradclip.spec import UnknownFieldError, is_file, nearest, read_strategy, read_yaml, shown
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 
@@ -45,6 +46,8 @@ class ClipConfig:
             writes the decoded text of the examples in a spike.
         histogram_every: steps between two histograms of the norms by parameter, sent with the next log to the trackers
             that draw them (TensorBoard, Weights & Biases); 0 sends none.
+        after_spike: what is done by itself where the norm of the gradient stands out, see hf_gradclip.reactions; text
+            in a spec: "lower_rate:factor=0.1,steps=50+stop:spikes=3,steps=100".
 
     Raises:
         SpecError: for a value that breaks these rules.
@@ -59,6 +62,7 @@ class ClipConfig:
     skip_sync: bool = True
     record: bool | str = False
     histogram_every: int = 0
+    after_spike: tuple[Reaction, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradient, Strategy):
@@ -81,6 +85,7 @@ class ClipConfig:
                 raise SpecError(f"ClipConfig({name}={every!r}): must be a whole number >= 0. The default is {usual}.")
         if type(self.record) is not bool and self.record != "text":
             raise SpecError(f"ClipConfig(record={self.record!r}): must be true, false or text.")
+        object.__setattr__(self, "after_spike", read_reactions(self.after_spike))
         for name in ("fold", "skip_sync"):
             if type(getattr(self, name)) is not bool:
                 raise SpecError(f"ClipConfig({name}={getattr(self, name)!r}): must be true or false.")
@@ -111,6 +116,7 @@ class ClipConfig:
     def __str__(self) -> str:
         update = f", update {describe(self.update)}" if self.update is not None else ""
         extra = "".join(f", {name}" for name, on in (("fold", self.fold), ("no skip_sync", not self.skip_sync)) if on)
+        extra += f", after_spike={written(self.after_spike)}" if self.after_spike else ""
         return f"{describe(self.gradient)}{update} (nonfinite={self.nonfinite}{extra})"
 
     def of_update(self) -> ClipConfig:
@@ -121,7 +127,8 @@ class ClipConfig:
         """
         if self.update is None:
             raise ValueError("ClipConfig.of_update(): update is None.")
-        return replace(self, gradient=self.update, update=None, fold=False, skip_sync=True, check_every=0, record=False)
+        alone = replace(self, gradient=self.update, update=None, fold=False, skip_sync=True)
+        return replace(alone, check_every=0, record=False, after_spike=())
 
     @classmethod
     def parse(
@@ -137,6 +144,7 @@ class ClipConfig:
         skip_sync: bool | None = None,
         record: bool | str | None = None,
         histogram_every: int | None = None,
+        after_spike: Any = None,
     ) -> ClipConfig:
         """Read a spec as described at the top of this file.
 
@@ -152,6 +160,7 @@ class ClipConfig:
             skip_sync: overrides the spec's.
             record: overrides the spec's.
             histogram_every: overrides the spec's.
+            after_spike: overrides the spec's.
 
         Raises:
             SpecError: for anything that is not a spec; no other exception.
@@ -186,6 +195,7 @@ class ClipConfig:
             "skip_sync": skip_sync,
             "record": record,
             "histogram_every": histogram_every,
+            "after_spike": after_spike,
         }
         return cls(**settings | {key: value for key, value in given_apart.items() if value is not None})
 

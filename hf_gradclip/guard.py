@@ -9,7 +9,6 @@ from torch import Tensor
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import NONFINITE, SKIP
 from hf_gradclip.say import logger, now_and_then
-from hf_gradclip.strategy import name_of
 from hf_gradclip.types import NormStats
 
 LOOK_EVERY = 50
@@ -51,13 +50,14 @@ class Guard:
             self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         return skipped
 
-    def insist(self, action: int, stats: NormStats, step: int) -> None:
+    def insist(self, action: int, stats: NormStats, step: int, by: str) -> None:
         """Stop where the policy or the limit says so, after such a step was counted; else say now and then that it was.
 
         Args:
             action: SKIP or NONFINITE.
             stats: what was measured; it is read to the host where something is said.
             step: its number.
+            by: who asked for SKIP.
 
         Raises:
             NonFiniteError: by policy "raise", or after `max_consecutive_skips` skipped steps in a row; with the
@@ -70,20 +70,20 @@ class Guard:
             )
         if self.skips_in_a_row < self.config.max_consecutive_skips:
             if action == SKIP or self.config.nonfinite == "skip":
-                self._say(action, stats, step)
+                self._say(action, stats, step, by)
             return
-        why = "a NaN or inf norm" if action == NONFINITE else f"{name_of(self.config.gradient)} asked for it"
+        why = "a NaN or inf norm" if action == NONFINITE else f"{by} asked for it"
         raise NonFiniteError(
             f"Step {step}: {self.skips_in_a_row} steps in a row were skipped (max_consecutive_skips="
             f"{self.config.max_consecutive_skips}), the last because of {why}. {_culprits(stats)} "
             "No weight has moved since. Lower the learning rate, look at the data of these steps, or raise it."
         )
 
-    def _say(self, action: int, stats: NormStats, step: int) -> None:
+    def _say(self, action: int, stats: NormStats, step: int, by: str) -> None:
         self._skipped += 1
         if not now_and_then(self._skipped) or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
             return
-        why = _culprits(stats) if action == NONFINITE else f"{name_of(self.config.gradient)} asked for it."
+        why = _culprits(stats) if action == NONFINITE else f"{by} asked for it."
         logger.warning(
             "clip: step %d is skipped, its norm is %.4g. %s It is the %d. skipped step; the %d. is said next.",
             step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,7 +42,14 @@ class ClipReport:
         last: what was measured in the last step; None before the first.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, prefix: str = "clip") -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        prefix: str = "clip",
+        before_read: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._before_read = before_read
         self.prefix = prefix
         self._at: Meters = {}
         self._all_norms: list[float] = []
@@ -162,6 +170,7 @@ class ClipReport:
 
     def scalars(self) -> dict[str, float]:
         """The keys above, since the last call; empty if no step was counted. One host read, and one for each group."""
+        self._before_read()
         shown = {f"{self.prefix}/{key}": value for key, value in self._since().items()}
         for label, report in self._groups.items():
             found = {key: value for key, value in report._since().items() if key not in OF_THE_STEP}

@@ -255,7 +255,7 @@ def warmup_of(strategy: Strategy) -> int:
     return max((int(getattr(part, "warmup_steps", 0)) for part in parts_of(strategy)), default=0)
 
 
-def require(strategy: Strategy, field: str, rule: Callable[[Any], bool], text: str) -> None:
+def require(strategy: Any, field: str, rule: Callable[[Any], bool], text: str) -> None:
     """Refuse a field whose value breaks a rule.
 
     Raises:
@@ -266,14 +266,14 @@ def require(strategy: Strategy, field: str, rule: Callable[[Any], bool], text: s
         raise SpecError(f"{type(strategy).__name__}({field}={_literal(value)}): {text}")
 
 
-def check_types(strategy: Strategy) -> None:
+def check_types(strategy: Any) -> None:
     """Refuse a field of the wrong type; any real number is welcome where a float is asked for, and becomes one.
 
     Raises:
         SpecError: `ZClip(alpha='high'): must be a number.`
     """
     hints = typing.get_type_hints(type(strategy))
-    for field in fields(strategy):  # type: ignore[arg-type]
+    for field in fields(strategy):
         value, hint = getattr(strategy, field.name), hints[field.name]
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if float in allowed and isinstance(value, numbers.Real) and not isinstance(value, bool):

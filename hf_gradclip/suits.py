@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hf_gradclip.budgets import Budgets
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.reactions import LowerRate, written
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 from hf_gradclip.views.view import UnsupportedBackendError, View
 
@@ -41,8 +44,12 @@ def _refuse_groups(strategy: Budgets, view: View) -> None:
     strategy.split(view.layout)
 
 
-def refuse_in_a_loop(config: ClipConfig) -> None:
+def refuse_in_a_loop(config: ClipConfig, optimizer: Any) -> None:
     """Stop where a plain loop is asked for what only an optimizer or a run can do.
+
+    Args:
+        config: that was asked for.
+        optimizer: None if there is none.
 
     Raises:
         SpecError: with what to use instead.
@@ -52,6 +59,11 @@ def refuse_in_a_loop(config: ClipConfig) -> None:
             f"Clipper.for_model(..., {describe(config.gradient)!r} with update={describe(config.update)!r}): an "
             "update is known to the optimizer only. Give hf_gradclip.optim.AdamW(..., update_clip=...), or use "
             "GradClipTrainer or attach()."
+        )
+    if optimizer is None and any(isinstance(reaction, LowerRate) for reaction in config.after_spike):
+        raise SpecError(
+            f"Clipper.for_model(..., after_spike={written(config.after_spike)!r}): it lowers the rate of an optimizer, "
+            "and there is none here. Add optimizer=optimizer."
         )
     refuse_a_record("Clipper.for_model(...", config)
 

@@ -12,11 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.events import Handler
 from hf_gradclip.integrations.arguments import insist_on_accelerator, insist_on_switches, record_folder
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_replaced
 from hf_gradclip.misuse import listed
+from hf_gradclip.run.hearing import Hearing
 from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
 from hf_gradclip.run.wrapping import wrap
@@ -34,6 +36,10 @@ def attach(
     max_consecutive_skips: int | None = None,
     check_every: int | None = None,
     record: str | os.PathLike[str] | None = None,
+    after_spike: str | None = None,
+    on_spike: Handler | None = None,
+    on_skip: Handler | None = None,
+    on_nonfinite: Handler | None = None,
 ) -> LoopAttachment:
     """Let `accelerator.clip_grad_norm_` clip by a strategy. Before or after `prepare`.
 
@@ -54,6 +60,10 @@ def attach(
         record: a folder; every step's norms and scales go into `gradclip` in it, and where {model: spec, ...} names
             several models, of each into a folder in it that is called as its class. The record is written in
             `attachment.scalars()`, in `save_state` and in `end_training`.
+        after_spike: wins over the spec.
+        on_spike: called with an Event of hf_gradclip.events in a step whose norm stands out, before it is clipped.
+        on_skip: the same in a step that is left out.
+        on_nonfinite: the same in one whose norm is NaN or inf.
 
     Returns:
         The attachment: `attachment.clipper` for the state, `attachment.scalars()` for the logs. The accelerator holds
@@ -67,7 +77,12 @@ def attach(
     insist_on_accelerator(accelerator)
     insist_on_switches(auto=auto, joint=joint)
     models = Models.parse(
-        clip, joint, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips, check_every=check_every
+        clip,
+        joint,
+        nonfinite=nonfinite,
+        max_consecutive_skips=max_consecutive_skips,
+        check_every=check_every,
+        after_spike=after_spike,
     )
     refuse_replaced(accelerator)
     folder = record_folder(record, wanted=bool(models.config.record))
@@ -77,7 +92,9 @@ def attach(
         "something would not be clipped. Add that call between backward and step (in a closure at its end), or use "
         "attach(..., auto=True)."
     )
-    return LoopAttachment(folder, accelerator, models, auto=auto, missing=missing)
+    handlers = {"on_spike": on_spike, "on_skip": on_skip, "on_nonfinite": on_nonfinite}
+    hearing = Hearing(lambda: handlers)
+    return LoopAttachment(folder, accelerator, models, auto=auto, missing=missing, hearing=hearing)
 
 
 class LoopAttachment(Attachment):

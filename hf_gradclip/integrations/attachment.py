@@ -25,6 +25,7 @@ from hf_gradclip.integrations.refusals import (
 )
 from hf_gradclip.integrations.steps import Steps
 from hf_gradclip.run.advice import Advice
+from hf_gradclip.run.hearing import Hearing
 from hf_gradclip.run.histogram import Histograms
 from hf_gradclip.run.loss import StepLoss
 from hf_gradclip.run.recording import Recording
@@ -44,6 +45,7 @@ class Attachment:
         auto: clip before every optimizer step that no clip call preceded.
         recording: where every step of the one model is kept; see `_recording_for`.
         missing: the error for a step that no clip call preceded; None lets it pass, since somebody else clips it.
+        hearing: who is told of events; None for nobody.
 
     Raises:
         UnsupportedBackendError: see `refuse_unsupported`.
@@ -56,6 +58,7 @@ class Attachment:
         auto: bool = False,
         recording: Recording | None = None,
         missing: str | None = None,
+        hearing: Hearing | None = None,
     ) -> None:
         refuse_unsupported(accelerator)
         self._is_main = accelerator.is_main_process
@@ -71,7 +74,7 @@ class Attachment:
         self.histograms = Histograms(config.histogram_every)
         self._hears_loss = models.hears_loss or self._records
         loss = weakly(self._judged_loss) if self._hears_loss else lambda: None
-        self._clippers = Clippers(models, self.updates, loss)
+        self._clippers = Clippers(models, self.updates, loss, hearing or Hearing(), accelerator.device)
         clip, look = weakly(self._clip), weakly(self._watch_updates)
         self._steps_of = Steps(models.configs, self._clippers, clip if auto else None, look, missing)
         self._prepared: tuple[int, int] | None = None
@@ -150,6 +153,7 @@ class Attachment:
         """A clipper is new: record it, and say what is in force."""
         if (recording := self._recording_for(model)) is not None:
             self._recordings[clipper] = recording
+            clipper.events.examples = weakly(recording.examples)
         self._steps_of.owners.clear()
         self._prepared = None
         self._record()
@@ -166,6 +170,10 @@ class Attachment:
         if self._is_main:
             for clipper in (*self._clippers.made, *self.updates.clippers):
                 announce(clipper.report.closing_line())
+
+    def hear(self) -> None:
+        """Tell of events to those who want to hear of them now; on every rank."""
+        self._clippers.hear()
 
     def forget(self) -> None:
         """Drop all clippers: the next call makes new ones."""
@@ -257,6 +265,8 @@ class Attachment:
         if self._is_main:
             for optimizer in accelerator._optimizers:
                 self._advice.at_start(innermost(optimizer), self._steps_of.configs_of(optimizer))
+        for clipper in self._clippers.made:
+            clipper.events.hold(self._steps_of.stepping(clipper, accelerator._optimizers))
         if self._clippers.seams is not None:
             return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
         self._steps_of.watch(accelerator._optimizers)

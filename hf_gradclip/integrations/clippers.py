@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -13,6 +14,7 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_joint, refuse_second_engine
+from hf_gradclip.run.hearing import Hearing
 from hf_gradclip.run.startup import insist_on_one_layout
 from hf_gradclip.run.updates import Updates
 from hf_gradclip.run.wrapping import weakly
@@ -27,13 +29,24 @@ class Clippers:
         models: what is done to which.
         updates: of the run, where DeepSpeed's clipper of updates is added.
         loss: gives the loss of the step, reduced over ranks, to a clipper inside DeepSpeed's step.
+        hearing: who is told of their events.
+        device: of the accelerator.
 
     Attributes:
         seams: where the clipper is in a DeepSpeed engine; None without DeepSpeed.
         of_model: the clipper of a model as it was given, wrapped or not.
     """
 
-    def __init__(self, models: Models, updates: Updates, loss: Callable[[], Tensor | None]) -> None:
+    def __init__(
+        self,
+        models: Models,
+        updates: Updates,
+        loss: Callable[[], Tensor | None],
+        hearing: Hearing,
+        device: torch.device,
+    ) -> None:
+        self._hearing = hearing
+        self._device = device
         self._models = models
         self._updates = updates
         self._loss = loss
@@ -76,6 +89,7 @@ class Clippers:
             clipper = self._beside(model, unwrap(model), accelerator)
         insist_on_one_layout(clipper, accelerator.device)
         self._pairs.append((weakref.ref(unwrap(model)), clipper))
+        self.hear()
         if self._models.meet(len(self._pairs)):
             for known, of_known in self._pairs:
                 if (named := known()) is not None:
@@ -100,6 +114,7 @@ class Clippers:
             self._joint.update(dict(self._models.together(new).items()))
         insist_on_one_layout(clipper, accelerator.device)
         self._pairs += [(weakref.ref(unwrap(model)), clipper) for model in new]
+        self.hear()
         return clipper
 
     def _beside(self, model: nn.Module, source: nn.Module, accelerator: Any) -> Clipper:
@@ -116,6 +131,11 @@ class Clippers:
         refuse_second_engine(self.seams is not None)
         self.seams = seams_of(engine, self._models.of(engine), self._updates, self._loss)
         return self.seams.clipper
+
+    def hear(self) -> None:
+        """Tell of the events of all of them to those who want to hear now; on every rank."""
+        for model, clipper in self.models:
+            self._hearing.begin(clipper, self._models.name(model) if self._models.several else "", self._device)
 
     def adopt(self, config: ClipConfig) -> None:
         """Go on with another configuration, see `Clipper.adopt`; not under DeepSpeed."""

@@ -18,6 +18,7 @@ from hf_gradclip.integrations.arguments import insist_on_order, limit_of
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_optimizer, refuse_unsupported
+from hf_gradclip.integrations.trainer_events import hearing_of
 from hf_gradclip.integrations.trainer_recording import RecordCallback, RecordingMixin
 from hf_gradclip.run.examples import take_indices
 from hf_gradclip.run.startup import check_run
@@ -107,7 +108,11 @@ class GradClipMixin(RecordingMixin):
             return
         recording = self._make_recording(config)
         self._clip_attachment = Attachment(
-            self.accelerator, Models(config), recording=recording, missing=self._clip_missing()
+            self.accelerator,
+            Models(config),
+            recording=recording,
+            missing=self._clip_missing(),
+            hearing=hearing_of(self),
         )
         self.pop_callback(RecordCallback)  # type: ignore[attr-defined]
         self.add_callback(RecordCallback(self))  # type: ignore[attr-defined]
@@ -148,6 +153,7 @@ class GradClipMixin(RecordingMixin):
             return
         started = (weakref.ref(innermost(self.optimizer)), getattr(self, "_train_batch_size", None))
         if self._clip_started == started:
+            attachment.hear()
             attachment.watch_optimizers()
             return
         if self._clip_started is not None:
@@ -185,6 +191,7 @@ class GradClipMixin(RecordingMixin):
         if recording is None:
             return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         examples = take_indices(inputs)
+        recording.expect(examples)
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         recording.add_batch(loss, examples)
         return loss

@@ -108,6 +108,11 @@ class ClippedOptimizer(Optimizer, ABC):
                 f"{type(self).__name__}(clip={clip!r}): fold and skip_sync=False are for torch's fused optimizers. "
                 "Leave them out."
             )
+        if config.after_spike:
+            raise SpecError(
+                f"{type(self).__name__}(clip=..., after_spike=...): when the norm is known its step has begun. Use "
+                "Clipper.for_model(..., optimizer=optimizer), GradClipTrainer or attach()."
+            )
         refuse_a_record(f"{type(self).__name__}(clip=...", config)
         configs = {} if clip is None else {"gradient": config}
         return configs if config.update is None else {**configs, "update": config.of_update()}

@@ -25,7 +25,7 @@ from hf_gradclip.record.files import FOLDER, read_record
 from hf_gradclip.record.keeping import drop_after, is_taken, join_small, put_damaged_aside, take
 from hf_gradclip.record.parts import parts_of, write_part
 from hf_gradclip.record.spikes import drop_spikes_after
-from hf_gradclip.run.spikes import SpikeWatch
+from hf_gradclip.run.spikes import SpikeWatch, indices_of
 from hf_gradclip.run.startup import world_size
 from hf_gradclip.run.state import numbered
 from hf_gradclip.say import announce, logger
@@ -62,6 +62,7 @@ class Recording:
         self._recorder = Recorder()
         self._losses: list[Tensor] = []
         self._examples: list[Any] = []
+        self._ahead: list[Any] = []
         self._facts: dict[int, tuple[float, float]] = {}
         self._begun = False
         self._broken = False
@@ -144,6 +145,15 @@ class Recording:
         """What one micro-batch of the coming step had: its part of the step's loss, and its examples' indices."""
         self._losses.append(loss.detach())
         self._examples.append(examples)
+        self._ahead = []
+
+    def examples(self) -> list[int] | str:
+        """The indices of the examples of the coming step, as far as it was told; reads them to the host."""
+        return indices_of([*self._examples, *self._ahead])
+
+    def expect(self, examples: Any) -> None:
+        """The examples of a micro-batch whose loss comes later; DeepSpeed makes the step before that."""
+        self._ahead = [examples]
 
     def note(self, learning_rate: Any, loss: Tensor | None = None) -> None:
         """The step that was decided on last: its learning rate; its loss, if `add_batch` was not told."""

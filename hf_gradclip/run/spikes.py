@@ -15,6 +15,13 @@ from hf_gradclip.record.spikes import describe_spike, find_spikes, known, write_
 UNKNOWN = "unknown"
 
 
+def indices_of(batches: Sequence[Any]) -> list[int] | str:
+    """The examples of a step by its micro-batches, "unknown" where one of them is; reads them to the host."""
+    if not batches or any(batch is None for batch in batches):
+        return UNKNOWN
+    return [int(i) for batch in batches for i in batch]
+
+
 class SpikeWatch:
     """Judges the norms of a run in their order.
 
@@ -65,10 +72,8 @@ class SpikeWatch:
     def _cause(self, step: int) -> dict[str, Any]:
         """The examples that this rank held in a step; reads their indices to the host."""
         batches = next((batches for held, batches in self._held if held == step), [])
-        if not batches or any(batch is None for batch in batches):
-            return {"examples": UNKNOWN}
-        examples = [int(i) for batch in batches for i in batch]
-        if self._text_of is None:
+        examples = indices_of(batches)
+        if self._text_of is None or isinstance(examples, str):
             return {"examples": examples}
         return {"examples": examples, "text": [self._words(i) for i in examples]}
 

@@ -32,15 +32,16 @@ def saved_model(tmp_path_factory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def on_dtensors(saved_model) -> Found:
+def on_dtensors(saved_model) -> list[Found]:
     words = [f"tensor_parallel:{word}" for word in LOUD] + [f"resume:fsdp2:{word}" for word in CLIPS]
-    return launch(2, "trainer_main", saved_model.parent, *words)[0]
+    words += ["events:ddp", "events:fsdp2"]
+    return launch(2, "trainer_main", saved_model.parent, *words)
 
 
 @pytest.fixture(scope="module")
-def on_zero(tmp_path_factory) -> Found:
-    words = [f"resume:{word}" for word in RESUMED_ON_ZERO]
-    return launch(2, "trainer_main", tmp_path_factory.mktemp("zero"), *words)[0]
+def on_zero(tmp_path_factory) -> list[Found]:
+    words = [f"resume:{word}" for word in RESUMED_ON_ZERO] + ["events:zero2"]
+    return launch(2, "trainer_main", tmp_path_factory.mktemp("zero"), *words)
 
 
 @cache
@@ -76,7 +77,7 @@ def assert_resumed(found: dict[str, Any], word: str) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("word", CLIPS)
 def test_resume_under_fsdp2(on_dtensors, word) -> None:
-    found = on_dtensors[f"resume:fsdp2:{word}"]
+    found = on_dtensors[0][f"resume:fsdp2:{word}"]
     assert "DTensor shards on a 2 mesh" in found["again"]["backend"]
     assert_resumed(found, word)
 
@@ -85,7 +86,7 @@ def test_resume_under_fsdp2(on_dtensors, word) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("words", RESUMED_ON_ZERO)
 def test_resume_under_zero(on_zero, words) -> None:
-    found = on_zero[f"resume:{words}"]
+    found = on_zero[0][f"resume:{words}"]
     assert f"ZeRO-{'3' if 'zero3' in words else '1/2'} partitions" in found["again"]["backend"]
     assert_resumed(found, words.split(":")[1])
 
@@ -98,7 +99,7 @@ def test_tensor_parallel(on_dtensors, saved_model, word) -> None:
     def load() -> LlamaForCausalLM:
         return LlamaForCausalLM.from_pretrained(saved_model)
 
-    found = on_dtensors[f"tensor_parallel:{word}"]
+    found = on_dtensors[0][f"tensor_parallel:{word}"]
     assert "DTensor shards on a 2 mesh" in found["backend"]
     assert_same(found, facts(run(GradClipTrainer, load(), clip=LOUD[word], learning_rate=LOUD_RATE)))
     assert min(found["rates"][2:]) < max(found["rates"][2:])
@@ -110,3 +111,35 @@ def test_tensor_parallel(on_dtensors, saved_model, word) -> None:
         assert apart < 1e-6
     else:
         assert apart > 1e-3, "what it does without clipping"
+
+
+def assert_events(ranks: list[Found], name: str) -> None:
+    """Both ranks hear of the same steps; what one asks for holds on both; a resumed run goes on with the lower rate."""
+    mine, theirs = (rank[f"events:{name}"]["heard"] for rank in ranks)
+    told = [(kind, step, before) for kind, step, before, _, _ in mine["events"]]
+    assert told == [("on_spike", 5, 4), ("on_spike", 10, 9), ("on_spike", 14, 13)]
+    assert [event[:4] for event in theirs["events"]] == [event[:4] for event in mine["events"]]
+    for held in (mine, theirs):
+        assert all(len(event[4]) == 4 for event in held["events"]), "the examples of this rank"
+        assert held["steps"] == 14, "stopped in the step"
+        assert held["saved"]
+        assert held["skipped"] == 1
+    assert {*mine["events"][0][4]}.isdisjoint(theirs["events"][0][4])
+    assert torch.equal(mine["weights"], theirs["weights"])
+
+    found = ranks[0][f"events:{name}"]
+    assert found["whole"]["norms"] == found["again"]["norms"]
+    assert torch.equal(found["whole"]["weights"], found["again"]["weights"])
+    assert (found["whole"]["weights"] - found["free"]["weights"]).abs().max() > 1e-3, "the lower rate matters"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_events(on_dtensors, name) -> None:
+    assert_events(on_dtensors, name)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.dist
+def test_events_under_zero(on_zero) -> None:
+    assert_events(on_zero, "zero2")

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
-from transformers import DistributedConfig, LlamaForCausalLM, Trainer
+from transformers import DistributedConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_gradclip import GradClipTrainer
+from hf_gradclip.events import Event
 from hf_gradclip.strategy import flatten
 from tests.integrations.ranks import serve
 from tests.integrations.sharded import deepspeed_config, fsdp_on_cpu, whole_weights, without_shared_memory
@@ -113,10 +114,73 @@ def tensor_parallel(folder: str, word: str) -> dict[str, Any]:
     return facts(trainer)
 
 
+class Noisy(GradClipTrainer):
+    """Its loss is 60 times too large in some steps."""
+
+    noisy = (4, 9, 13)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.is_noisy = self.state.global_step in self.noisy
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * 60 if self.is_noisy else loss
+
+
+class Choosy(TrainerCallback):
+    """Rank 1 alone skips the first spike; rank 0 alone saves and stops at the third."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int, int, float, Any]] = []
+
+    def on_spike(self, args: Any, state: Any, control: Any, event: Event, **kwargs: Any) -> None:
+        assert kwargs["model"] is not None
+        self.heard.append((event.kind, event.step, state.global_step, event.norm, event.examples))
+        if len(self.heard) == 1 and dist.get_rank() == 1:
+            event.skip_step()
+        if event.step == 14 and dist.get_rank() == 0:
+            control.should_training_stop = control.should_save = True
+
+    def on_skip(self, args: Any, state: Any, control: Any, event: Event, **kwargs: Any) -> None:
+        self.heard.append((event.kind, event.step, state.global_step, event.norm, event.examples))
+
+
+def events(folder: str, name: str) -> dict[str, Any]:
+    """What callbacks ask for on one rank, and a rate that is lowered when the run is resumed."""
+    settings = {"ddp_backend": "gloo", "ranks": 2, "save_strategy": "no", **BACKENDS.get(name, {})}
+    found: dict[str, Any] = {}
+    with fsdp_on_cpu() if name == "fsdp2" else nullcontext():
+        heard, record = Choosy(), f"{folder}/heard"
+        clip = {"gradient": "adaptive_norm", "record": True}
+        trainer = run(Noisy, clip=clip, callbacks=[heard], output_dir=record, **{**settings, "max_steps": 20})
+        assert name == "ddp" or sharded(name, trainer)
+        found["heard"] = {
+            "events": heard.heard,
+            "steps": trainer.state.global_step,
+            "saved": Path(record, "checkpoint-14", "gradclip.pt").exists(),
+            "skipped": trainer.clipper.report.summary()["skipped"],
+            **facts(trainer),
+        }
+        dist.barrier()
+        clip = {"gradient": "adaptive_norm", "after_spike": "lower_rate:factor=0.1,steps=6"}
+        saving = {"max_steps": 7, "save_strategy": "steps", "save_steps": 7, "output_dir": folder}
+        for part, more in (
+            ("whole", {"clip": clip}),
+            ("first", {"clip": clip, **saving}),
+            ("again", {"clip": clip, "resume": f"{folder}/checkpoint-7"}),
+            ("free", {"clip": "adaptive_norm"}),
+        ):
+            trainer = run(Noisy, tiny_llama(1 if part == "again" else 0), **{**settings, **more})
+            found[part] = facts(trainer)
+            dist.barrier()
+    return found
+
+
 def scenario(name: str) -> dict[str, Any]:
     word, *rest = name.split(":")
     folder = Path(sys.argv[1], name.replace(":", "_"))
-    return {"resume": resume, "tensor_parallel": tensor_parallel}[word](str(folder), *rest)
+    return {"resume": resume, "tensor_parallel": tensor_parallel, "events": events}[word](str(folder), *rest)
 
 
 if __name__ == "__main__":
