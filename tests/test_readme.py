@@ -157,9 +157,25 @@ class TestUse:
         scaled = names["record"].norm_TP * names["record"].scale_TP
         assert (scaled**2).sum(axis=1) ** 0.5 == pytest.approx(stepped_norms, rel=1e-5)
 
+    def test_the_callback_and_the_file_of_the_events(self, tmp_path, capsys):
+        names: dict[str, Any] = {}
+        (block,) = blocks(DOCS["events"], "python")
+        exec(compile(block, "docs/events.md", "exec"), names)
+        (file := tmp_path / "clip.yaml").write_text(blocks(DOCS["events"], "yaml")[0])
+
+        class Loud(GradClipTrainer):
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs) * (1e6 if self.state.global_step == 8 else 1)
+
+        settings = {"max_steps": 10, "save_strategy": "no", "output_dir": str(tmp_path)}
+        trainer = train(Loud, clip=str(file), callbacks=[names["Careful"]()], **settings)
+        assert "step 9 stands out: norm" in capsys.readouterr().out
+        assert (tmp_path / "checkpoint-9").exists()
+        assert trainer.clipper.report.summary()["skipped"] == 1
+
     def test_every_python_block_is_run(self):
         written = {name: len(blocks(text, "python")) for name, text in {"README": README, **DOCS}.items()}
-        run = {"README": len(USES), "updates": len(UPDATES), "reference": 1, "writing-a-strategy": 2}
+        run = {"README": len(USES), "updates": len(UPDATES), "events": 1, "reference": 1, "writing-a-strategy": 2}
         assert {name: count for name, count in written.items() if count} == run
 
     def test_the_entry_points_are_all_shown(self):
