@@ -140,7 +140,7 @@ class Clipper:
 
     def adopt(self, config: ClipConfig) -> None:
         """Go on with another configuration. The strategy starts anew, the report goes on."""
-        self.config = config
+        self.config = self.events.config = config
         self.guard.adopt(config, self.view.guarded)
         self._layout = self.seen(self._measured)
         self.report.move_to(self._layout.by_param.device, self._layout.dtype)

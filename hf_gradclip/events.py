@@ -85,22 +85,22 @@ class Events:
     Attributes:
         kinds: what is looked for; where there are several processes, what any of them looks for.
         of: the name of the model, where there are several.
-        examples: gives the examples of the step that is decided on.
+        config: see above.
+        examples: gives the examples of the step that is decided on; None where they are not known.
         agree: makes of what this process asks for what any asks for, and tells whether a handler failed elsewhere;
             None for a process by itself.
         obey: called after the handlers, on every process, with what was asked for.
     """
 
     def __init__(self, config: ClipConfig) -> None:
-        self._skips = config.nonfinite == "skip"
+        self.config = config
         self._handlers: dict[str, list[Handler]] = {kind: [] for kind in KINDS}
         lower = next((r for r in config.after_spike if isinstance(r, LowerRate)), None)
         self._rate = None if lower is None else Lowered(lower)
-        self._reactions = config.after_spike
         self._stop = next((r for r in config.after_spike if isinstance(r, Stop)), None)
         self.kinds: set[str] = {"on_spike"} if config.after_spike else set()
         self.of = ""
-        self.examples: Callable[[], list[int] | str] = lambda: UNKNOWN
+        self.examples: Callable[[], list[int] | str] | None = None
         self.agree: Callable[[set[str], bool], bool] | None = None
         self.obey: Callable[[Event], Any] | None = None
         self.forget()
@@ -113,6 +113,14 @@ class Events:
         self._step = 0
         if self._rate is not None:
             self._rate.left = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy hears nobody: whoever is called is of the run that it was made in."""
+        alone = Events(self.config)
+        alone._past, alone._spikes, alone._step = self._past, self._spikes, self._step
+        if alone._rate is not None and self._rate is not None:
+            alone._rate.left = self._rate.left
+        return vars(alone)
 
     def hold(self, optimizers: Iterable[Any]) -> None:
         """Lower the learning rate of these optimizers, without wrappers, where that is asked for."""
@@ -154,7 +162,7 @@ class Events:
         self._step += 1
         if action == NONFINITE and guarded:
             return action
-        return self._tell(self._step, action, stats, self._skips, late=False)
+        return self._tell(self._step, action, stats, self.config.nonfinite == "skip", late=False)
 
     def keep(self, stats: NormStats, finite: Any, skipped: Any) -> None:
         """Tell of a step when it can be read: `finite` and `skipped` are bools on the device, or here."""
@@ -184,7 +192,8 @@ class Events:
         wanted = [kind for kind in kinds if kind in self.kinds]
         if not wanted:
             return action
-        tensors, examples = _largest(stats), UNKNOWN if late else self.examples()
+        tensors = _largest(stats)
+        examples = UNKNOWN if late or self.examples is None else self.examples()
         for kind in wanted:
             event = Event(kind, step, norm, threshold, z, tensors, examples, late, self.of)
             self._call(event)
@@ -220,7 +229,9 @@ class Events:
         if self.obey is not None:
             self.obey(event)
         elif "stop" in event.asked:
-            raise SpikeLimitError(f"{event}. Somebody asked to stop here (after_spike={written(self._reactions)}).")
+            raise SpikeLimitError(
+                f"{event}. Somebody asked to stop here (after_spike={written(self.config.after_spike)})."
+            )
 
     def _react(self, event: Event) -> None:
         if self._rate is not None:

@@ -47,7 +47,7 @@ class ClipReport:
         device: torch.device,
         dtype: torch.dtype,
         prefix: str = "clip",
-        before_read: Callable[[], None] = lambda: None,
+        before_read: Callable[[], None] | None = None,
     ) -> None:
         self._before_read = before_read
         self.prefix = prefix
@@ -170,7 +170,8 @@ class ClipReport:
 
     def scalars(self) -> dict[str, float]:
         """The keys above, since the last call; empty if no step was counted. One host read, and one for each group."""
-        self._before_read()
+        if self._before_read is not None:
+            self._before_read()
         shown = {f"{self.prefix}/{key}": value for key, value in self._since().items()}
         for label, report in self._groups.items():
             found = {key: value for key, value in report._since().items() if key not in OF_THE_STEP}

@@ -38,7 +38,7 @@ import torch
 from benchmark import circumstances, hardware
 from tasks import TASKS, Batch, Task, rows_of
 
-from hf_gradclip import Clipper, optim, outlier
+from hf_gradclip import Clipper, budgets, optim, outlier
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.spec import read_strategy
@@ -52,11 +52,12 @@ RATES = {
     "rmsprop": tuple(1e-3 * 2**i for i in range(-3, 4)),
     "momentum": tuple(0.01 * 2**i for i in range(7)),
 }
-DATA = ("sound", "loud", "tensor", "noise")
+DATA = ("sound", "loud", "tensor", "noise", "one")
 BETAS = (0.9, 0.99)
 BROKEN = 0.05
 LOUD = 100.0
 TENSOR = 1000.0
+ONE = 10_000.0
 RAMP = 0.05
 UNBROKEN = 0.15
 RATE_SEEDS = (1000, 1001)
@@ -77,7 +78,8 @@ class Run:
         lr: the highest learning rate, reached after a RAMP of the steps; a cosine to 0 follows.
         data: "sound", or what is wrong with so many batches as are BROKEN of the run, none of them in its first
             UNBROKEN: "loud" (LOUD times their loss), "tensor" (one tensor's gradient is TENSOR times too large, each
-            time another one's), "noise" (random inputs and labels).
+            time another one's), "noise" (random inputs and labels), "one" (the gradient of the first parameter, an
+            embedding or the first layer, is ONE times too large).
         seed: of weights and batches.
         steps: of the optimizer.
     """
@@ -128,7 +130,9 @@ def key_of(run: Run) -> str:
         specs.append(describe(strategy))
         modules = [sys.modules[type(part).__module__] for part in parts_of(strategy)]
         code += [code_of(module) for module in modules]
+        code += [code_of(budgets)] * isinstance(strategy, budgets.Budgets)
         code += [code_of(outlier)] * any("outlier" in inspect.getsource(module) for module in modules)
+    specs += [f"{ONE}"] * (run.data == "one")
     text = json.dumps([asdict(replace(run, clip="/".join(specs))), code])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -207,6 +211,8 @@ def train(run: Run) -> Outcome:
             (loss * LOUD if run.data == "loud" and step in broken else loss).backward()
             if run.data == "tensor" and step in broken and (spike := parameters[which].grad) is not None:
                 spike.mul_(TENSOR)
+            if run.data == "one" and step in broken and (spike := parameters[0].grad) is not None:
+                spike.mul_(ONE)
             for group in optimizer.param_groups:
                 group["lr"] = run.lr * factor(step, run.steps)
             if clipper is not None:
@@ -351,7 +357,7 @@ def detail(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[s
         seeds: what is averaged over.
     """
     against = [clip for clip in (NOTHING, STOCK) if clip in clips]
-    rows = []
+    rows, stock = [], STOCK in clips
     for clip in clips:
         mine = replace(plain, clip=clip)
         sound = found.ends(mine, seeds)
@@ -361,9 +367,12 @@ def detail(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[s
             broken = replace(mine, data=kind)
             ends = found.ends(broken, seeds)
             row += [number(ends), paired(ends, sound), found.clipped(broken, seeds)]
+            if stock:
+                row.append("" if clip == STOCK else paired(ends, found.ends(replace(broken, clip=STOCK), seeds)))
         rows.append(row)
     head = ["clip", "sound", "clipped", *(f"less `{c}`" for c in against)]
-    head += [word for kind in data[1:] for word in (kind, "less its own sound", "clipped")]
+    for kind in data[1:]:
+        head += [kind, "less its own sound", "clipped", *[f"less `{STOCK}`, {kind}"] * stock]
     return markdown(head, rows)
 
 
@@ -375,7 +384,7 @@ ends no better than it began.
 judged; or the task's own.
 - Of broken data so many batches as are {BROKEN:.0%} of the run are broken, after its first {UNBROKEN:.0%}. loud: \
 their loss is {LOUD:g} times too large. tensor: the gradient of one tensor is {TENSOR:g} times too large. noise: \
-random inputs with random labels.
+random inputs with random labels. one: the gradient of the first parameter is {ONE:g} times too large.
 - clipped: share of the steps; gradient / update. AdamW has betas {BETAS} and weight decay 0.1."""
 
 
