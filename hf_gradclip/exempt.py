@@ -49,7 +49,7 @@ def exempt(strategy: Strategy, view: View) -> str:
         if part is None or (part.include_1d and part.include_head):
             continue
         left = _left(names, view) or "nothing"
-        if not view.heads and not part.include_head:
+        if not view.heads and not part.include_head and not isinstance(strategy, Budgets):
             left += "; it found no trained head, so it clips every matrix"
         words.append(f"{name_of(part)} leaves alone {left}")
     return "; ".join(words)
