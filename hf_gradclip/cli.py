@@ -1,4 +1,4 @@
-"""`hf-gradclip`: report on a recorded run, replay it under other strategies, suggest a threshold, list strategies."""
+"""`hf-gradclip`: report on a recorded run, replay it under other strategies, suggest a threshold, list and explain."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import argparse
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 from hf_gradclip.say import printable
-from hf_gradclip.spec import preset_names, strategy_class, strategy_names
-from hf_gradclip.strategy import SpecError, describe
+from hf_gradclip.strategy import SpecError
 
 DONE, BAD_INPUT = 0, 2
 
@@ -50,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     suggest.set_defaults(run_command=_suggest)
 
     commands.add_parser("list", help="strategies and presets, with their fields").set_defaults(run_command=_list)
+
+    explain = commands.add_parser("explain", help="what a strategy or a preset is: rule, fields, state, cost, limits")
+    explain.add_argument("name", metavar="NAME", help="as `hf-gradclip list` shows it")
+    explain.set_defaults(run_command=_explain)
     return parser
 
 
@@ -109,17 +111,16 @@ def _suggest(args: argparse.Namespace) -> None:
     print(LIMIT_OF_REPLAY)
 
 
-def _list(args: argparse.Namespace) -> None:
-    from hf_gradclip.analysis.tables import show_table
-    from hf_gradclip.config import ClipConfig
+def _explain(args: argparse.Namespace) -> None:
+    from hf_gradclip.analysis.explain import explain
 
-    rows = []
-    for name in strategy_names():
-        cls = strategy_class(name)
-        given = ", ".join(f.name if f.default is MISSING else f"{f.name}={f.default}" for f in fields(cls))  # type: ignore[arg-type]
-        rows.append((name, (cls.__doc__ or "").strip().splitlines()[0], given))
-    show_table(("strategy", "does", "fields"), rows)
-    show_table(("preset", "is"), [(name, describe(ClipConfig.parse(name).gradient)) for name in preset_names()])
+    print(explain(args.name))
+
+
+def _list(args: argparse.Namespace) -> None:
+    from hf_gradclip.analysis.explain import listing
+
+    print(listing())
 
 
 if __name__ == "__main__":

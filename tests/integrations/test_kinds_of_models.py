@@ -93,6 +93,10 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **SMALL))
 
 
+def mixtral() -> nn.Module:
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, num_local_experts=4, num_key_value_heads=2, **SMALL))
+
+
 def bert(cls: type) -> Callable[[], nn.Module]:
     return lambda: cls(BertConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **SMALL))
 
@@ -114,7 +118,7 @@ KINDS = {
         ("wte", "c_attn", "rest"),
     ),
     "fused experts": Kind(
-        lambda: MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, num_local_experts=4, num_key_value_heads=2, **SMALL)),
+        mixtral,
         text,
         "*experts*=agc:clip_factor=0.05;*gate.*=global_norm:max_norm=0.1;*=adaptive_norm",
         ("experts", "gate", "rest"),
