@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_gradclip import kernels
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import CLIP, LEAVE, NONFINITE, SKIP, Decision, Measure, Outcome, Taker, as_loss, judge
-from hf_gradclip.events import KINDS, Events
+from hf_gradclip.events import KINDS
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
@@ -26,6 +26,7 @@ from hf_gradclip.suits import refuse_in_a_loop, refuse_unsuited
 from hf_gradclip.types import ClipPlan, Layout
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import View
+from hf_gradclip.watching import Events
 
 __all__ = ["CLIP", "LEAVE", "NONFINITE", "SKIP", "Clipper", "Decision", "NonFiniteError", "Outcome"]
 
@@ -214,7 +215,7 @@ class Clipper:
             again = self.decide(decision.stats.loss, decision.measure, rescale=True)
             if int(again.action) != NONFINITE:
                 decision, action = again, int(again.action)
-        told = self.events.judged(action, decision.stats, self.view.guarded) if self.events.kinds else action
+        told = self.events.judged(action, decision.stats, self.view) if self.events.kinds else action
         if told in (SKIP, NONFINITE):
             return self._leave_out(decision, told, name_of(self.config.gradient) if told == action else "a handler")
         self._skipped, self.guard.skips_in_a_row = False, 0

@@ -158,6 +158,53 @@ def norm_of(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.grad for p in model.parameters()]).norm()
 
 
+class TestRows:
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_which_tokens_made_a_spike(self, sparse) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(40, 3, sparse=sparse), nn.Linear(3, 2))
+        found: list[Any] = []
+        clipper = Clipper.for_model(
+            model,
+            "global_norm:max_norm=1",
+            on_spike=lambda event: found.append((event.rows("0.weight"), event.rows("1.weight", 1))),
+        )
+        for step in range(20):
+            tokens = torch.randint(40, (64,), generator=torch.Generator().manual_seed(step))
+            out = model(torch.cat([tokens, torch.full((200,), 17)]) if step == 18 else tokens)
+            (out.square().sum() * (50 if step == 18 else 1)).backward()
+            grad = model[0].weight.grad.to_dense().double().clone()
+            head = model[1].weight.grad.double().clone()
+            clipper.step()
+            model.zero_grad()
+            if step == 18:
+                break
+        ((rows, of_head),) = found
+        norms = grad.norm(dim=1)
+        right = norms.argsort(descending=True)[:5].tolist()
+        assert [row for row, _ in rows] == right
+        assert rows[0][0] == 17
+        assert [norm for _, norm in rows] == pytest.approx(norms[right].tolist(), rel=1e-9)
+        assert of_head == [(int(head.norm(dim=1).argmax()), pytest.approx(float(head.norm(dim=1).max())))]
+
+    def test_where_they_are_not_known(self) -> None:
+        model = model_of()
+        clipper = Clipper.for_model(model, "none")
+        found: list[Event] = []
+        clipper.events.hear({"on_spike": found.append})
+        run(clipper, model, range(21))
+        with pytest.raises(ValueError, match="must name a trained matrix"):
+            found[0].rows()
+        stats = clipper.view.measure(clipper.config.gradient.needs)
+        for norm in (1.0, 500.0):
+            set_grads(model, 3, norm)
+            stats = clipper.view.measure(clipper.config.gradient.needs)
+            clipper.events.keep(stats, stats.total.isfinite(), torch.tensor(False))
+        clipper.report.scalars()
+        with pytest.raises(ValueError, match="are gone"):
+            found[-1].rows()
+
+
 class TestSkipAndNonfinite:
     def test_a_nan_is_told_as_both(self) -> None:
         model = model_of()

@@ -102,6 +102,10 @@ class Here(ABC):
     def apply_(self, plan: ClipPlan, part: int | None) -> None:
         """g <- clamp(g * scale, -bound, +bound); see View.apply_ for the arguments."""
 
+    def rows(self, name: str, count: int) -> list[tuple[int, float]]:
+        """See View.rows."""
+        raise ValueError(f"event.rows({name!r}): no process holds all rows of a gradient here ({self.backend}).")
+
     @abstractmethod
     def drop_(self) -> bool:
         """Make the coming step do nothing; False where that is left to whoever steps."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -44,6 +45,21 @@ class Plain(Parameters):
         """All ranks of the job, which under DDP hold the same gradients."""
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         return () if alone else (Replica(None, None),)
+
+    def rows(self, name: str, count: int) -> list[tuple[int, float]]:
+        """See View.rows."""
+        names = self._trainable.names
+        grad = self._trainable.parameters[names.index(name)].grad if name in names else None
+        if grad is None or grad.ndim != 2:
+            raise ValueError(f"event.rows({name!r}): must name a trained matrix with a gradient.")
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            numbers, norms = grad.indices()[0], grad.values().double().norm(dim=1)
+        else:
+            norms = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float64)
+            numbers = torch.arange(len(norms), device=norms.device)
+        found = norms.topk(min(count, len(norms)))
+        return list(zip(numbers[found.indices].tolist(), found.values.tolist(), strict=True))
 
     def _take(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         """Every rank holds everything."""

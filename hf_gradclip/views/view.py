@@ -165,6 +165,15 @@ class View:
         return torch.stack(spreads).amax()
 
     @torch.no_grad()
+    def rows(self, name: str, count: int) -> list[tuple[int, float]]:
+        """Of a gradient that has rows, as a table of embeddings has, the largest and their norms. Reads it once more.
+
+        Raises:
+            ValueError: where no process holds all of its rows, or there are none.
+        """
+        return self.here.rows(name, count)
+
+    @torch.no_grad()
     def apply_(self, plan: ClipPlan, part: int | None = None) -> None:
         """g <- clamp(g * scale, -bound, +bound), in the memory of this process.
 
