@@ -74,7 +74,7 @@ class Decision:
         """LEAVE, CLIP, SKIP or NONFINITE: on a device a 0-d int64, the one number that a step may read."""
         if not isinstance(self.found, Tensor):
             return self.found
-        action = self.plan.clipped_S.any()  # as a number LEAVE or CLIP
+        action = self.plan.changed_S.any()  # as a number LEAVE or CLIP
         if self.plan.skip is not None:
             action = torch.where(self.plan.skip, SKIP, action)
         return torch.where(self.found, action, NONFINITE)
@@ -85,9 +85,16 @@ class Decision:
         return self.found if isinstance(self.found, Tensor) else self.found != NONFINITE
 
     def clipped_by(self, action: int) -> bool | None:
-        """Whether anything is scaled or bounded, now that the action was read; None where only the device knows."""
-        known = isinstance(self.found, Tensor) or self.plan.scale_S.is_cpu
-        return action == CLIP if known else None
+        """Whether anything is made smaller, now that the action was read; None where nobody has looked.
+
+        What is only made larger is CLIP too: there is something to do.
+        """
+        plan = self.plan
+        if action != CLIP:
+            return False
+        if plan.scale_S.ndim or plan.bound_S is not None or not plan.scale_S.is_cpu:
+            return None
+        return float(plan.scale_S) < 1
 
     def outcome(
         self, plan: ClipPlan | None = None, skipped: bool = False, drop: bool = False, skip: Tensor | None = None
@@ -133,8 +140,8 @@ def judge_on_host(strategy: Strategy, stats: NormStats, state: State) -> Judged:
     if plan.skip is not None and bool(plan.skip):
         return plan, SKIP, new
     if plan.scale_S.ndim == 0 and plan.bound_S is None:
-        return plan, CLIP if float(plan.scale_S) < 1 else LEAVE, new
-    return plan, CLIP if not plan.scale_S.is_cpu or bool(plan.clipped_S.any()) else LEAVE, new
+        return plan, LEAVE if float(plan.scale_S) == 1 else CLIP, new
+    return plan, CLIP if not plan.scale_S.is_cpu or bool(plan.changed_S.any()) else LEAVE, new
 
 
 def as_loss(loss: Any, layout: Layout, strategy: Strategy) -> Tensor:

@@ -18,7 +18,7 @@ ZERO_STEPS = 10
 _FOLD = 512
 OF_THE_STEP = ("skipped", "nonfinite")
 """What is of a step, and of no group of parameters."""
-LAST = ("threshold", "norm_in", "norm_post")
+LAST = ("threshold", "norm_in", "norm_post", "scale_max")
 """What is known of the last step alone."""
 
 
@@ -32,9 +32,10 @@ class ClipReport:
     | `clip/norm_mean`, `clip/norm_max` | pre-clip norm over the finite steps since |
     | `clip/norm_post` | norm after clipping, last applied step; absent where elements were bounded |
     | `clip/scale` | norm out / norm in, last applied step; absent where elements were bounded |
+    | `clip/scale_max` | the largest factor on any segment, last applied step; only where it is above 1 |
     | `clip/threshold` | the norm (or value) at which the last finite step began to clip; only where it is one number |
-    | `clip/rate` | share of the steps since in which any segment was scaled or bounded |
-    | `clip/tensor_rate` | share of the tensor-steps since in which any part of the tensor was scaled or bounded |
+    | `clip/rate` | share of the steps since in which any segment was scaled down or bounded |
+    | `clip/tensor_rate` | share of the tensor-steps since in which any part of the tensor was scaled down or bounded |
     | `clip/skipped`, `clip/nonfinite` | steps since that did not reach the optimizer, that had a NaN or inf |
     | `clip/<label>/...` | the same of a group of parameters, but for the last two |
 
@@ -109,7 +110,7 @@ class ClipReport:
             plan: what was decided.
             finite: whether the norm was finite, 0-d bool on the device; or a bool where the host knows it.
             skipped: whether the step was skipped, in the same way.
-            clipped: whether anything is scaled or bounded; None where the host does not know.
+            clipped: whether anything is scaled down or bounded; None where the host does not know.
         """
         self.last = stats
         self._steps += 1
@@ -152,7 +153,7 @@ class ClipReport:
             self._unread = []
 
     def _settle_unsure(self) -> None:
-        """Count the steps of which only the device knew whether anything was clipped. One host read."""
+        """Count the steps of which nobody has looked whether anything was clipped. One host read."""
         if self._unsure:
             tensors = torch.stack(self._unsure).cpu()
             self._unsure = []
@@ -187,6 +188,8 @@ class ClipReport:
         shown = {"norm_mean": sums["norm_mean"], "norm_max": sums["norm_max"], "norm_post": sums.get("norm_post")}
         if sums.get("norm_in"):
             shown["scale"] = sums["norm_post"] / sums["norm_in"]
+        if sums.get("scale_max", 1.0) > 1:
+            shown["scale_max"] = sums["scale_max"]
         shown["threshold"] = sums.get("threshold")
         shown["rate"] = sums["clipped"] / steps
         shown["tensor_rate"] = sums["tensors"] / max(tensor_steps, 1)
@@ -227,7 +230,7 @@ class ClipReport:
         self._settle_unsure()
         self._fold_unread()
         if self._applied is not None:
-            self._at |= _in_and_post(*self._applied)
+            self._at |= _applied(*self._applied)
         clipped = torch.stack([count.to(self._zero) for count in self._clipped]).sum() if self._clipped else self._zero
         parts = [torch.stack([clipped.to(self._zero), *self._at.values()])]
         parts += [torch.cat([norm.view(-1) for norm in part]) for part in (self._norms, self._unread_TK) if part]
@@ -264,7 +267,7 @@ class ClipReport:
                 return
 
 
-ROW = ("norm", "finite", "skipped", "tensors", "norm_post", "threshold")
+ROW = ("norm", "finite", "skipped", "tensors", "norm_post", "scale_max", "threshold")
 """What is kept of a step that nobody reads."""
 
 
@@ -275,14 +278,14 @@ def _row(
     flags = [flag if isinstance(flag, Tensor) else zero + float(flag) if flag else zero for flag in (finite, skipped)]
     threshold = nan if plan.threshold is None else plan.threshold
     clipped = zero if is_one(plan.scale_S) and plan.bound_S is None else _tensors(plan.clipped_S, stats.layout)
-    return stats.total, *flags, clipped, _post(stats, plan), threshold
+    return stats.total, *flags, clipped, _post(stats, plan), plan.largest, threshold
 
 
 def _read_rows(values: list[float], read: dict[str, float]) -> list[float]:
     """Add rows that came to the host to what else was read; their finite norms."""
     norms = []
     for first in range(0, len(values), len(ROW)):
-        norm, finite, skipped, tensors, post, threshold = values[first : first + len(ROW)]
+        norm, finite, skipped, tensors, post, largest, threshold = values[first : first + len(ROW)]
         read["skipped"] += skipped > 0
         read["nonfinite"] += finite == 0
         if finite:
@@ -292,7 +295,7 @@ def _read_rows(values: list[float], read: dict[str, float]) -> list[float]:
         if finite and not skipped:
             read["clipped"] += tensors > 0
             read["tensors"] += tensors
-            read["norm_in"], read["norm_post"] = norm, post
+            read["norm_in"], read["norm_post"], read["scale_max"] = norm, post, largest
     return norms
 
 
@@ -305,9 +308,10 @@ def _tensors(clipped_S: Tensor, layout: Layout) -> Tensor:
     return clipped_S.sum()
 
 
-def _in_and_post(stats: NormStats, plan: ClipPlan) -> Meters:
-    """The norm before and after; NaN after where elements were bounded."""
-    return {"norm_in": stats.total, "norm_post": _post(stats, plan).to(stats.total)}
+def _applied(stats: NormStats, plan: ClipPlan) -> Meters:
+    """The norm before and after, NaN after where elements were bounded; and the largest factor."""
+    post, largest = _post(stats, plan).to(stats.total), plan.largest.to(stats.total)
+    return {"norm_in": stats.total, "norm_post": post, "scale_max": largest}
 
 
 def _post(stats: NormStats, plan: ClipPlan) -> Tensor:

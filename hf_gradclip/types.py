@@ -235,7 +235,8 @@ class ClipPlan:
     """What to do with the gradients: g <- clamp(g * scale, -bound, +bound).
 
     Args:
-        scale_S: factor per segment, shape (S,), or 0-d for one number that serves all; 1 leaves a segment alone.
+        scale_S: factor per segment, finite and > 0, shape (S,), or 0-d for one number that serves all; 1 leaves a
+            segment alone, and above 1 it is made larger.
         bound_S: largest absolute element per segment, shape (S,); inf leaves a segment alone.
         threshold: the norm (or value) at which this step begins to clip, 0-d; None where it is not one number.
         skip: True if the optimizer must not step, 0-d bool.
@@ -257,8 +258,20 @@ class ClipPlan:
 
     @property
     def clipped_S(self) -> Tensor:
-        """Which segments are changed, bool, shape (S,) or 0-d."""
-        clipped_S = self.scale_S < 1
-        if self.bound_S is not None:
-            clipped_S = clipped_S | (self.bound_S < float("inf"))
-        return clipped_S
+        """Which segments are made smaller, by their scale or a bound, bool, shape (S,) or 0-d: what is counted."""
+        return self._or_bounded(self.scale_S < 1)
+
+    @property
+    def changed_S(self) -> Tensor:
+        """Which segments are changed, bool, shape (S,) or 0-d: what is to be applied."""
+        return self._or_bounded(self.scale_S != 1)
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest factor of any segment, 0-d, where the scales are; 1 of no segments."""
+        if self.scale_S.ndim == 0:
+            return self.scale_S
+        return self.scale_S.amax() if len(self.scale_S) else self.scale_S.new_ones(())
+
+    def _or_bounded(self, changed_S: Tensor) -> Tensor:
+        return changed_S if self.bound_S is None else changed_S | (self.bound_S < float("inf"))

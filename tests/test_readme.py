@@ -25,7 +25,7 @@ from hf_gradclip.cli import main
 from hf_gradclip.spec import preset_names, strategy_class, strategy_names
 from hf_gradclip.strategy import SpecError, describe
 from tests.analysis.records import recorded
-from tests.tiny import VOCAB, counting_data, tiny_llama, train, training_args, weights_of
+from tests.tiny import VOCAB, Enlarge, counting_data, tiny_llama, train, training_args, weights_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -270,8 +270,9 @@ class TestTables:
         assert sorted(word for word in words(line) if word not in strategy_names()) == preset_names()
 
     def test_logged_keys(self):
-        trainer = train(GradClipTrainer, clip="adaptive", max_steps=2)
-        logged = {key for entry in trainer.state.log_history if "loss" in entry for key in entry}
+        runs = [train(GradClipTrainer, clip=clip, max_steps=3) for clip in ("adaptive", Enlarge())]
+        entries = [entry for trainer in runs for entry in trainer.state.log_history if "loss" in entry]
+        logged = {key for entry in entries for key in entry}
         shown = {words(row[0])[0] for row in rows(DOCS["reference"], "What is logged")}
         assert shown == {key for key in logged if key.startswith("clip/")} | {"grad_norm"}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_gradclip.strategy import Needs, Strategy
+from hf_gradclip.strategy import Needs, Strategy, Units
 from hf_gradclip.types import ClipPlan
 
 VOCAB = 67
@@ -116,3 +117,44 @@ class SkipThird(Strategy):
 
     def update(self, stats, state):
         return ClipPlan(torch.ones(()), skip=state.steps == 2), Counted(state.steps + 1)
+
+
+FACTORS = (3.0, 1.0, 0.5)
+
+
+def turn_of(name: str) -> int:
+    """Where a parameter begins in FACTORS, of `Enlarge(by="tensor")`."""
+    return zlib.crc32(name.encode()) % len(FACTORS)
+
+
+@dataclass(frozen=True)
+class Enlarge(Strategy):
+    """The factors 3, 1 and 0.5 in turn: of the whole by steps, of a tensor beginning at its own one, of rows too.
+
+    Args:
+        by: "whole", "tensor" or "row"; the rows of a tensor have the factor of the tensor, but each second one has 1.
+    """
+
+    by: str = "whole"
+
+    @property
+    def per_parameter(self):
+        return self.by != "whole"
+
+    @property
+    def needs(self):
+        return Needs(units=Units(vectors=True, head=True)) if self.by == "row" else Needs()
+
+    def init(self, layout):
+        return Counted(torch.zeros((), dtype=torch.int64, device=layout.device))
+
+    def update(self, stats, state):
+        factors = stats.sumsq_S.new_tensor(FACTORS)
+        if self.by == "whole":
+            return ClipPlan(factors[state.steps % 3]), Counted(state.steps + 1)
+        layout = stats.layout
+        turn_P = torch.tensor([turn_of(name) for name in layout.names], device=layout.device)
+        scale_S = factors[(state.steps + turn_P[layout.param_S]) % 3]
+        if self.by == "row":
+            scale_S = torch.where(torch.arange(len(layout), device=layout.device) % 2 == 0, scale_S, 1.0)
+        return ClipPlan(scale_S), Counted(state.steps + 1)

@@ -72,6 +72,7 @@ def findings(run: Run) -> list[str]:
     record = run.gradient
     said = [
         *_rates(record, "gradient"),
+        _raised(record, "gradient"),
         _level(record),
         *_spikes(run),
         *_unread(run),
@@ -80,7 +81,7 @@ def findings(run: Run) -> list[str]:
         *_dominant(record),
     ]
     if run.update is not None:
-        said += _rates(run.update, "update")
+        said += [*_rates(run.update, "update"), _raised(run.update, "update")]
     return [sentence for sentence in said if sentence]
 
 
@@ -124,6 +125,16 @@ def _rate(record: Record, what: str) -> str:
     if rate >= SELDOM:
         return f"{count}, {mean}: more than a safety net, less than a learning-rate cut."
     return f"{count}, {mean}: a safety net."
+
+
+def _raised(record: Record, what: str) -> str:
+    """The steps in which something was made larger, which a clip never does and a normalization does."""
+    applied = record.finite_T & ~record.skipped_T
+    raised = record.scale_max_T[applied & (record.scale_max_T > 1)]
+    if not len(raised):
+        return ""
+    steps = f"{len(raised):,} steps ({len(raised) / applied.sum():.0%})"
+    return f"Parts of the {what} were made larger in {steps}, {raised.max():.3g}-fold at most."
 
 
 def _warmup(record: Record) -> int:

@@ -22,6 +22,7 @@ class Row(NamedTuple):
         after: sums of squares that a plan by unit leaves, shape (P,); of any other plan `before`.
         small: total norm, threshold, whether it was finite, whether it was skipped; shape (4,).
         bounded: whether elements were bounded, 0-d.
+        largest: the largest factor of any segment, 0-d.
     """
 
     before: Tensor
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     after: Tensor
     small: Tensor
     bounded: Tensor
+    largest: Tensor
 
 
 class Recorder:
@@ -78,7 +80,7 @@ class Recorder:
         flags = (flag if isinstance(flag, Tensor) else self._flag(flag, threshold) for flag in (finite, skipped))
         small = torch.stack([stats.total, threshold, *flags])
         scale_P = plan.scale_S if after_P is None else self._flag(True, threshold)
-        row = Row(before.sumsq_S, scale_P, before.sumsq_S if after_P is None else after_P, small, bounded)
+        row = Row(before.sumsq_S, scale_P, before.sumsq_S if after_P is None else after_P, small, bounded, plan.largest)
         self._append(before.layout, row)
 
     def _flag(self, flag: bool, like: Tensor) -> Tensor:
@@ -93,7 +95,8 @@ class Recorder:
         unknown = torch.full((len(layout.names),), float("nan"), dtype=layout.dtype, device=layout.device)
         values = (float("inf"), float("nan"), 0.0, 1.0)
         small = torch.stack([unknown.new_full((), value) for value in values])  # filled there: nobody waits for a copy
-        self._append(layout, Row(unknown, torch.ones_like(unknown), unknown, small, torch.zeros_like(small[0])))
+        zero = torch.zeros_like(small[0])
+        self._append(layout, Row(unknown, torch.ones_like(unknown), unknown, small, zero, torch.ones_like(zero)))
 
     def _append(self, layout: Layout, row: Row) -> None:
         if self.layout is not None and self.layout.names != layout.names:
@@ -108,10 +111,10 @@ class Recorder:
 
     def _fold(self) -> None:
         if self._rows:
-            before, scale, after, small, bounded = zip(*self._rows, strict=True)
+            before, scale, after, small, bounded, largest = zip(*self._rows, strict=True)
             scale_TP = torch.stack([one.expand_as(whole) for one, whole in zip(scale, before, strict=True)])
-            columns = torch.stack(before), scale_TP, torch.stack(after), torch.stack(small), torch.stack(bounded)
-            self._folded.append(Row(*columns[:4], columns[4][:, None]))
+            flags = torch.stack(bounded)[:, None], torch.stack(largest)[:, None]
+            self._folded.append(Row(torch.stack(before), scale_TP, torch.stack(after), torch.stack(small), *flags))
             self._rows = []
 
     def note(self, learning_rate: Any, loss: Tensor | None) -> None:
@@ -142,7 +145,7 @@ class Recorder:
         losses = self.losses() if losses is None else losses
         if losses is None:
             losses = columns[0].new_full((len(columns[0]),), float("nan"))
-        before_TP, scale_TP, after_TP, small, bounded, loss = _on_host([*columns, losses[:, None]])
+        before_TP, scale_TP, after_TP, small, bounded, largest, loss = _on_host([*columns, losses[:, None]])
         with np.errstate(divide="ignore", invalid="ignore"):  # what nothing was measured of is kept as it is
             left_TP = np.where(after_TP == before_TP, 1.0, np.sqrt(after_TP / before_TP))  # also where both are inf
             scale_TP = np.where(before_TP > 0, scale_TP * left_TP, 1.0)
@@ -158,6 +161,7 @@ class Recorder:
             "finite": finite > 0,
             "skipped": skipped > 0,
             "bounded": bounded[:, 0] > 0,
+            "scale_max": largest[:, 0],
             "norms": np.sqrt(before_TP).astype(np.float32),
             "scales": scale_TP.astype(np.float32),
         }

@@ -22,7 +22,7 @@ class Record:
         names: of the parameters.
         numel_P: their numbers of elements, int64.
         step_T: int64, rising.
-        loss_T: float64, and so are learning_rate_T, norm_T and threshold_T; `parts` has their meaning.
+        loss_T: float64, and so are learning_rate_T, norm_T, threshold_T and scale_max_T; `parts` has their meaning.
         finite_T: bool, and so are skipped_T and bounded_T.
         norm_TP: float32.
         scale_TP: float32.
@@ -38,6 +38,7 @@ class Record:
     learning_rate_T: np.ndarray
     norm_T: np.ndarray
     threshold_T: np.ndarray
+    scale_max_T: np.ndarray
     finite_T: np.ndarray
     skipped_T: np.ndarray
     bounded_T: np.ndarray

@@ -12,6 +12,7 @@ moment neither loses nor doubles a step.
 | `norm` | of the whole, before clipping |
 | `threshold` | where clipping begins; NaN where it is not one number |
 | `finite`, `skipped`, `bounded` | is the norm finite, was the step left out, were elements bounded |
+| `scale_max` | the largest factor of any segment; of any parameter where an older part has no such column |
 | `norms`, `scales` | per parameter: norm before clipping, norm after / before without bounds |
 """
 
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 VERSION = 1
-NUMBERS = ("loss", "learning_rate", "norm", "threshold")
+NUMBERS = ("loss", "learning_rate", "norm", "threshold", "scale_max")
 FLAGS = ("finite", "skipped", "bounded")
 BY_PARAMETER = ("norms", "scales")
 UNSAID = {"spec": "unknown", "config": "unknown", "backend": "unknown", "world": 1}
@@ -64,7 +65,7 @@ def write_part(folder: Path, place: str, rows: dict[str, np.ndarray], meta: dict
     folder.mkdir(parents=True, exist_ok=True)
     columns: dict[str, Any] = {"step": pa.array(rows["step"], pa.int64())}
     for name in NUMBERS:
-        columns[name] = pa.array(rows[name], pa.float64() if name in ("norm", "threshold") else pa.float32())
+        columns[name] = pa.array(rows[name], pa.float32() if name in ("loss", "learning_rate") else pa.float64())
     columns |= {name: pa.array(rows[name], pa.bool_()) for name in FLAGS}
     for name in ("norms", "scales"):
         block = np.ascontiguousarray(rows[name], dtype=np.float32)
@@ -74,7 +75,7 @@ def write_part(folder: Path, place: str, rows: dict[str, np.ndarray], meta: dict
     first, last = int(rows["step"][0]), int(rows["step"][-1])
     path = folder / f"{place}-{first:09d}-{last:09d}.parquet"
     aside = path.with_suffix(".tmp")
-    encoded = ("loss", "learning_rate", "norm", "threshold", "norms.list.element", "scales.list.element")
+    encoded = (*NUMBERS, "norms.list.element", "scales.list.element")
     encoding = dict.fromkeys(encoded, "BYTE_STREAM_SPLIT")
     try:
         parquet.write_table(table, aside, compression="zstd", use_dictionary=False, column_encoding=encoding)
@@ -126,8 +127,11 @@ def columns_of(part: Part, width: int) -> dict[str, np.ndarray]:
     _, parquet = _arrow()
     with _named(part):
         table = parquet.read_table(part.path)
-        columns = {}
-        for name in ("step", *NUMBERS, *FLAGS, *BY_PARAMETER):
+        columns: dict[str, np.ndarray] = {}
+        for name in (*BY_PARAMETER, "step", *NUMBERS, *FLAGS):
+            if name == "scale_max" and name not in table.column_names:
+                columns[name] = columns["scales"].max(axis=1, initial=0.0)
+                continue
             column = table[name].combine_chunks()
             flat = column.flatten() if name in BY_PARAMETER else column
             values = flat.to_numpy(zero_copy_only=False)

@@ -143,7 +143,7 @@ def correct_(
     size: int,
     apply_: Callable[[ClipPlan], None],
 ) -> None:
-    """w' <- w' + lr (u - clip(u)) where the plan clips; a weight that it does not clip keeps every bit.
+    """w' <- w' + lr (u - clip(u)) where the plan changes u; a weight whose u it leaves alone keeps every bit.
 
     Args:
         weights: after the step.
@@ -155,8 +155,9 @@ def correct_(
         apply_: does the plan to the updates.
     """
     rate = moved(torch.tensor(lrs, dtype=torch.float32, device="cpu"), segments.device)
-    clipped_S = plan.clipped_S if plan.clipped_S.ndim else number_on(segments.device, plan.clipped_S)
-    rates = torch.where(clipped_S.expand(size)[segments], rate, 0.0)
+    changed_S = plan.changed_S
+    changed_S = changed_S if changed_S.ndim else number_on(segments.device, changed_S)
+    rates = torch.where(changed_S.expand(size)[segments], rate, 0.0)
     there = {device: moved(rates, device) for device in {weight.device for weight in weights}}
     factors = [there[weight.device][i].to(weight.dtype) for i, weight in enumerate(weights)]
     for weight, update, factor in zip(weights, updates, factors, strict=True):

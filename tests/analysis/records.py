@@ -37,6 +37,7 @@ def record_by_hand(norms: np.ndarray, scales: np.ndarray | None = None, **change
         "learning_rate_T": np.full(steps, 1e-3),
         "norm_T": np.sqrt((norms.astype(np.float64) ** 2).sum(axis=1)),
         "threshold_T": np.full(steps, np.nan),
+        "scale_max_T": np.ones(steps) if scales is None else scales.max(axis=1),
         "finite_T": np.isfinite(norms).all(axis=1),
         "skipped_T": ~np.isfinite(norms).all(axis=1),
         "bounded_T": np.zeros(steps, dtype=bool),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,15 @@ class TestFindings:
     def test_nothing_finite(self) -> None:
         said = findings(run_of(record_by_hand(np.full((5, 4), np.nan))))
         assert said[0] == "No gradient of the 5 recorded steps was finite and applied."
+
+
+def test_what_was_made_larger_is_said() -> None:
+    """In 30 of 120 steps by 3, of which one was skipped; a record that only clips has no such sentence."""
+    record = scaled(norms_of(), np.arange(120) % 4 == 0, 3.0)
+    skipped = np.arange(120) == 4
+    found = [said for said in findings(run_of(replace(record, skipped_T=skipped))) if "made larger" in said]
+    assert found == ["Parts of the gradient were made larger in 29 steps (24%), 3-fold at most."]
+    assert not [said for said in findings(run_of(scaled(norms_of(), ~skipped))) if "larger" in said]
 
 
 def test_tensors_by_their_largest_norm() -> None:

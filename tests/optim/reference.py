@@ -6,6 +6,7 @@ before the learning rate; `go` makes one whole step of it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -134,6 +135,17 @@ def block_rms(limit: float) -> Clip:
     def clip(x: Arrays) -> Arrays:
         wide = {name: limit * math.sqrt(a.size) for name, a in x.items()}
         return {name: a * min(1.0, wide[name] / (math.sqrt((a * a).sum()) + 1e-6)) for name, a in x.items()}
+
+    return clip
+
+
+def in_turn(factors: tuple[float, ...], turn_of: Callable[[str], int]) -> Clip:
+    """Times one factor after the other from call to call; each array begins at its own."""
+    calls = itertools.count()
+
+    def clip(x: Arrays) -> Arrays:
+        call = next(calls)
+        return {name: a * factors[(call + turn_of(name)) % len(factors)] for name, a in x.items()}
 
     return clip
 

@@ -28,6 +28,7 @@ def rows(first: int, last: int, width: int = 3) -> dict[str, np.ndarray]:
         "learning_rate": step * 1e-4,
         "norm": np.sqrt(step),
         "threshold": np.where(step % 2, 0.5, nan),
+        "scale_max": 1 + step / 8,
         "finite": step % 7 != 0,
         "skipped": step % 7 == 0,
         "bounded": step % 5 == 0,
@@ -76,9 +77,24 @@ def test_what_was_written_is_read(tmp_path) -> None:
         np.testing.assert_array_equal(record.step_T, wanted["step"])
         np.testing.assert_array_equal(record.norm_T, wanted["norm"])
         np.testing.assert_array_equal(record.threshold_T, wanted["threshold"])
+        np.testing.assert_array_equal(record.scale_max_T, wanted["scale_max"])
         np.testing.assert_array_equal(record.norm_TP, wanted["norms"])
         np.testing.assert_array_equal(record.scale_TP, wanted["scales"])
         np.testing.assert_array_equal(record.skipped_T, wanted["skipped"])
+
+
+def test_a_part_of_before_the_largest_scale_was_kept(tmp_path) -> None:
+    """It is that of any parameter there; what is joined with it, or comes after it, is as it was written."""
+    fill(tmp_path, parts=2)
+    first, _ = sorted(tmp_path.iterdir())
+    table = pq.read_table(first)
+    pq.write_table(table.drop_columns(["scale_max"]), first)
+    wanted = rows(1, 6)["scale_max"]
+    wanted[:3] = rows(1, 3)["scales"].max(axis=1)
+    np.testing.assert_array_equal(read_record(tmp_path).scale_max_T, wanted)
+    join_small(tmp_path, "gradient", at=2)
+    assert len(list(tmp_path.iterdir())) == 1
+    np.testing.assert_array_equal(read_record(tmp_path).scale_max_T, wanted)
 
 
 def test_many_small_parts_become_few(tmp_path) -> None:
