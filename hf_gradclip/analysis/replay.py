@@ -112,8 +112,8 @@ def strategy_for_replay(spec: str) -> Strategy:
             if found:
                 raise SpecError(
                     f"{word} cannot be replayed: {reason}, and a record holds norms by parameter. Replay "
-                    "adaptive_norm, adaptive_tensors, percentile, normalize, global_norm, param_norm, block_rms, zclip, adagc, "
-                    "autoclip, soft or skip_step."
+                    "adaptive_norm, adaptive_tensors, mean_sigma, percentile, normalize, global_norm, param_norm, "
+                    "block_rms, zclip, adagc, autoclip, soft or skip_step."
                 )
     return config.gradient
 
