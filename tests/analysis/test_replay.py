@@ -24,6 +24,10 @@ SPECS = (
     "adagc:warmup_steps=10,mode=reference+global_norm:max_norm=0.6",
     "skip_step:window=30,min_values=10",
     "embed*=global_norm:max_norm=0.3;layers*=adagc:warmup_steps=10,max_norm=0.6;*=zclip:warmup_steps=10",
+    "mean_sigma:window=20,min_values=5,sigmas=1",
+    "percentile:percentile=60",
+    "normalize",
+    "normalize_paper",
 )
 
 
@@ -33,7 +37,7 @@ def test_the_recorded_strategy_gives_the_recorded_scales(spec, tmp_path) -> None
     assert not record.finite_T[33]
     found = replay(record, strategy_for_replay(spec))
     assert difference(record, found) < 1e-6
-    assert 0 < found.clipped_T.sum() < len(record) or spec.startswith("soft")
+    assert 0 < found.clipped_T.sum() < len(record) or spec.startswith(("soft", "normalize"))
     np.testing.assert_array_equal(found.skipped_T[record.finite_T], record.skipped_T[record.finite_T])
     np.testing.assert_allclose(found.threshold_T[record.finite_T], record.threshold_T[record.finite_T], rtol=1e-9)
 
@@ -97,6 +101,8 @@ def test_the_numbers_of_an_outcome() -> None:
     ("spec", "reason"),
     [
         ("value:max_value=1", "value cannot be replayed: it bounds single elements"),
+        ("ada_clip", "ada_clip cannot be replayed: it bounds single elements"),
+        ("relative_value:factor=9", "relative_value cannot be replayed: it bounds single elements"),
         ("agc", "agc cannot be replayed: it needs the norms of units"),
         ("global_norm:norm_type=inf", "global_norm cannot be replayed: it needs the largest elements"),
         ("zclip+value:max_value=1", "value cannot be replayed"),

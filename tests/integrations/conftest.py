@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.sharded import ADAPTIVE, BY_TENSOR, LOUD, STRATEGIES, UPDATES, one_process, one_process_update
+from tests.integrations.sharded import (
+    ADAPTIVE,
+    BY_TENSOR,
+    LOUD,
+    OTHERS,
+    STRATEGIES,
+    UPDATES,
+    one_process,
+    one_process_update,
+)
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +31,17 @@ def reference() -> dict[str, Any]:
         else:
             assert any(clipped), word
             assert not all(clipped), word
+    return found
+
+
+@pytest.fixture(scope="session")
+def others_reference() -> dict[str, Any]:
+    found = {word: one_process(spec) for word, spec in OTHERS.items()}
+    free = one_process("none")
+    for word, run in found.items():
+        assert (run["weights"] - free["weights"]).abs().max() > 1e-4, "it matters"
+        assert min(run["rates"]) < max(run["rates"]), word
+        assert any(0 < rate < 1 for rate in run["rates"]) == (word != "mean_sigma"), "its scales differ between tensors"
     return found
 
 

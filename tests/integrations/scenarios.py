@@ -26,6 +26,7 @@ from tests.integrations.sharded import (
     BACKENDS,
     LOUD,
     OPTIMIZERS,
+    OTHERS,
     RATE,
     STEPS,
     STRATEGIES,
@@ -50,6 +51,13 @@ def table(name: str) -> dict[str, Any]:
         run = Run(BACKENDS[name], spec)
         found[word] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
     return found
+
+
+def others(name: str) -> dict[str, Any]:
+    """The other strategies on one backend; and one that makes larger, in a step of ours that clips as it reads."""
+    found = {word: Run(BACKENDS[name], spec).fit() for word, spec in OTHERS.items()}
+    run = Run(BACKENDS[name], OTHERS["enlarged"], optimizer=lambda params: optim.SGD(params, lr=RATE, momentum=0.9))
+    return found | {"enlarged taken": run.fit()}
 
 
 def loud(name: str) -> dict[str, Any]:
@@ -288,7 +296,8 @@ def updates_on(name: str) -> list[str]:
     """The rows of a backend: all; on ZeRO-3, which takes seconds for each, every optimizer and every strategy once."""
     if "offload" in name:
         return [word for word in UPDATES if word.startswith("groups")]
-    return [word for word in UPDATES if name != "zero3" or word.startswith("adamw") or word.endswith("block_rms")]
+    few = ("block_rms", "mean_sigma")
+    return [word for word in UPDATES if name != "zero3" or word.startswith("adamw") or word.endswith(few)]
 
 
 def updates(name: str) -> dict[str, Any]:
@@ -320,7 +329,7 @@ def variants(name: str) -> dict[str, Any]:
 def flat(name: str) -> dict[str, Any]:
     """Every strategy under FSDP1: what it did, or the words with which it was refused."""
     found: dict[str, Any] = {}
-    for word, spec in STRATEGIES.items():
+    for word, spec in {**STRATEGIES, **{word: OTHERS[word] for word in FLAT_TOO}}.items():
         try:
             run = Run(BACKENDS[name], spec)
             found[word] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
@@ -447,11 +456,12 @@ def shared_folder() -> str:
     return folder[0]
 
 
+FLAT_TOO = ("mean_sigma", "normalize")
 KINDS = ("lora", "tied", "unused", "groups")
 SCENARIOS = {
     f.__name__: f
     for f in (
-        table, loud, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned, updates,
-        folded, flat, scaled, swap, accumulated, noted, lacking, looked, policies,
+        table, others, loud, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned,
+        updates, folded, flat, scaled, swap, accumulated, noted, lacking, looked, policies,
     )
 }  # fmt: skip

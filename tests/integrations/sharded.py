@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 import hf_gradclip
 from hf_gradclip import optim
 from hf_gradclip.views import view_of
-from tests.tiny import counting_data, tiny_llama
+from tests.tiny import Enlarge, counting_data, tiny_llama
 
 STRATEGIES = {
     "global_norm": "global_norm:max_norm=0.34",
@@ -37,6 +37,16 @@ STRATEGIES = {
     "groups": "embed*=global_norm:max_norm=0.22;*self_attn*=agc:clip_factor=0.2;"
     "*mlp* as mlp=adagc:warmup_steps=2,lambda_rel=1.01;*=value:max_value=0.025",
 }
+OTHERS: dict[str, Any] = {
+    "normalize": "normalize:max_scale=3",
+    "percentile": "percentile:percentile=50,window=4",
+    "mean_sigma": "mean_sigma:window=4,min_values=2,sigmas=0.2,min_sigma=0",
+    "ada_clip": "ada_clip:gamma=0.9",
+    "relative_value": "relative_value:factor=5",
+    "enlarged": Enlarge("tensor"),
+    "enlarged rows": Enlarge("row"),
+}
+"""These run where gradients are sharded in different ways, those of STRATEGIES everywhere and in bf16 too."""
 ADAPTIVE = ("adaptive_norm", "adaptive_tensors", "adaptive")
 """These meet one loud batch, since they find nothing to do in a sound run so short."""
 LOUD = {5: 50.0}
@@ -51,6 +61,7 @@ OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
     "adamw": lambda params: optim.AdamW(params, lr=3e-2, eps=1e-3, weight_decay=0.1),
     "adam": lambda params: optim.Adam(params, lr=3e-2, eps=1e-3, weight_decay=0.1),
     "rmsprop": lambda params: optim.RMSprop(params, lr=3e-3, eps=1e-3, weight_decay=0.1),
+    "torchs": lambda params: torch.optim.AdamW(params, lr=3e-2, eps=1e-3, weight_decay=0.1),
     "momentum": lambda params: optim.SGD(params, lr=0.3, momentum=0.9, weight_decay=0.1),
     "groups": lambda params: optim.AdamW(
         [
@@ -71,6 +82,14 @@ UPDATES = {
     f"{optimizer} {field.partition(':')[0]}": (optimizer, f"{field}={limit}")
     for field, limits in LIMITS.items()
     for optimizer, limit in limits.items()
+} | {
+    "momentum mean_sigma": ("momentum", OTHERS["mean_sigma"]),
+    "adamw normalize": ("adamw", OTHERS["normalize"]),
+    "adamw percentile": ("adamw", OTHERS["percentile"]),
+    "adamw ada_clip": ("adamw", OTHERS["ada_clip"]),
+    "adamw relative_value": ("adamw", "relative_value:factor=1.5"),
+    "adamw enlarged": ("adamw", Enlarge("tensor")),
+    "torchs enlarged": ("torchs", Enlarge("tensor")),
 }
 
 
@@ -173,10 +192,10 @@ def warmed_up(step: Any, model: torch.nn.Module, optimizer: Any, report: Any, ra
     return {"rates": rates, "weights": whole_weights(model)}
 
 
-def one_process_update(optimizer: str, spec: str) -> dict[str, Any]:
-    """The reference for updates: the optimizer writes its update itself, whole batch, no hook."""
+def one_process_update(optimizer: str, spec: Any) -> dict[str, Any]:
+    """The reference for updates: an optimizer of ours writes its update itself, whole batch, no hook."""
     model = Model()
-    made: Any = OPTIMIZERS[optimizer](list(model.parameters()))
+    made: Any = OPTIMIZERS["adamw" if optimizer == "torchs" else optimizer](list(model.parameters()))
     made.update_clipper = hf_gradclip.Clipper(
         hf_gradclip.ClipConfig.parse(spec), view_of(list(model.named_parameters())), "clip_update"
     )
@@ -189,7 +208,7 @@ def one_process_update(optimizer: str, spec: str) -> dict[str, Any]:
     return warmed_up(step, model, made, made.update_clipper.report.scalars, 0, 1)
 
 
-def one_process(spec: str, kind: str = "plain", loud: dict[int, float] | None = None) -> dict[str, Any]:
+def one_process(spec: Any, kind: str = "plain", loud: dict[int, float] | None = None) -> dict[str, Any]:
     """The reference: plain torch, the whole batch."""
     model = Model(kind)
     optimizer = model.optimizer(RATE)

@@ -25,8 +25,8 @@ from tests.integrations.compared import (
     differences,
 )
 from tests.integrations.ranks import Found, launch
-from tests.integrations.scenarios import KINDS
-from tests.integrations.sharded import ADAPTIVE, BY_TENSOR, STRATEGIES, UPDATES, one_process
+from tests.integrations.scenarios import FLAT_TOO, KINDS
+from tests.integrations.sharded import ADAPTIVE, BY_TENSOR, OTHERS, STRATEGIES, UPDATES, one_process
 
 GRAD = ("ddp", "fsdp2", "fsdp2_offload")
 FLAT = ("fsdp1", "fsdp1_original_parameters")
@@ -35,6 +35,7 @@ FLAT = ("fsdp1", "fsdp1_original_parameters")
 @pytest.fixture(scope="module")
 def on_grad(tmp_path_factory) -> Found:
     words = [f"{s}:{b}" for s in ("table", "engaged") for b in GRAD] + ["unhooked:fsdp2", "loud:ddp", "loud:fsdp2"]
+    words += ["others:ddp", "others:fsdp2"]
     words += [f"{s}:{b}" for s in ("kinds", "collectives", "bf16", "skips") for b in ("ddp", "fsdp2")]
     words += ["resume:fsdp2", "poisoned:ddp", "updates:fsdp2", "folded:ddp", "folded:fsdp2"]
     words += ["lacking:ddp", "looked:fsdp2", "scaled:fsdp2", *(f"flat:{b}" for b in FLAT)]
@@ -47,6 +48,11 @@ class TestGrad:
     @pytest.mark.parametrize("name", GRAD)
     def test_equals_one_process(self, on_grad, reference, name, word) -> None:
         assert_same(on_grad[f"table:{name}"][word], reference[word])
+
+    @pytest.mark.parametrize("word", [*OTHERS, "enlarged taken"])
+    @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+    def test_others_equal_one_process(self, on_grad, others_reference, name, word) -> None:
+        assert_same(on_grad[f"others:{name}"][word], others_reference[word.removesuffix(" taken")])
 
     @pytest.mark.parametrize("word", ADAPTIVE)
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
@@ -118,19 +124,20 @@ class TestGrad:
     def test_bf16(self, on_grad, reference, name) -> None:
         assert_bf16(on_grad, reference, name)
 
-    @pytest.mark.parametrize("word", STRATEGIES)
+    @pytest.mark.parametrize("word", [*STRATEGIES, *FLAT_TOO])
     @pytest.mark.parametrize("name", FLAT)
-    def test_fsdp1(self, on_grad, reference, name, word) -> None:
+    def test_fsdp1(self, on_grad, reference, others_reference, name, word) -> None:
         """Strategies of the whole gradient equal one process; the others are refused. Only the whole is counted."""
         found = on_grad[f"flat:{name}"][word]
-        if word in ("param_norm", *BY_TENSOR):
+        if word in ("param_norm", "normalize", *BY_TENSOR):
             assert ("groups of them cannot be told" if word == "groups" else f"{word} under FSDP1") in found
             assert "Use FSDP2" in found
             return
-        norm, weights = differences(found, reference[word])
+        expected = others_reference[word] if word in FLAT_TOO else reference[word]
+        norm, weights = differences(found, expected)
         assert norm < 1e-6
         assert weights < 1e-6
-        assert [rate > 0 for rate in found["rates"]] == [rate > 0 for rate in reference[word]["rates"]]
+        assert [rate > 0 for rate in found["rates"]] == [rate > 0 for rate in expected["rates"]]
         assert "FSDP1" in found["backend"]
 
     @pytest.mark.parametrize("word", ["zclip", "adagc"])

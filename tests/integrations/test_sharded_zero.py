@@ -17,7 +17,7 @@ from tests.integrations.compared import (
 )
 from tests.integrations.ranks import Found, launch
 from tests.integrations.scenarios import KINDS
-from tests.integrations.sharded import ADAPTIVE, RATE, STEPS, STRATEGIES, one_process
+from tests.integrations.sharded import ADAPTIVE, OTHERS, RATE, STEPS, STRATEGIES, one_process
 
 ZERO = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
@@ -25,6 +25,7 @@ ZERO = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 @pytest.fixture(scope="module")
 def on_zero(tmp_path_factory) -> Found:
     words = [f"{s}:{b}" for s in ("table", "engaged") for b in ZERO] + ["unhooked:zero2", "loud:zero2", "loud:zero3"]
+    words += ["others:zero2", "others:zero3"]
     scenarios = ("kinds", "collectives", "bf16", "skips", "resume", "updates")
     words += [f"{s}:{b}" for s in scenarios for b in ("zero2", "zero3")]
     words += ["variants:zero", "poisoned:zero2", "updates:zero2_offload", "updates:zero3_offload", "swap:zero2_offload"]
@@ -116,6 +117,11 @@ class TestZero:
         assert found["record"] == pytest.approx(found["losses"], rel=1e-6)
         assert found["rates"] == pytest.approx(RATE, rel=1e-6)
 
+    @pytest.mark.parametrize("word", [*OTHERS, "enlarged taken"])
+    @pytest.mark.parametrize("name", ["zero2", "zero3"])
+    def test_others_equal_one_process(self, on_zero, others_reference, name, word) -> None:
+        assert_same(on_zero[f"others:{name}"][word], others_reference[word.removesuffix(" taken")])
+
     @pytest.mark.parametrize("word", ADAPTIVE)
     @pytest.mark.parametrize("name", ["zero2", "zero3"])
     def test_adaptive_rules_equal_one_process(self, on_zero, loud_reference, name, word) -> None:
@@ -137,12 +143,15 @@ class TestZero:
     def test_bf16(self, on_zero, reference, name) -> None:
         assert_bf16(on_zero, reference, name)
 
-    def test_three_ranks(self, tmp_path, reference) -> None:
+    def test_three_ranks(self, tmp_path, reference, others_reference) -> None:
         """Shards that cut rows and tensors elsewhere, and a vocabulary that three does not divide."""
-        found = launch(3, "sharded_main", tmp_path, "table:zero2", "table:zero3")[0]
+        words = [f"{word}:{name}" for word in ("table", "others") for name in ("zero2", "zero3")]
+        found = launch(3, "sharded_main", tmp_path, *words)[0]
         for name in ("zero2", "zero3"):
             for word, expected in reference.items():
                 assert_same(found[f"table:{name}"][word], expected)
+            for word, expected in others_reference.items():
+                assert_same(found[f"others:{name}"][word], expected)
 
 
 @pytest.mark.slow

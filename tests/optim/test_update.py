@@ -12,7 +12,7 @@ from hf_gradclip import optim
 from tests.optim import reference
 from tests.optim.reference import Arrays
 from tests.optim.sequence import LIMITS, LR, NAMES, OPTIMIZERS, RUN, START, STEPS, close, expected, parameters, trained
-from tests.strategies import test_adagc, test_autoclip, test_zclip
+from tests.strategies import test_ada_clip, test_adagc, test_autoclip, test_mean_sigma, test_percentile, test_zclip
 
 
 class Soft:
@@ -36,6 +36,12 @@ STRATEGIES = {
         lambda: test_adagc.Safe(warmup=5, max_norm=math.inf, lambda_rel=1.2),
     ),
     "autoclip": ("autoclip:percentile=70,window=12", lambda: test_autoclip.Percentile(70, 12)),
+    "mean_sigma": (
+        "mean_sigma:window=12,min_values=4,sigmas=0.5",
+        lambda: test_mean_sigma.MeanSigma(window=12, sigmas=0.5, values=4),
+    ),
+    "percentile": ("percentile:percentile=70,window=12", lambda: test_percentile.Window(70, 12)),
+    "ada_clip": ("ada_clip:gamma=0.8", lambda: test_ada_clip.Average(0.8)),
     "soft": ("soft:max_norm=3", lambda: Soft(3.0)),
 }
 
