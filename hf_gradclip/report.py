@@ -34,7 +34,7 @@ class ClipReport:
     | `clip/scale` | norm out / norm in, last applied step; absent where elements were bounded |
     | `clip/scale_max` | the largest factor on any segment, last applied step; only where it is above 1 |
     | `clip/threshold` | the norm (or value) at which the last finite step began to clip; only where it is one number |
-    | `clip/rate` | share of the steps since in which any segment was scaled down or bounded |
+    | `clip/rate` | share of the steps since in which a strategy scaled down or bounded any segment, or skipped |
     | `clip/tensor_rate` | share of the tensor-steps since in which any part of the tensor was scaled down or bounded |
     | `clip/skipped`, `clip/nonfinite` | steps since that did not reach the optimizer, that had a NaN or inf |
     | `clip/<label>/...` | the same of a group of parameters, but for the last two |
@@ -135,6 +135,8 @@ class ClipReport:
             self._at["threshold"] = plan.threshold
         if finite and not skipped:
             self._applied = stats, plan
+        elif finite:
+            self._counts["clipped"] += 1  # by its strategy, which left the step out
         if clipped:
             self._counts["clipped"] += 1
             self._clipped.append(_tensors(plan.clipped_S, stats.layout))
@@ -290,10 +292,10 @@ def _read_rows(values: list[float], read: dict[str, float]) -> list[float]:
         read["nonfinite"] += finite == 0
         if finite:
             norms.append(norm)
+            read["clipped"] += skipped > 0 or tensors > 0
             if threshold == threshold:
                 read["threshold"] = threshold
         if finite and not skipped:
-            read["clipped"] += tensors > 0
             read["tensors"] += tensors
             read["norm_in"], read["norm_post"], read["scale_max"] = norm, post, largest
     return norms

@@ -154,8 +154,10 @@ def test_a_clipper_goes_on_bit_for_bit_in_float64(name: str) -> None:
 
 
 def rows_then(name: str, theirs: dict[str, Any]) -> list[dict[str, float]]:
-    """The rows; after a skip the threshold of `skip_step` is that of the window with the limit in it."""
+    """The rows; after a skip the threshold of `skip_step` is that of the window with the limit in it. A skip counts."""
     rows = [dict(row) for row in theirs["rows"]]
+    for row, skipped in zip(rows, theirs["skipped"], strict=True):
+        row["clip/rate"] = max(row["clip/rate"], float(skipped))
     if name == "skip_step":
         step = theirs["skipped"].index(True)
         place = theirs["state"]["state"]["norms"].index(float(theirs["norms"][step]))
