@@ -168,6 +168,21 @@ def test_updates_of_any_optimizer(name, by):
         assert log.get("clip_update/scale_max") == (largest if largest > 1 else None)
 
 
+def test_one_group_of_parameters_is_made_larger():
+    """The others are left alone, and each group has its own largest factor."""
+    model = Tiny()
+    clipper = Clipper.for_model(model, "embed=tests.tiny.Enlarge:by=whole;*=none")
+    grads = gradients(1)[0]
+    set_gradients(model, grads)
+    clipper.step()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            np.testing.assert_allclose(p.grad.numpy(), grads[name] * (3 if name == "embed" else 1), rtol=1e-6)
+    log = clipper.report.scalars()
+    assert (log["clip/scale_max"], log["clip/embed/scale_max"], log["clip/rate"]) == (3.0, 3.0, 0.0)
+    assert [key for key in log if key.endswith("/scale_max")] == ["clip/scale_max", "clip/embed/scale_max"]
+
+
 def test_a_plan_of_ones_writes_nothing(monkeypatch):
     monkeypatch.setattr(View, "apply_", lambda *_: pytest.fail("applied"))
     model = Tiny()
