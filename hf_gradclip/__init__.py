@@ -11,11 +11,28 @@ from hf_gradclip.strategy import Strategy
 
 if TYPE_CHECKING:
     from hf_gradclip.integrations.accelerate import attach
+    from hf_gradclip.integrations.patch import patch, patch_all
     from hf_gradclip.integrations.trainer import GradClipMixin, GradClipTrainer
 
-__all__ = ["ClipConfig", "Clipper", "GradClipMixin", "GradClipTrainer", "Strategy", "attach", "clip_grad_norm_"]
+__all__ = [
+    "ClipConfig",
+    "Clipper",
+    "GradClipMixin",
+    "GradClipTrainer",
+    "Strategy",
+    "attach",
+    "clip_grad_norm_",
+    "patch",
+    "patch_all",
+]
 
-_HEAVY = {"GradClipTrainer": "trainer", "GradClipMixin": "trainer", "attach": "accelerate"}
+_HEAVY = {
+    "GradClipTrainer": "trainer",
+    "GradClipMixin": "trainer",
+    "attach": "accelerate",
+    "patch": "patch",
+    "patch_all": "patch",
+}
 
 
 def __getattr__(name: str) -> Any:

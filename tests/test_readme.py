@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+import hf_gradclip.integrations.patch
 import hf_gradclip.strategies
 from hf_gradclip import ClipConfig, Clipper, GradClipTrainer
 from hf_gradclip.cli import main
@@ -106,6 +107,7 @@ def clipper_in(names: dict[str, Any]) -> Clipper | None:
 
 USES = dict(zip(("trainer", "trl", "accelerate", "torch", "function"), blocks(README, "python"), strict=True))
 UPDATES = dict(zip(("trainer", "optimizer"), blocks(DOCS["updates"], "python"), strict=True))
+DOORS = dict(zip(("patch", "patch_all"), blocks(DOCS["doors"], "python"), strict=True))
 COMMANDS = [
     line
     for text in (README, *DOCS.values())
@@ -141,6 +143,15 @@ class TestUse:
         assert (summary["steps"], summary["clipped"], summary["skipped"]) == (STEPS, STEPS, 0)
         assert summary["norm_median"] > 2
 
+    @pytest.mark.parametrize("name", DOORS)
+    def test_every_step_is_clipped_behind_a_door(self, name, names, stepped_norms):
+        """Their Trainer is the stock one."""
+        exec(compile(DOORS[name].replace('"adaptive"', "1.0"), f"docs/doors.md, {name}", "exec"), names)
+        for handle in [*hf_gradclip.integrations.patch._in_force]:
+            handle.undo()
+        assert stepped_norms == pytest.approx([1.0] * STEPS, rel=1e-4)
+        assert names["trainer"].clipper.report.summary()["norm_median"] > 2
+
     @pytest.mark.parametrize("name", UPDATES)
     def test_every_update_is_clipped(self, name, names):
         """Both blocks clip gradient and update of each step, and the weights move."""
@@ -175,7 +186,8 @@ class TestUse:
 
     def test_every_python_block_is_run(self):
         written = {name: len(blocks(text, "python")) for name, text in {"README": README, **DOCS}.items()}
-        run = {"README": len(USES), "updates": len(UPDATES), "events": 1, "reference": 1, "writing-a-strategy": 2}
+        run = {"README": len(USES), "updates": len(UPDATES), "doors": len(DOORS), "events": 1, "reference": 1}
+        run["writing-a-strategy"] = 2
         assert {name: count for name, count in written.items() if count} == run
 
     def test_the_entry_points_are_all_shown(self):

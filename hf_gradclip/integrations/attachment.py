@@ -18,11 +18,7 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.clippers import Clippers
 from hf_gradclip.integrations.models import Models
-from hf_gradclip.integrations.refusals import (
-    refuse_second_record,
-    refuse_swap,
-    refuse_unsupported,
-)
+from hf_gradclip.integrations.refusals import refuse_release, refuse_second_record, refuse_swap, refuse_unsupported
 from hf_gradclip.integrations.steps import Steps
 from hf_gradclip.run.advice import Advice
 from hf_gradclip.run.hearing import Hearing
@@ -145,8 +141,7 @@ class Attachment:
         known = self._clippers.known(model)
         if known is not None:
             return known
-        several = self._records and bool(self._clippers.made)
-        refuse_second_record(several and not self.models.by_model)
+        refuse_second_record(self._records and bool(self._clippers.made) and not self.models.by_model)
         return self._begin(self._clippers.make(model, self.accelerator), model)
 
     def _begin(self, clipper: Clipper, model: nn.Module) -> Clipper:
@@ -185,6 +180,17 @@ class Attachment:
         self.updates.forget()
         self._loss.forget()
         self._finished = False
+
+    def release(self) -> None:
+        """Clip no longer, and leave the optimizers as they would be without this.
+
+        Raises:
+            UnsupportedBackendError: under DeepSpeed, whose engine keeps its clipper.
+        """
+        refuse_release(self._clippers.seams is not None)
+        self.forget()
+        self._steps_of.release()
+        self._hears_loss = False
 
     def adopt(self, config: ClipConfig) -> None:
         """Go on with another configuration, see `Clipper.adopt`; not under DeepSpeed."""
@@ -240,11 +246,8 @@ class Attachment:
 
     def _note(self, clipper: Clipper, recording: Recording) -> None:
         """Tell a record what it cannot see of the step that was decided on last."""
-        groups = [
-            group
-            for optimizer in self._steps_of.stepping(clipper, self.accelerator._optimizers)[:1]
-            for group in optimizer.param_groups
-        ]
+        stepping = self._steps_of.stepping(clipper, self.accelerator._optimizers)
+        groups = [group for optimizer in stepping[:1] for group in optimizer.param_groups]
         recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
 
     def _record(self) -> None:
@@ -281,15 +284,11 @@ class Attachment:
 
     def _fold(self) -> None:
         """Tell every clipper of the one optimizer that takes its numbers."""
-        models = self._clippers.models
+        models, optimizers = self._clippers.models, self.accelerator._optimizers
         for clipper in self._clippers.made:
-            if clipper.folds:
-                continue
-            mine = [
-                innermost(o) for o in self.accelerator._optimizers if clipper in self._steps_of.owners.find(o, models)
-            ]
-            if mine:
-                clipper.fold_into(mine[0])
+            mine = [o for o in optimizers if clipper in self._steps_of.owners.find(o, models)]
+            if mine and not clipper.folds:
+                clipper.fold_into(innermost(mine[0]))
 
     def _follow(self, accelerator: Accelerator) -> None:
         """Look at what is prepared before it is, and, where there is something to see, at every backward."""

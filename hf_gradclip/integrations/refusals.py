@@ -169,6 +169,16 @@ def refuse_second_engine(found: bool) -> None:
     refuse([Refusal(found, what, "one accelerator clips one of them only.", "Use an Accelerator per engine.")])
 
 
+def refuse_release(found: bool) -> None:
+    """Stop where a clip is to be undone inside an engine of DeepSpeed.
+
+    Raises:
+        UnsupportedBackendError: with what to do instead.
+    """
+    what = "undo() after a training under DeepSpeed"
+    refuse([Refusal(found, what, "its engine keeps the clip.", "Undo before train(), or make another Trainer.")])
+
+
 def refuse_second_record(found: bool) -> None:
     """Stop where two models would be recorded.
 

@@ -53,6 +53,11 @@ class Steps:
         self._making = 0
         self._takers: dict[Clipper, weakref.ref[ClippedOptimizer]] = {}
         self.ended = False
+        self._released = False
+
+    def release(self) -> None:
+        """Let every step pass as it is from now on: somebody else has the optimizers."""
+        self._released = True
 
     def watch(self, optimizers: Iterable[Any]) -> None:
         """Wrap the step of every optimizer once.
@@ -77,7 +82,7 @@ class Steps:
 
     def before_raw(self, optimizer: Any) -> None:
         """Insist that somebody has clipped; what is skipped loses its gradients, since the step will be made."""
-        if self._making or self._paused or self.ended:
+        if self._making or self._paused or self.ended or self._released:
             return
         clippers = self.owners.known(optimizer) or self.owners.find(optimizer, self._clippers.models)
         if any(not is_idle(clipper) for clipper in self.marks.missing(optimizer, clippers)):
@@ -175,7 +180,7 @@ class Steps:
         A closure is called first, and the optimizer is given one that repeats its loss. A step that is skipped is not
         made; one with a loss scaler is left to the scaler, which must count it.
         """
-        if self._paused or not optimizer.gradient_state.sync_gradients:
+        if self._paused or self._released or not optimizer.gradient_state.sync_gradients:
             return inner(closure)
         if closure is not None:
             self.marks.void(self._of(optimizer))

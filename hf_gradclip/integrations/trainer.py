@@ -60,13 +60,15 @@ class GradClipMixin(RecordingMixin):
         super().__init_subclass__(**kwargs)
         insist_on_order(cls, GradClipMixin, Trainer)
 
+    _clip_spec: Any = None
+    _clip_config: ClipConfig | None = None
+    _clip_attachment: Attachment | None = None
+    _clip_started: tuple[Any, ...] | None = None
+    _clip_limit: Any = None
+    _clip_untold = False
+
     def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
         self._clip_spec = clip
-        self._clip_config: ClipConfig | None = None
-        self._clip_attachment: Attachment | None = None
-        self._clip_started: tuple[Any, ...] | None = None
-        self._clip_limit: Any = None
-        self._clip_untold = False
         super().__init__(*args, **kwargs)
 
     @property
@@ -89,6 +91,10 @@ class GradClipMixin(RecordingMixin):
         """Check the spec and the backend as soon as there is an accelerator."""
         config = self._parse_clip()
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self._admit(config)
+
+    def _admit(self, config: ClipConfig) -> None:
+        """Clip by this configuration from the next start of training on, if optimizer and backend let us."""
         self._clip_config = self._clip_attachment = self._clip_started = None
         try:
             refuse_optimizer(str(getattr(self.args.optim, "value", self.args.optim)), is_sagemaker_mp_enabled())

@@ -61,6 +61,42 @@ def wrap(
     setattr(owner, name, _named_as(original, call))
 
 
+def wrap_class(
+    owner: type,
+    name: str,
+    before: Callable[..., None] | None = None,
+    after: Callable[[Any], None] | None = None,
+) -> Callable[[], None]:
+    """Replace a method of a class, for all of its objects.
+
+    Args:
+        owner: the class, in whose own body the method is.
+        name: of the method.
+        before: is given the object and the arguments first.
+        after: is given the object after a call that did not raise.
+
+    Returns:
+        What puts the method back, unless somebody has replaced it in turn.
+    """
+    original = vars(owner)[name]
+
+    @functools.wraps(original)  # who asks for its signature, or its source, gets those of the original
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if after is not None:
+            after(self)
+        return result
+
+    def undo() -> None:
+        if vars(owner)[name] is call:
+            setattr(owner, name, original)
+
+    setattr(owner, name, call)
+    return undo
+
+
 def wrap_step(optimizer: Any, around: Callable[[Any, Callable[..., Any], Any], Any]) -> None:
     """Replace an optimizer's `step` by around(optimizer, its step so far, closure).
 
