@@ -1,33 +1,54 @@
-"""`hf-gradclip`: report on a recorded run, replay it under other strategies, suggest a threshold, list and explain."""
+"""`hf-gradclip`: run a script with clipping; report, replay or suggest from a recorded run; list and explain."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hf_gradclip.say import printable
 from hf_gradclip.strategy import SpecError
 
 DONE, BAD_INPUT = 0, 2
+_RUN = "[-h] [--clip SPEC] [--record true|text|false] -- (FILE.py | -m MODULE | COMMAND) [ARGUMENT ...]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status: 0, or 2 for input that cannot be served."""
-    args = _parser().parse_args(argv)
+    """Run one command; its exit status: 0, or 2 for input that cannot be served; that of a script that is run."""
+    words, command = _cut(list(sys.argv[1:] if argv is None else argv))
+    args = _parser().parse_args(words)
+    args.script = command
     try:
-        args.run_command(args)
+        then: Callable[[], int] | None = args.run_command(args)
     except (SpecError, ValueError, OSError, ImportError) as error:
         print(printable(f"hf-gradclip {args.command}: {error}"), file=sys.stderr)
         return BAD_INPUT
-    return DONE
+    return DONE if then is None else then()
+
+
+def _cut(words: list[str]) -> tuple[list[str], list[str]]:
+    """Our own words, and the command that `run` shall run: from `--`, `-m` or the first word that is no option on."""
+    place = 1
+    while words[:1] == ["run"] and place < len(words):
+        word = words[place]
+        if word == "--":
+            return words[:place], words[place + 1 :]
+        if word == "-m" or not word.startswith("-"):
+            return words[:place], words[place:]
+        place += 1 if "=" in word or word in ("-h", "--help") else 2
+    return words, []
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-gradclip", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="somebody's script, with clipping", usage=f"hf-gradclip run {_RUN}")
+    run.add_argument("--clip", default="adaptive", metavar="SPEC", help="a strategy; adaptive if left out")
+    run.add_argument("--record", choices=["true", "text", "false"], help="keep every step's norms and scales")
+    run.set_defaults(run_command=_run)
 
     report = commands.add_parser("report", help="a page and pictures of recorded runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run; several side by side")
@@ -53,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("name", metavar="NAME", help="as `hf-gradclip list` shows it")
     explain.set_defaults(run_command=_explain)
     return parser
+
+
+def _run(args: argparse.Namespace) -> Callable[[], int]:
+    from hf_gradclip.launch import prepared
+
+    return prepared(args.clip, args.record, args.script)
 
 
 def _report(args: argparse.Namespace) -> None:

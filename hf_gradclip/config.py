@@ -119,6 +119,12 @@ class ClipConfig:
         extra += f", after_spike={written(self.after_spike)}" if self.after_spike else ""
         return f"{describe(self.gradient)}{update} (nonfinite={self.nonfinite}{extra})"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in values that JSON and YAML take, for a tracker say; `parse` makes it of them again."""
+        update = None if self.update is None else describe(self.update)
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return plain | {"gradient": describe(self.gradient), "update": update}
+
     def of_update(self) -> ClipConfig:
         """The configuration of the clipper for the updates.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import sys
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer
 
 import hf_gradclip.integrations.patch
 import hf_gradclip.strategies
@@ -113,7 +115,14 @@ COMMANDS = [
     for text in (README, *DOCS.values())
     for block in blocks(text, "sh")
     for line in block.splitlines()
-    if line.startswith("hf-gradclip")
+    if line.startswith("hf-gradclip") and not line.startswith("hf-gradclip run")
+]
+RUNS = [
+    line
+    for text in (README, DOCS["doors"])
+    for block in blocks(text, "sh")
+    for line in block.splitlines()
+    if "hf-gradclip run" in line or "hf_gradclip run" in line
 ]
 (RECORD,) = blocks(DOCS["reference"], "python")
 
@@ -208,18 +217,35 @@ class TestUse:
         assert main(words[1:]) == 0
         assert capsys.readouterr().out
 
+    @pytest.mark.parametrize("command", RUNS)
+    def test_the_script_that_is_run(self, command, tmp_path, monkeypatch):
+        """What comes after a launcher's own words: the script gets its arguments, and trains nothing."""
+        (tmp_path / "package").mkdir()
+        for path in (tmp_path / "train.py", tmp_path / "package" / "train.py"):
+            path.write_text("import sys; open('given', 'w').write(' '.join(sys.argv[1:]))")
+        monkeypatch.chdir(tmp_path)
+        for name in ("argv", "path", "meta_path"):
+            monkeypatch.setattr(sys, name, [*getattr(sys, name)])
+        for cls, seam in ((Trainer, "__init__"), (Accelerator, "prepare")):
+            monkeypatch.setattr(cls, seam, vars(cls)[seam])
+        monkeypatch.setattr(os, "environ", {**os.environ})
+        words = shlex.split(command)
+        assert main(words[words.index("run") :]) == 3
+        assert (tmp_path / "given").read_text() == "--learning_rate 1e-4"
+
     def test_every_other_command_is_run_elsewhere(self):
         """Two by the script that CI is, DeepSpeed's by tests/scripts/test_finetune.py."""
         lines = [
             line for text in (README, *DOCS.values()) for block in blocks(text, "sh") for line in block.splitlines()
         ]
-        others = [line for line in lines if line not in COMMANDS]
+        others = [line for line in lines if line not in COMMANDS + RUNS]
         launched = "accelerate launch --config_file configs/accelerate/{}.yaml scripts/finetune.py --clip adagc"
         assert others == [
             "pip install -c constraints.txt -e . && accelerate launch scripts/finetune.py --clip adaptive",
             "pip install -c constraints.txt -e '.[test]' && pytest -n auto --dist loadfile",
             "pip install -c constraints.txt -e '.[deepspeed]'",
             *(f"{launched.format(name)}:warmup_steps=20" for name in ("zero2", "zero3")),
+            "HF_GRADCLIP=adagc:warmup_steps=20 python train.py",  # tests/integrations/test_run_command.py
         ]
 
     @pytest.mark.parametrize("name", ["README", "CONTRIBUTING", *DOCS])

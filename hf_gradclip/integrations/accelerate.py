@@ -137,6 +137,11 @@ class LoopAttachment(Attachment):
             found |= self.scalars_of(clipper)
         return found
 
+    def end(self) -> None:
+        """`finish`, where a loop is over and did not call `end_training`; no rank waits for another."""
+        if self._clippers.made and not self._finished:
+            self.finish(alone=True)
+
     @property
     def _records(self) -> bool:
         return self._folder is not None

@@ -21,6 +21,7 @@ from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_release, refuse_second_record, refuse_swap, refuse_unsupported
 from hf_gradclip.integrations.steps import Steps
 from hf_gradclip.run.advice import Advice
+from hf_gradclip.run.environment import note_step
 from hf_gradclip.run.hearing import Hearing
 from hf_gradclip.run.histogram import Histograms
 from hf_gradclip.run.loss import StepLoss
@@ -75,11 +76,9 @@ class Attachment:
         self._steps_of = Steps(models.configs, self._clippers, clip if auto else None, look, missing)
         self._prepared: tuple[int, int] | None = None
         self._replicas = Replicas(config.check_every)
-        self._loss = StepLoss()
-        self._advice = Advice()
+        self._loss, self._advice = StepLoss(), Advice()
         self._loss_of_step: Tensor | None = None
-        self._steps = 0
-        self._finished = False
+        self._steps, self._finished = 0, False
         self._follow(accelerator)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -156,12 +155,13 @@ class Attachment:
             announce(in_force(clipper, self.accelerator))
         return clipper
 
-    def finish(self) -> None:
-        """At the end of a run, on every rank: write the rest of the record; rank 0 says what clipping did."""
+    def finish(self, alone: bool = False) -> None:
+        """At the end of a run, on every rank or `alone`: write the rest of the record; rank 0 says what was done."""
         self._finished = self._steps_of.ended = True
         for recording in self._recordings.values():
             recording.finish()
-        self._replicas.finish(clipper.view for clipper in self._clippers.made)
+        if not alone:
+            self._replicas.finish(clipper.view for clipper in self._clippers.made)
         if self._is_main:
             for clipper in (*self._clippers.made, *self.updates.clippers):
                 announce(clipper.report.closing_line())
@@ -218,6 +218,7 @@ class Attachment:
         if recording is not None:
             self._note(clipper, recording)
         if self._steps == 1:
+            note_step()
             self._steps_of.say_strays(self.accelerator._optimizers)
             if self._is_main and (words := self.models.absent(model for model, _ in self._clippers.models)):
                 logger.warning(words)
@@ -231,6 +232,8 @@ class Attachment:
         if seams.stepped:
             seams.stepped = False
             self._steps += 1
+            if self._steps == 1:
+                note_step()
             if (recording := self._recordings.get(seams.clipper)) is not None:
                 self._note(seams.clipper, recording)
         return seams.norm
@@ -246,9 +249,7 @@ class Attachment:
 
     def _note(self, clipper: Clipper, recording: Recording) -> None:
         """Tell a record what it cannot see of the step that was decided on last."""
-        stepping = self._steps_of.stepping(clipper, self.accelerator._optimizers)
-        groups = [group for optimizer in stepping[:1] for group in optimizer.param_groups]
-        recording.note(groups[0]["lr"] if groups else float("nan"), self._loss_of_step)
+        recording.note(self._steps_of.rate_of(clipper, self.accelerator._optimizers), self._loss_of_step)
 
     def _record(self) -> None:
         several = len(self._recordings) > 1

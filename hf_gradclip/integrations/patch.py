@@ -139,7 +139,7 @@ class PatchAll:
         self._clip = clip
         _in_force.append(self)
         if len(_in_force) == 1:
-            _wrapped.append(wrap_class(Trainer, "__init__", after=_made))
+            _wrapped.append(wrap_class(Trainer, "__init__", _make))
 
     def undo(self) -> None:
         """Patch no further Trainer; a second call does nothing."""
@@ -164,7 +164,8 @@ def is_in_force() -> bool:
     return bool(_in_force)
 
 
-def _made(trainer: Trainer) -> None:
+def _make(init: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    init(trainer, *args, **kwargs)
     if _in_force:
         patch_new(trainer, _in_force[-1]._clip, f"patch_all(clip={_as_typed(_in_force[-1]._clip)})")
 

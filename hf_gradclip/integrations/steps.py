@@ -143,6 +143,11 @@ class Steps:
             optimizers = [o for o in optimizers if clipper in (self.owners.known(o) or self.owners.find(o, models))]
         return [innermost(optimizer) for optimizer in optimizers]
 
+    def rate_of(self, clipper: Clipper, optimizers: Iterable[Any]) -> Any:
+        """The learning rate of the first that steps what a clipper clips; NaN where none does."""
+        groups = [group for optimizer in self.stepping(clipper, optimizers)[:1] for group in optimizer.param_groups]
+        return groups[0]["lr"] if groups else float("nan")
+
     def configs_of(self, optimizer: Any) -> list[ClipConfig]:
         """The configurations of the models whose parameters an optimizer steps; under DeepSpeed all."""
         if self._clippers.seams is not None:

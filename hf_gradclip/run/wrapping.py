@@ -61,19 +61,13 @@ def wrap(
     setattr(owner, name, _named_as(original, call))
 
 
-def wrap_class(
-    owner: type,
-    name: str,
-    before: Callable[..., None] | None = None,
-    after: Callable[[Any], None] | None = None,
-) -> Callable[[], None]:
-    """Replace a method of a class, for all of its objects.
+def wrap_class(owner: type, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Replace a method of a class, for all of its objects, by around(the method, the object, *arguments).
 
     Args:
         owner: the class, in whose own body the method is.
         name: of the method.
-        before: is given the object and the arguments first.
-        after: is given the object after a call that did not raise.
+        around: what is called in its place.
 
     Returns:
         What puts the method back, unless somebody has replaced it in turn.
@@ -82,12 +76,7 @@ def wrap_class(
 
     @functools.wraps(original)  # who asks for its signature, or its source, gets those of the original
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            before(self, *args, **kwargs)
-        result = original(self, *args, **kwargs)
-        if after is not None:
-            after(self)
-        return result
+        return around(original, self, *args, **kwargs)
 
     def undo() -> None:
         if vars(owner)[name] is call:
