@@ -15,12 +15,13 @@ A name is looked up as a strategy of this package, then a preset, then a YAML fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hf_gradclip.grouped import is_grouped
 from hf_gradclip.reactions import Reaction, read_reactions, written
+from hf_gradclip.record.options import RecordOptions, read_record_options, shortest
 from hf_gradclip.spec import UnknownFieldError, is_file, nearest, read_strategy, read_yaml, shown
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 
@@ -43,7 +44,8 @@ class ClipConfig:
         skip_sync: read a flag per step, so that schedulers wait for a skipped one; False hands the flag to torch's
             fused optimizer and reads nothing.
         record: keep every step's norms and scales by parameter in `gradclip` in the run's output_dir; "text" also
-            writes the decoded text of the examples in a spike.
+            writes the decoded text of the examples in a spike. In full {"text": true, "push": true}: a Trainer that
+            uploads its output_dir leaves `gradclip` out unless `push` says that it goes along.
         histogram_every: steps between two histograms of the norms by parameter, sent with the next log to the trackers
             that draw them (TensorBoard, Weights & Biases); 0 sends none.
         after_spike: what is done by itself where the norm of the gradient stands out, see hf_gradclip.reactions; text
@@ -60,7 +62,7 @@ class ClipConfig:
     update: Strategy | None = None
     fold: bool = False
     skip_sync: bool = True
-    record: bool | str = False
+    record: bool | str | RecordOptions = False
     histogram_every: int = 0
     after_spike: tuple[Reaction, ...] = ()
 
@@ -83,9 +85,8 @@ class ClipConfig:
             every = getattr(self, name)
             if type(every) is not int or every < 0:
                 raise SpecError(f"ClipConfig({name}={every!r}): must be a whole number >= 0. The default is {usual}.")
-        if type(self.record) is not bool and self.record != "text":
-            raise SpecError(f"ClipConfig(record={self.record!r}): must be true, false or text.")
         object.__setattr__(self, "after_spike", read_reactions(self.after_spike))
+        object.__setattr__(self, "record", shortest(read_record_options(self.record)))
         for name in ("fold", "skip_sync"):
             if type(getattr(self, name)) is not bool:
                 raise SpecError(f"ClipConfig({name}={getattr(self, name)!r}): must be true or false.")
@@ -122,8 +123,9 @@ class ClipConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration in values that JSON and YAML take, for a tracker say; `parse` makes it of them again."""
         update = None if self.update is None else describe(self.update)
+        record = asdict(self.record) if isinstance(self.record, RecordOptions) else self.record
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {"gradient": describe(self.gradient), "update": update}
+        return plain | {"gradient": describe(self.gradient), "update": update, "record": record}
 
     def of_update(self) -> ClipConfig:
         """The configuration of the clipper for the updates.
@@ -148,7 +150,7 @@ class ClipConfig:
         update: Any = None,
         fold: bool | None = None,
         skip_sync: bool | None = None,
-        record: bool | str | None = None,
+        record: Any = None,
         histogram_every: int | None = None,
         after_spike: Any = None,
     ) -> ClipConfig:

@@ -85,7 +85,7 @@ def attach(
         after_spike=after_spike,
     )
     refuse_replaced(accelerator)
-    folder = record_folder(record, wanted=bool(models.config.record))
+    folder = record_folder(record, models.config)
     missing = (
         f"attach(accelerator, {name_of(models.config.gradient)!r}): optimizer.step() was called without "
         "accelerator.clip_grad_norm_(model.parameters(), max_norm) before it, for every model that it steps, so "

@@ -7,7 +7,9 @@ import os
 from contextlib import suppress
 from typing import Any
 
+from hf_gradclip.config import ClipConfig
 from hf_gradclip.misuse import INSTEAD, kind_of, shown
+from hf_gradclip.record.options import read_record_options
 from hf_gradclip.strategy import SpecError
 
 ATTACH = "attach(accelerator, 'adaptive')"
@@ -41,18 +43,25 @@ def insist_on_switches(**switches: Any) -> None:
             raise SpecError(f"attach(accelerator, {word}={value!r}): must be True or False.")
 
 
-def record_folder(record: Any, wanted: bool) -> str | os.PathLike[str] | None:
+def record_folder(record: Any, config: ClipConfig) -> str | os.PathLike[str] | None:
     """Where `attach` shall record; None for nowhere.
 
     Args:
         record: as it was given.
-        wanted: whether the spec asks for a record.
+        config: whose `record` may ask for one.
 
     Raises:
-        SpecError: for something else than a folder, and where a record is wanted and there is none.
+        SpecError: for something else than a folder, where a record is wanted and there is none, and where it is to be
+            uploaded.
     """
+    options = read_record_options(config.record)
+    if options is not None and options.push:
+        raise SpecError(
+            "attach(accelerator, {'record': {'push': true}}): Accelerate uploads nothing, so nobody would push it. "
+            "Leave 'push' out."
+        )
     if record is None or record is False:
-        if wanted:
+        if options is not None:
             raise SpecError(
                 "attach(accelerator, {'record': ...}): there is no output_dir here. Give record='a/folder'."
             )

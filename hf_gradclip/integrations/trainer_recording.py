@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import TrainerCallback
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
+from hf_gradclip.integrations.pushing import without_record
+from hf_gradclip.record.files import FOLDER
+from hf_gradclip.record.options import read_record_options
 from hf_gradclip.run.examples import Collate, Indexed, has_indices, text_of
 from hf_gradclip.run.recording import Recording
-from hf_gradclip.say import logger
+from hf_gradclip.say import announce, logger
 
 
 class RecordingMixin:
@@ -19,6 +25,8 @@ class RecordingMixin:
 
     # What GradClipMixin and the Trainer beside us provide.
     _clip_attachment: Attachment | None
+    _clip_config: ClipConfig | None
+    _clip_said_kept = False
     _attach: Any
     accelerator: Any
     args: Any
@@ -33,9 +41,10 @@ class RecordingMixin:
         return None if self._clip_attachment is None else self._clip_attachment.recording
 
     def _make_recording(self, config: ClipConfig) -> Recording | None:
-        if not config.record:
+        options = read_record_options(config.record)
+        if options is None:
             return None
-        words = self._words_of if config.record == "text" else None
+        words = self._words_of if options.text else None
         return Recording(self.args.output_dir, self.args.process_index, together=True, text_of=words)
 
     def _words_of(self, example: int) -> str:
@@ -95,6 +104,25 @@ class RecordingMixin:
         if self._clip_recording is not None:
             self._clip_recording.flush(force=True)  # a checkpoint never holds a step that the record lacks
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _pushing(self) -> AbstractContextManager[None]:
+        """Around an upload of the output_dir, from which a record is left out unless it was asked for."""
+        options = None if self._clip_config is None else read_record_options(self._clip_config.record)
+        if options is not None and options.push:
+            return nullcontext()
+        if not self._clip_said_kept and self.args.process_index == 0 and Path(self.args.output_dir, FOLDER).exists():
+            self._clip_said_kept = True
+            announce(f"record: {FOLDER}/ is not uploaded. record={{'push': true}} lets it go along.")
+        return without_record(transformers.trainer)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, without the record unless `record={"push": true}`."""
+        with self._pushing():
+            return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        with self._pushing():
+            return super()._push_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
 
 def _takes_indices(loader: Any) -> bool:
