@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.flags import ClipArguments
 from hf_gradclip.functional import clip_grad_norm_
 from hf_gradclip.strategy import Strategy
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from hf_gradclip.integrations.trainer import GradClipMixin, GradClipTrainer
 
 __all__ = [
+    "ClipArguments",
     "ClipConfig",
     "Clipper",
     "GradClipMixin",

@@ -21,6 +21,7 @@ from typing import Any
 
 from hf_gradclip.grouped import is_grouped
 from hf_gradclip.reactions import Reaction, read_reactions, written
+from hf_gradclip.logged import WORDS, read_words
 from hf_gradclip.record.options import RecordOptions, read_record_options, shortest
 from hf_gradclip.spec import UnknownFieldError, is_file, nearest, read_strategy, read_yaml, shown
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
@@ -50,6 +51,9 @@ class ClipConfig:
             that draw them (TensorBoard, Weights & Biases); 0 sends none.
         after_spike: what is done by itself where the norm of the gradient stands out, see hf_gradclip.reactions; text
             in a spec: "lower_rate:factor=0.1,steps=50+stop:spikes=3,steps=100".
+        log: which values of clipping are logged, by the word after `clip/`: "all", "none", or some of them in the order
+            of their weight, "norm_mean,rate" or a list.
+        console: how many of these, from the first on, the Trainer prints; None prints all.
 
     Raises:
         SpecError: for a value that breaks these rules.
@@ -65,6 +69,8 @@ class ClipConfig:
     record: bool | str | RecordOptions = False
     histogram_every: int = 0
     after_spike: tuple[Reaction, ...] = ()
+    log: tuple[str, ...] = WORDS
+    console: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradient, Strategy):
@@ -86,6 +92,11 @@ class ClipConfig:
             if type(every) is not int or every < 0:
                 raise SpecError(f"ClipConfig({name}={every!r}): must be a whole number >= 0. The default is {usual}.")
         object.__setattr__(self, "after_spike", read_reactions(self.after_spike))
+        object.__setattr__(self, "log", read_words(self.log))
+        if self.console is not None and (type(self.console) is not int or self.console < 0):
+            raise SpecError(
+                f"ClipConfig(console={self.console!r}): must be a whole number >= 0. None prints all that is logged."
+            )
         object.__setattr__(self, "record", shortest(read_record_options(self.record)))
         for name in ("fold", "skip_sync"):
             if type(getattr(self, name)) is not bool:
@@ -125,7 +136,13 @@ class ClipConfig:
         update = None if self.update is None else describe(self.update)
         record = asdict(self.record) if isinstance(self.record, RecordOptions) else self.record
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {"gradient": describe(self.gradient), "update": update, "record": record}
+        return plain | {
+            "gradient": describe(self.gradient),
+            "update": update,
+            "record": record,
+            "after_spike": written(self.after_spike) or None,
+            "log": "all" if self.log == WORDS else list(self.log),
+        }
 
     def of_update(self) -> ClipConfig:
         """The configuration of the clipper for the updates.
@@ -153,6 +170,8 @@ class ClipConfig:
         record: Any = None,
         histogram_every: int | None = None,
         after_spike: Any = None,
+        log: Any = None,
+        console: int | None = None,
     ) -> ClipConfig:
         """Read a spec as described at the top of this file.
 
@@ -169,6 +188,8 @@ class ClipConfig:
             record: overrides the spec's.
             histogram_every: overrides the spec's.
             after_spike: overrides the spec's.
+            log: overrides the spec's.
+            console: overrides the spec's.
 
         Raises:
             SpecError: for anything that is not a spec; no other exception.
@@ -204,6 +225,8 @@ class ClipConfig:
             "record": record,
             "histogram_every": histogram_every,
             "after_spike": after_spike,
+            "log": log,
+            "console": console,
         }
         return cls(**settings | {key: value for key, value in given_apart.items() if value is not None})
 

@@ -76,7 +76,7 @@ def read_reactions(spec: Any) -> tuple[Reaction, ...]:
 def written(reactions: tuple[Reaction, ...]) -> str:
     """As text that `read_reactions` takes."""
     words = {kind: word for word, kind in REACTIONS.items()}
-    shown = [(r, ",".join(f"{f.name}={getattr(r, f.name):g}" for f in fields(r))) for r in reactions]
+    shown = [(r, ",".join(f"{f.name}={getattr(r, f.name)!r}" for f in fields(r))) for r in reactions]
     return "+".join(f"{words[type(reaction)]}:{values}" for reaction, values in shown)
 
 

@@ -69,17 +69,17 @@ def refuse_in_a_loop(config: ClipConfig, optimizer: Any) -> None:
 
 
 def refuse_a_record(call: str, config: ClipConfig) -> None:
-    """Stop where there is no run that could write what is recorded.
+    """Stop where there is no run that could write what is recorded or logged.
 
     Args:
         call: as it was typed, up to its last argument.
-        config: that may ask for a record.
+        config: that may ask for a record, or for some of the logs.
 
     Raises:
         SpecError: with what to use instead.
     """
-    for word in ("record", "histogram_every"):
-        if getattr(config, word):
+    for word in ("record", "histogram_every", "log", "console"):
+        if getattr(config, word) != getattr(ClipConfig, word):
             raise SpecError(
                 f"{call}, {word}={getattr(config, word)!r}): there is no run here that could write it. Leave "
                 f"{word} out and log `clipper.report.scalars()`, or use GradClipTrainer or attach()."

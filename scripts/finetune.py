@@ -34,43 +34,24 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_gradclip import ClipConfig, GradClipTrainer, optim, yaml_file
+from hf_gradclip import ClipArguments, GradClipTrainer, optim, yaml_file
 
 END = "<|endoftext|>"
 
 
 @dataclass
-class ClipArguments:
-    """How to clip."""
+class ClipFlags(ClipArguments):
+    """How to clip: by `adaptive`, with a record, where nothing else is said."""
 
     clip: str | None = field(
         default="adaptive", metadata={"help": "Strategy, preset or YAML file; 'none' measures only."}
     )
-    clip_nonfinite: str | None = field(default=None, metadata={"help": "At a NaN or inf norm: skip, raise or pass."})
-    clip_check_every: int | None = field(
-        default=None, metadata={"help": "Steps between two checks that replicas agree; 0 never checks."}
-    )
-    clip_max_consecutive_skips: int | None = field(
-        default=None, metadata={"help": "Skipped steps in a row after which training stops."}
-    )
-    clip_update: str | None = field(
-        default=None, metadata={"help": "Strategy for what the optimizer makes of the gradients: block_rms, say."}
-    )
-    clip_fold: bool | None = field(
-        default=None, metadata={"help": "Hand the coefficient to torch's fused optimizer instead of writing gradients."}
-    )
-    clip_skip_sync: bool | None = field(
-        default=None, metadata={"help": "False reads no flag per step, and schedulers do not wait for a skipped one."}
-    )
-    clip_record: str = field(
+    clip_record: str | None = field(
         default="true",
         metadata={
             "help": "Keep every step's norms and scales in OUTPUT_DIR/gradclip; text adds the examples of a spike.",
             "choices": ["true", "false", "text"],
         },
-    )
-    clip_histogram_every: int | None = field(
-        default=None, metadata={"help": "Steps between two histograms of the norms by parameter, for TensorBoard, ..."}
     )
 
 
@@ -127,9 +108,9 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
 
 
-def parse(argv: list[str]) -> tuple[ClipArguments, DataArguments, RunArguments]:
+def parse(argv: list[str]) -> tuple[ClipFlags, DataArguments, RunArguments]:
     """Read the command line; a first argument that ends in .yaml gives defaults which later flags win over."""
-    parser = HfArgumentParser((ClipArguments, DataArguments, RunArguments))
+    parser = HfArgumentParser((ClipFlags, DataArguments, RunArguments))
     if argv and argv[0].endswith((".yaml", ".yml")):
         values = yaml_file.load(Path(argv[0]).read_text("utf-8")) or {}
         if not isinstance(values, dict):
@@ -141,7 +122,7 @@ def parse(argv: list[str]) -> tuple[ClipArguments, DataArguments, RunArguments]:
         deep = [key for key, value in values.items() if isinstance(value, dict | list)]
         if deep:
             parser.error(f"{argv[0]}: {deep[0]} must be one value. Put it into a file of its own: {deep[0]}: its.yaml")
-        of_clip = {f.name for f in fields(ClipArguments)}  # None has a meaning there; elsewhere it means the default
+        of_clip = {f.name for f in fields(ClipFlags)}  # None has a meaning there; elsewhere it means the default
         parser.set_defaults(**{key: None for key, value in values.items() if value is None and key in of_clip})
         from_file = [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
         argv = from_file + argv[1:]
@@ -257,20 +238,6 @@ def optimizer_of(args: RunArguments) -> tuple[type[torch.optim.Optimizer], dict[
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save; the metrics of the run."""
     clip_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
-    clip = None
-    if clip_args.clip is not None or clip_args.clip_update is not None:
-        clip = ClipConfig.parse(
-            clip_args.clip,
-            max_grad_norm=args.max_grad_norm,
-            nonfinite=clip_args.clip_nonfinite,
-            max_consecutive_skips=clip_args.clip_max_consecutive_skips,
-            check_every=clip_args.clip_check_every,
-            update=clip_args.clip_update,
-            fold=clip_args.clip_fold,
-            skip_sync=clip_args.clip_skip_sync,
-            record={"true": True, "false": False}.get(clip_args.clip_record, clip_args.clip_record),
-            histogram_every=clip_args.clip_histogram_every,
-        )
     set_seed(args.seed)
     with args.main_process_first(desc="loading the texts"):
         texts = load_texts(data_args, args.seed)
@@ -280,7 +247,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer = GradClipTrainer(
         model=model,
         args=args,
-        clip=clip,
+        clip=clip_args.clip_config(args.max_grad_norm),
         train_dataset=data["train"],
         eval_dataset=data["validation"].select(range(min(data_args.max_eval_samples, len(data["validation"])))),
         processing_class=tokenizer,

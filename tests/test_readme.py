@@ -109,7 +109,7 @@ def clipper_in(names: dict[str, Any]) -> Clipper | None:
 
 USES = dict(zip(("trainer", "trl", "accelerate", "torch", "function"), blocks(README, "python"), strict=True))
 UPDATES = dict(zip(("trainer", "optimizer"), blocks(DOCS["updates"], "python"), strict=True))
-DOORS = dict(zip(("patch", "patch_all"), blocks(DOCS["doors"], "python"), strict=True))
+DOORS = dict(zip(("patch", "patch_all", "flags"), blocks(DOCS["doors"], "python"), strict=True))
 COMMANDS = [
     line
     for text in (README, *DOCS.values())
@@ -154,8 +154,8 @@ class TestUse:
 
     @pytest.mark.parametrize("name", DOORS)
     def test_every_step_is_clipped_behind_a_door(self, name, names, stepped_norms):
-        """Their Trainer is the stock one."""
-        exec(compile(DOORS[name].replace('"adaptive"', "1.0"), f"docs/doors.md, {name}", "exec"), names)
+        """Their Trainer is the stock one, but for that of the flags."""
+        exec(compile(DOORS[name].replace('"adaptive"', '"1.0"'), f"docs/doors.md, {name}", "exec"), names)
         for handle in [*hf_gradclip.integrations.patch._in_force]:
             handle.undo()
         assert stepped_norms == pytest.approx([1.0] * STEPS, rel=1e-4)

@@ -51,14 +51,19 @@ def record_folder(record: Any, config: ClipConfig) -> str | os.PathLike[str] | N
         config: whose `record` may ask for one.
 
     Raises:
-        SpecError: for something else than a folder, where a record is wanted and there is none, and where it is to be
-            uploaded.
+        SpecError: for something else than a folder, where a record is wanted and there is none, where it is to be
+            uploaded, and where somebody shall print.
     """
     options = read_record_options(config.record)
     if options is not None and options.push:
         raise SpecError(
             "attach(accelerator, {'record': {'push': true}}): Accelerate uploads nothing, so nobody would push it. "
             "Leave 'push' out."
+        )
+    if config.console is not None:
+        raise SpecError(
+            f"attach(accelerator, {{'console': {config.console}}}): a loop prints what it wants itself. Leave it out; "
+            "'log' chooses what attachment.scalars() gives."
         )
     if record is None or record is False:
         if options is not None:

@@ -20,6 +20,7 @@ from hf_gradclip.integrations.clippers import Clippers
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_release, refuse_second_record, refuse_swap, refuse_unsupported
 from hf_gradclip.integrations.steps import Steps
+from hf_gradclip.logged import pick
 from hf_gradclip.run.advice import Advice
 from hf_gradclip.run.environment import note_step
 from hf_gradclip.run.hearing import Hearing
@@ -75,8 +76,7 @@ class Attachment:
         clip, look = weakly(self._clip), weakly(self._watch_updates)
         self._steps_of = Steps(models.configs, self._clippers, clip if auto else None, look, missing)
         self._prepared: tuple[int, int] | None = None
-        self._replicas = Replicas(config.check_every)
-        self._loss, self._advice = StepLoss(), Advice()
+        self._replicas, self._loss, self._advice = Replicas(config.check_every), StepLoss(), Advice()
         self._loss_of_step: Tensor | None = None
         self._steps, self._finished = 0, False
         self._follow(accelerator)
@@ -133,7 +133,7 @@ class Attachment:
         scalars = clipper.report.scalars()
         if self._is_main:
             self._advice.at_log(clipper, scalars, self._steps_of.stepping(clipper, self.accelerator._optimizers))
-        return scalars | self.updates.scalars()
+        return pick(scalars | self.updates.scalars(), clipper.config.log)
 
     def clipper_of(self, model: nn.Module) -> Clipper:
         """The clipper of a model, made at the first call. The model may be wrapped or not."""

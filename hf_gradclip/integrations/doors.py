@@ -42,7 +42,7 @@ def accelerator_prepare(prepare: Any, accelerator: Accelerator, *objects: Any, *
     brings = any(_is_optimizer(thing) for thing in objects)
     if not brings or _is_attached(accelerator) or _is_of_a_trainer(accelerator):
         return prepare(accelerator, *objects, **kwargs)
-    clip, folder = _clip(), None
+    clip, folder = replace(_clip(), console=None), None  # a loop prints what it wants
     if clip.record:
         clip, folder = replace(clip, record=False), accelerator.project_dir or "."
     attachment = attach(accelerator, clip, auto=True, record=folder)

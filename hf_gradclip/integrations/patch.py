@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Trainer
 
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.integrations.console import restore
 from hf_gradclip.integrations.trainer import GradClipMixin
 from hf_gradclip.integrations.trainer_recording import RecordCallback
 from hf_gradclip.misuse import shown
@@ -117,6 +118,7 @@ class Patch:
         if trainer._clip_attachment is not None:
             trainer._clip_attachment.release()
             trainer.pop_callback(RecordCallback)
+            restore(trainer.callback_handler.callbacks)
         self._give_back()
 
     def _give_back(self) -> None:

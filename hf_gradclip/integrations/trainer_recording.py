@@ -12,7 +12,9 @@ from transformers import TrainerCallback
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
+from hf_gradclip.integrations.console import shorten
 from hf_gradclip.integrations.pushing import without_record
+from hf_gradclip.integrations.trackers import tell_trackers
 from hf_gradclip.record.files import FOLDER
 from hf_gradclip.record.options import read_record_options
 from hf_gradclip.run.examples import Collate, Indexed, has_indices, text_of
@@ -28,6 +30,7 @@ class RecordingMixin:
     _clip_config: ClipConfig | None
     _clip_said_kept = False
     _attach: Any
+    callback_handler: Any
     accelerator: Any
     args: Any
     data_collator: Any
@@ -134,7 +137,7 @@ def _takes_indices(loader: Any) -> bool:
 
 
 class RecordCallback(TrainerCallback):
-    """Tells the record where training starts, and the attachment where it ends.
+    """Tells record, trackers and console where training starts, and the attachment where it ends.
 
     Args:
         trainer: whose record it is.
@@ -144,8 +147,13 @@ class RecordCallback(TrainerCallback):
         self._trainer = weakref.ref(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step is known now, that of a checkpoint or 0."""
+        """The step is known now, that of a checkpoint or 0, and the trackers have begun."""
         trainer = self._trainer()
+        if trainer is not None and trainer._clip_config is not None and state.is_world_process_zero:
+            config, callbacks = trainer._clip_config, trainer.callback_handler.callbacks
+            tell_trackers(callbacks, config)
+            if config.console is not None:
+                shorten(callbacks, config.log[: config.console])
         if trainer is not None and trainer._clip_recording is not None:
             trainer._clip_recording.start_after(state.global_step)
 
