@@ -71,8 +71,8 @@ def _watched(clip: str, run: Callable[[], int]) -> int:
     folder = tempfile.mkdtemp(prefix="hf_gradclip_")
     seen = Path(folder, "seen")
     mine = str(Path(hf_gradclip.on_path.__file__).parent)
-    rest = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", mine)]
-    os.environ |= {CLIP: clip, SEEN: str(seen), "PYTHONPATH": os.pathsep.join([mine, *rest])}
+    theirs = os.environ.get("PYTHONPATH")
+    os.environ |= {CLIP: clip, SEEN: str(seen), "PYTHONPATH": f"{mine}{os.pathsep}{theirs}" if theirs else mine}
     try:
         status = run()
         if os.getpid() != process or status:  # a process that the script has forked is not asked

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import GradientState
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 import hf_gradclip
 from hf_gradclip import GradClipMixin, GradClipTrainer, patch, patch_all
@@ -21,7 +24,7 @@ from hf_gradclip.integrations.patch import is_in_force
 from hf_gradclip.record.files import read_record
 from hf_gradclip.strategy import flatten
 from hf_gradclip.views.view import UnsupportedBackendError
-from tests.tiny import counting_data, logged, tiny_llama, train, training_args, weights_of
+from tests.tiny import VOCAB, counting_data, logged, tiny_llama, train, training_args, weights_of
 
 CLIP = "zclip:warmup_steps=5,z_threshold=0.5"
 TIGHT = "global_norm:max_norm=1e-12"
@@ -55,6 +58,11 @@ def _nothing_stays() -> Any:
     yield
     assert not is_in_force()
     assert vars(Trainer)["__init__"] is init
+
+
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="1")
 
 
 def make(cls: type[Trainer], folder: Path, seed: int = 0, clip: Any = "unset", **changes: Any) -> Trainer:
@@ -304,6 +312,30 @@ class TestPatchAll:
             assert moved > 1e-4 if trainer is free else moved <= 2 * 0.3e-12
         assert type(made[1]).__name__ == "Before"
         assert made[1].word == 1.0
+
+    def test_a_trainer_of_trl(self, tmp_path):
+        """Its class changes while its own constructor goes on."""
+        args = SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            per_device_train_batch_size=4,
+            **SGD,
+        )
+        data = Dataset.from_list([{key: row[key].tolist() for key in row} for row in counting_data(64)])
+        with patch_all(clip=TIGHT):
+            trainer = SFTTrainer(model=tiny_llama(), args=args, train_dataset=data, processing_class=number_tokenizer())
+        before = weights_of(trainer.model)
+        trainer.train()
+        assert (weights_of(trainer.model) - before).abs().max() <= 3 * 0.3e-12
+        assert logged(trainer, "clip/rate") == [1.0] * 3
+        assert type(trainer).__name__ == "SFTTrainer"
+        assert "mean_token_accuracy" in trainer.state.log_history[0]
 
     def test_it_trains_as_gradcliptrainer_to_the_bit(self):
         with patch_all(clip=CLIP):
