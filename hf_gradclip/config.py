@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradclip.grouped import is_grouped
-from hf_gradclip.reactions import Reaction, read_reactions, written
 from hf_gradclip.logged import WORDS, read_words
+from hf_gradclip.reactions import Reaction, read_reactions, written
 from hf_gradclip.record.options import RecordOptions, read_record_options, shortest
 from hf_gradclip.spec import UnknownFieldError, is_file, nearest, read_strategy, read_yaml, shown
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of

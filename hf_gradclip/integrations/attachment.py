@@ -182,11 +182,7 @@ class Attachment:
         self._finished = False
 
     def release(self) -> None:
-        """Clip no longer, and leave the optimizers as they would be without this.
-
-        Raises:
-            UnsupportedBackendError: under DeepSpeed, whose engine keeps its clipper.
-        """
+        """Clip no longer, and leave the optimizers as they would be; under DeepSpeed UnsupportedBackendError."""
         refuse_release(self._clippers.seams is not None)
         self.forget()
         self._steps_of.release()
