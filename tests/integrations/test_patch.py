@@ -193,7 +193,7 @@ class TestUndo:
         trainer.train()
         assert logged(trainer, "clip/rate") == []
 
-    def test_after_training_it_goes_on_as_the_stock_trainer(self, tmp_path):
+    def test_after_training_it_goes_on_as_the_stock_trainer(self, tmp_path, caplog):
         """Two trainings at one limit, the first of them ours: weights and norms as if it had never been patched."""
         limit, settings = 0.5, {"max_steps": 15, "max_grad_norm": 0.5, **SGD}
         trainer, stock = make(Trainer, tmp_path, **settings), make(Trainer, tmp_path, **settings)
@@ -202,8 +202,11 @@ class TestUndo:
             ours = logged(trainer)
             assert len(logged(trainer, "clip_update/rate")) == 15
         assert type(trainer) is Trainer
+        caplog.clear()
+        caplog.set_level(logging.INFO, logger="hf_gradclip")
         trainer.train()
         assert logged(trainer, "clip/rate") == []
+        assert caplog.records == [], "nobody looks at its steps any more"
         stock.train()
         first = logged(stock)
         stock.train()
