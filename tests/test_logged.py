@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,14 @@ import pytest
 from hf_gradclip import ClipConfig, Clipper
 from hf_gradclip.logged import WORDS, is_ours, pick
 from hf_gradclip.spec import preset_names, strategy_class, strategy_names
-from hf_gradclip.strategy import SpecError
+from hf_gradclip.strategy import SpecError, describe
 from tests.tiny import tiny_llama
 
 
 def test_the_words_are_those_of_the_reference():
     """Every key that the docs name can be chosen, and no other."""
     page = (Path(__file__).parents[1] / "docs" / "reference.md").read_text("utf-8")
-    assert WORDS == tuple(re.findall(r"^\| `clip/(\w+)` \|", page, re.MULTILINE))
+    assert tuple(re.findall(r"^\| `clip/(\w+)` \|", page, re.MULTILINE)) == WORDS
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,11 @@ def test_a_plain_loop_logs_what_it_wants(word):
         Clipper.for_model(tiny_llama(), {"gradient": "zclip", word: {"log": "rate", "console": 0}[word]})
 
 
+def wanted(cls: type) -> dict[str, float]:
+    """A value for each field that has none."""
+    return {f.name: 1 / 3 for f in fields(cls) if f.default is MISSING}
+
+
 def specs() -> list[object]:
     whole = {
         "gradient": "adagc:lambda_rel=1.0000000000000002+value:max_value=1e-30",
@@ -89,10 +95,9 @@ def specs() -> list[object]:
         "log": "rate",
         "console": 1,
     }
-    own = [name for name in strategy_names() if name not in ("value", "param_norm", "block_rms", "global_norm", "soft")]
-    fields = [f"{name}:{next(iter(strategy_class(name).__annotations__))}=0.1" for name in ("soft", "value")]
+    own = [describe(strategy_class(name)(**wanted(strategy_class(name)))) for name in strategy_names()]
     groups = {"*head*": 0.1 + 0.2, "*": "adaptive"}
-    return [whole, groups, 0.1 + 0.2, "global_norm:max_norm=1e22,norm_type=inf", *own, *fields, *preset_names()]
+    return [whole, groups, 0.1 + 0.2, "global_norm:max_norm=1e22,norm_type=inf", *own, *preset_names()]
 
 
 @pytest.mark.parametrize("spec", specs(), ids=str)
