@@ -187,6 +187,7 @@ class TestForms:
 
     def test_every_strategy_and_preset_has_a_name(self):
         required = {"value": "value:max_value=1", "param_norm": "param_norm:max_norm=1"}
+        required["relative_value"] = "relative_value:factor=50"
         for name in strategy_names() + preset_names():
             gradient(required.get(name, name))
 
@@ -386,7 +387,7 @@ class TestWrong:
     @pytest.mark.parametrize(
         ("spec", "words"),
         [
-            ("zclp", ["clip='zclp'", "no strategy or preset is called 'zclp'.", "Did you mean zclip?", "Known: adagc"]),
+            ("zclp", ["clip='zclp'", "no strategy or preset is called 'zclp'.", "Did you mean zclip?", "Known: ada_clip, adagc"]),
             ("adaptiv", ["clip='adaptiv'", "Did you mean adaptive?"]),
             ("zclip+adgc", ["clip='zclip+adgc'", "no strategy or preset is called 'adgc'. Did you mean adagc?"]),
             ("qqqq", ["no strategy or preset is called 'qqqq'. Known: "]),
@@ -474,7 +475,7 @@ class TestWrong:
             ({"gradient": "zclip", "max_consecutive_skips": 2.0}, ["max_consecutive_skips=2.0", "whole number >= 1"]),
             ({"strategy": "zclip", "alfa": 1}, ["zclip has no field 'alfa'. Did you mean alpha?"]),
             ({"strategy": "zclip", 3: 1}, ["the key 3 must be a word"]),
-            ({"strategy": None}, ["'strategy' must be a name. Known: adagc"]),
+            ({"strategy": None}, ["'strategy' must be a name. Known: ada_clip, adagc"]),
             ({"strategy": "zclip", "nonfinite": "skip"}, ["zclip has no field 'nonfinite'"]),
             ({"strategy": "zclip", "alpha": "0.5"}, ["ZClip(alpha='0.5'): must be a number."]),
             ({"strategy": "zclip", "alpha": [1]}, ["ZClip(alpha=[1]): must be a number."]),
