@@ -176,7 +176,11 @@ class Clipper:
 
     @torch.no_grad()
     def decide(
-        self, loss: Tensor | float | None = None, measure: Measure | None = None, rescale: bool = False
+        self,
+        loss: Tensor | float | None = None,
+        measure: Measure | None = None,
+        rescale: bool = False,
+        void: Tensor | None = None,
     ) -> Decision:
         """Measure and decide; keep the strategy's new state where the norm is finite. On a device without a host read.
 
@@ -184,6 +188,7 @@ class Clipper:
             loss: see `step`.
             measure: gives the statistics, reduced over ranks, of what is to be clipped; None takes the view's.
             rescale: see View.measure; done in every step where nobody reads whether a square overflowed.
+            void: see Decision; only with `skip_sync=False`.
 
         Raises:
             ValueError: if the strategy judges the loss and none is given.
@@ -198,8 +203,8 @@ class Clipper:
         if strategy.needs.loss:
             stats = replace(stats, loss=as_loss(loss, layout, strategy))
         stats = brought(strategy, stats, self._layout)
-        plan, found, self.state = judge(strategy, stats, self.state)
-        return Decision(stats, plan, found, measure, layout.device)
+        plan, found, self.state = judge(strategy, stats, self.state, void)
+        return Decision(stats, plan, found, measure, layout.device, void)
 
     def settle(self, decision: Decision) -> Outcome:
         """Read the action where it matters, guard against non-finite norms, count the step; raises as `step` does."""
@@ -209,7 +214,6 @@ class Clipper:
         needed = self.guard.must_read or decision.plan.skip is not None
         if isinstance(decision.found, Tensor) and not needed:
             return self._pass_on(decision, decision.found)
-
         action = int(decision.action)  # the one host read of a step, unless `brought` was it
         if action == NONFINITE and not bool(decision.stats.total.isnan()):  # only the squares may have overflowed
             again = self.decide(decision.stats.loss, decision.measure, rescale=True)
@@ -239,10 +243,8 @@ class Clipper:
 
     def _settle_unread(self, decision: Decision) -> Outcome:
         """The optimizer reads the flag itself: count on the device, and look at the limit now and then."""
-        action = torch.as_tensor(decision.action, device=decision.device)
-        self._skipped = skip = self.guard.skips_unread(action)
-        self.guard.count_unread(skip)
-        self._count(decision, torch.as_tensor(decision.finite, device=decision.device), skip)
+        self._skipped = skip = self.guard.skips_unread(decision)
+        self._count(decision, decision.counted, skip)
         self.guard.look_now_and_then()
         return decision.outcome(decision.plan, skip=skip)
 

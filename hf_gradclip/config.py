@@ -43,7 +43,7 @@ class ClipConfig:
             decoupled weight decay; None leaves it alone.
         fold: hand the coefficient to torch's fused optimizer instead of writing the gradients.
         skip_sync: read a flag per step, so that schedulers wait for a skipped one; False hands the flag to torch's
-            fused optimizer and reads nothing.
+            fused optimizer, or to one of hf_gradclip.optim, and reads nothing.
         record: keep every step's norms and scales by parameter in `gradclip` in the run's output_dir; "text" also
             writes the decoded text of the examples in a spike. In full {"text": true, "push": true}: a Trainer that
             uploads its output_dir leaves `gradclip` out unless `push` says that it goes along.
@@ -144,15 +144,18 @@ class ClipConfig:
             "log": "all" if self.log == WORDS else list(self.log),
         }
 
-    def of_update(self) -> ClipConfig:
+    def of_update(self, skip_sync: bool = True) -> ClipConfig:
         """The configuration of the clipper for the updates.
+
+        Args:
+            skip_sync: False where the optimizer reads on the device whether an update is skipped.
 
         Raises:
             ValueError: if updates are not clipped.
         """
         if self.update is None:
             raise ValueError("ClipConfig.of_update(): update is None.")
-        alone = replace(self, gradient=self.update, update=None, fold=False, skip_sync=True)
+        alone = replace(self, gradient=self.update, update=None, fold=False, skip_sync=skip_sync)
         return replace(alone, check_every=0, record=False, after_spike=())
 
     @classmethod

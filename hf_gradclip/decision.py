@@ -61,6 +61,7 @@ class Decision:
         found: the action, where the step is judged on the host; on a device whether the norm is finite, 0-d bool.
         measure: how to measure again.
         device: where what was measured is.
+        void: whether the step is left out already, for another reason, 0-d bool on the device: nothing of it is kept.
     """
 
     stats: NormStats
@@ -68,6 +69,7 @@ class Decision:
     found: Tensor | int
     measure: Measure
     device: torch.device
+    void: Tensor | None = None
 
     @cached
     def action(self) -> Tensor | int:
@@ -80,9 +82,15 @@ class Decision:
         return torch.where(self.found, action, NONFINITE)
 
     @property
-    def finite(self) -> Tensor | bool:
-        """Whether the norm is."""
-        return self.found if isinstance(self.found, Tensor) else self.found != NONFINITE
+    def finite(self) -> Tensor:
+        """Whether the norm is, 0-d bool on the device."""
+        found = self.found if isinstance(self.found, Tensor) else self.found != NONFINITE
+        return torch.as_tensor(found, device=self.device)
+
+    @property
+    def counted(self) -> Tensor:
+        """The same for a report: NaN where the step is void, and nobody asked."""
+        return self.finite if self.void is None else torch.where(self.void, float("nan"), self.finite)
 
     def clipped_by(self, action: int) -> bool | None:
         """Whether anything is made smaller, now that the action was read; None where nobody has looked.
@@ -126,9 +134,10 @@ def judge_on_device(strategy: Strategy, stats: NormStats, state: State) -> Judge
     return plan, finite, where(finite, new, state)
 
 
-def judge(strategy: Strategy, stats: NormStats, state: State) -> Judged:
-    """One step, where its statistics are, or at least its total norm."""
-    return (judge_on_host if stats.total.is_cpu else judge_on_device)(strategy, stats, state)
+def judge(strategy: Strategy, stats: NormStats, state: State, void: Tensor | None = None) -> Judged:
+    """One step, where its statistics are, or at least its total norm; see Decision for `void`."""
+    plan, found, new = (judge_on_host if stats.total.is_cpu else judge_on_device)(strategy, stats, state)
+    return plan, found, new if void is None else where(void, state, new)
 
 
 def judge_on_host(strategy: Strategy, stats: NormStats, state: State) -> Judged:

@@ -24,7 +24,8 @@ class Fold:
     """The coming step of one fused optimizer. What is handed over is taken back after every step.
 
     Args:
-        optimizer: torch's fused AdamW, Adam, SGD or Adagrad, over all parameters of the view.
+        optimizer: torch's fused AdamW, Adam, SGD or Adagrad, or for `skip` alone one of hf_gradclip.optim, which
+            `heed`s it; over all parameters of the view.
         view: where the gradients are.
         strategy: what decides.
         scale: hand over the coefficient; else the gradients are written as usual.
@@ -41,7 +42,8 @@ class Fold:
         self._refuse(optimizer, view, strategy)
         self._optimizer = weakref.ref(optimizer)
         self._device = view.layout.device
-        optimizer.register_step_post_hook(_take_back)
+        if not _heeds(optimizer):
+            optimizer.register_step_post_hook(_take_back)
 
     def hand(self, plan: ClipPlan, skip: Tensor | None) -> None:
         """Give the optimizer what this step needs. `skip` is a 0-d bool on the device, None where the host reads it."""
@@ -51,7 +53,9 @@ class Fold:
             return  # nobody is left to step
         if self.scale:
             optimizer.grad_scale = number_on(self._device, plan.scale_S.reciprocal().float())
-        if self.skip and skip is not None:
+        if self.skip and skip is not None and _heeds(optimizer):
+            optimizer.heed(skip)
+        elif self.skip and skip is not None:
             _start_momentum(optimizer)
             optimizer.found_inf = skip.float()
 
@@ -68,20 +72,22 @@ class Fold:
         if optimizer is None:
             raise SpecError(f"{word}: needs the optimizer. Write Clipper.for_model(model, spec, optimizer=optimizer).")
         kind = type(optimizer)
-        if kind not in FUSED or not all(group.get("fused") for group in optimizer.param_groups):
+        fused = kind in FUSED and all(group.get("fused") for group in optimizer.param_groups)
+        if not fused and (self.scale or not _heeds(optimizer)):
             known = ", ".join(cls.__name__ for cls in FUSED)
+            ours = "" if self.scale else ", or one of hf_gradclip.optim"
             raise UnsupportedBackendError(
                 f"{word} with {kind.__module__}.{kind.__qualname__}: must be torch.optim's {known} with fused=True "
-                f"(optim='adamw_torch_fused' in the Trainer), which read it on the device. Use {instead}."
+                f"(optim='adamw_torch_fused' in the Trainer){ours}, which read it on the device. Use {instead}."
             )
         if self.skip and any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
             raise UnsupportedBackendError(
-                f"{word} with SGD(momentum=..., dampening=...): torch leaves the momentum undefined where the first "
-                f"step is skipped, and with dampening it cannot begin at 0. Set dampening=0, or use {instead}."
+                f"{word} with SGD(momentum=..., dampening=...): where the first step is skipped, with dampening the "
+                f"momentum cannot begin at 0. Set dampening=0, or use {instead}."
             )
         if view.guarded:
             raise UnsupportedBackendError(
-                f"{word} under a GradScaler: it sets the same attributes of the optimizer. Use bf16, or {instead}."
+                f"{word} under a GradScaler: it skips steps by a flag of its own. Use bf16, or {instead}."
             )
         self._insist(optimizer, view)
 
@@ -103,6 +109,11 @@ class Fold:
                 f"{word}: the optimizer steps {len(mine)} parameters and the gradient is of {len(theirs)}. One "
                 f"optimizer must hold all trainable parameters. Use {instead}."
             )
+
+
+def _heeds(optimizer: Any) -> bool:
+    """Whether an optimizer is given the flag by a call, and not by attributes that torch's kernels read."""
+    return hasattr(optimizer, "heed")
 
 
 def _start_momentum(optimizer: Any) -> None:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.decision import NONFINITE, SKIP
+from hf_gradclip.decision import NONFINITE, SKIP, Decision
 from hf_gradclip.say import logger, now_and_then
 from hf_gradclip.types import NormStats
 
@@ -93,15 +93,21 @@ class Guard:
             2 * self._skipped,
         )
 
-    def skips_unread(self, action: Tensor) -> Tensor:
-        """Whether a step is skipped that the optimizer reads the flag of, 0-d bool on the device."""
-        return action == SKIP if self.config.nonfinite == "pass" else action >= SKIP
+    def skips_unread(self, decision: Decision) -> Tensor:
+        """Whether a step is skipped that the optimizer reads the flag of, 0-d bool on the device.
 
-    def count_unread(self, skipped: Tensor) -> None:
-        """Count such a step on the device; `look` reads the count."""
+        It is counted there for `look`, unless it is void.
+        """
+        asked, finite, void = decision.plan.skip, decision.finite, decision.void
+        if self.config.nonfinite == "pass":
+            skipped = torch.zeros_like(finite) if asked is None else finite & asked
+        else:
+            skipped = ~finite if asked is None else ~finite | asked
         self._since_look += 1
-        self._unread = torch.where(skipped, self._unread + 1, 0)
+        count = (self._unread + 1) * skipped
+        self._unread = count if void is None else torch.where(void, self._unread, count)
         self._most = torch.maximum(self._most, self._unread)
+        return skipped if void is None else skipped | void
 
     def in_a_row(self) -> int:
         """Skipped steps in a row up to now, for a checkpoint. A host read where nobody reads the steps."""

@@ -108,7 +108,8 @@ class ClipReport:
         Args:
             stats: what was measured.
             plan: what was decided.
-            finite: whether the norm was finite, 0-d bool on the device; or a bool where the host knows it.
+            finite: whether the norm was finite, 0-d bool on the device; or a bool where the host knows it. On a device
+                NaN where nobody asked, since the step was left out before.
             skipped: whether the step was skipped, in the same way.
             clipped: whether anything is scaled down or bounded; None where the host does not know.
         """
@@ -290,7 +291,7 @@ def _read_rows(values: list[float], read: dict[str, float]) -> list[float]:
         norm, finite, skipped, tensors, post, largest, threshold = values[first : first + len(ROW)]
         read["skipped"] += skipped > 0
         read["nonfinite"] += finite == 0
-        if finite:
+        if finite > 0:
             norms.append(norm)
             read["clipped"] += skipped > 0 or tensors > 0
             if threshold == threshold:

@@ -69,8 +69,9 @@ def clipping(params: nn.ParameterList, spec: str, record: bool = False, nonfinit
     return clipper.step, [clipper]
 
 
-def stepping(params: nn.ParameterList, clip: Any, update: Any = None, groups: int = 1) -> Made:
+def stepping(params: nn.ParameterList, clip: Any, update: Any = None, groups: int = 1, sync: bool = True) -> Made:
     """The step of our AdamW, which clips as it reads."""
+    clip = clip if sync else {"gradient": clip, "skip_sync": False}
     rows = list(params)
     size = -(-len(rows) // groups)
     made = optim.AdamW(
@@ -90,6 +91,7 @@ def rows_of(tensors: int) -> Iterator[tuple[str, Callable[[nn.ParameterList], Ma
     yield "AdamW clip=None", partial(stepping, clip=None)
     yield "AdamW clip=global_norm", partial(stepping, clip=specs["global_norm"])
     yield "AdamW clip=zclip", partial(stepping, clip=zclip)
+    yield "AdamW clip=global_norm, skip_sync=False", partial(stepping, clip=specs["global_norm"], sync=False)
     yield "AdamW clip=zclip, two groups", partial(stepping, clip=zclip, groups=2)
     yield "AdamW clip=zclip, update_clip", partial(stepping, clip=zclip, update=UPDATE)
     yield "AdamW clip=zclip, update_clip, two groups", partial(stepping, clip=zclip, update=UPDATE, groups=2)

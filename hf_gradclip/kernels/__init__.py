@@ -182,18 +182,20 @@ def step_(
     plan: ClipPlan | None,
     after: ClipPlan | None,
     ready: Ready | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """One step: weights and moments change, gradients do not; see operations.Step. Any memory.
 
-    `ready` is what `prepare` gave for these; None asks it.
+    `ready` is what `prepare` gave for these; None asks it. `skip` may be on another device.
     """
     found, table = _still(prepare(rule, memory, places) if ready is None else ready)
     plan, after = _beside(memory, plan), _beside(memory, after)
+    skip = None if skip is None else moved(skip, memory.weights[0].device)
     try:
-        found.step.step_(rule, memory, places, plan, after, table)
+        found.step.step_(rule, memory, places, plan, after, table, skip)
     except Exception as error:
         choice.give_up(found, error)
-        choice.torch_language().step.step_(rule, memory, places, plan, after)
+        choice.torch_language().step.step_(rule, memory, places, plan, after, None, skip)
     for column in (memory.weights, memory.first, memory.second, memory.third):
         _written(column)
 

@@ -158,12 +158,14 @@ class Step(Protocol):
         plan: ClipPlan | None,
         after: ClipPlan | None,
         table: Table | None = None,
+        skip: Tensor | None = None,
     ) -> None:
         """One step: weights and moments change, in float32 or wider and rounded once.
 
         Args:
             rule, memory, places, plan, table: as for `measure_update`.
             after: for the updates; None leaves them as they are.
+            skip: whether nothing is written, 0-d bool beside the memory, for which no host waits; None always steps.
 
         Raises:
             MisfitError: as `measure_update`; nothing was written then.

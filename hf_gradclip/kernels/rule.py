@@ -15,6 +15,8 @@ from hf_gradclip.types import ClipPlan, cached
 
 MOMENTS = {"sgd": ("", "a"), "nesterov": ("a",), "adam": ("ab", "abc"), "rmsprop": ("a", "ab", "ac", "abc")}
 """Which moments of a rule there may be."""
+QUOTIENTS = ("adam", "rmsprop")
+"""Rules whose update is one."""
 
 
 class Memory(NamedTuple):
@@ -99,6 +101,8 @@ class Rule:
         maximize: the gradient changes its sign.
         past, fresh, past2, fresh2, eps: as above.
         terms: per parameter (term, root); None where both are 1 for all.
+        inverse_P2: in their place 1 / term and 1 / root, float64, shape (P, 2), beside the memory: of a quotient where
+            the host does not know them.
     """
 
     name: str
@@ -112,12 +116,16 @@ class Rule:
     fresh2: float = 0.0
     eps: float = 0.0
     terms: Sequence[tuple[float, float]] | None = None
+    inverse_P2: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.name not in MOMENTS:
             raise MisfitError(f"Rule({self.name!r}): must be one of {', '.join(MOMENTS)}.")
         if self.terms is not None and not all(len(pair) == 2 for pair in self.terms):
             raise MisfitError(f"Rule({self.name!r}, terms={self.terms}): must be pairs.")
+        if self.inverse_P2 is not None and (self.terms is not None or self.name not in QUOTIENTS):
+            known = " or ".join(QUOTIENTS)
+            raise MisfitError(f"Rule({self.name!r}, inverse_P2=...): is for {known}, in the place of terms.")
 
 
 def are_alike(memory: Memory, dtypes: Collection[torch.dtype]) -> bool:
@@ -179,7 +187,8 @@ def insist_on_places(
     """
     count = len(memory.weights)
     counts = {*map(len, memory), len(places.gradient), len(places.update)}
-    counts |= {count if rule.terms is None else len(rule.terms), count if places.units is None else len(places.units)}
+    counts |= {count if given is None else len(given) for given in (rule.terms, rule.inverse_P2)}
+    counts |= {count if places.units is None else len(places.units)}
     if not count or counts != {count}:
         terms = "no" if rule.terms is None else len(rule.terms)
         raise MisfitError(

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_gradclip.kernels.rule import Rule
+from hf_gradclip.optim.counters import count_
 from hf_gradclip.optim.groups import memory_of
 from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion
+from hf_gradclip.optim.step import Made
 
 
 class _Moments(ClippedOptimizer):
@@ -18,10 +20,8 @@ class _Moments(ClippedOptimizer):
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
         states = [self._moments_of(p, group["amsgrad"]) for p in params]
-        step_P = self._counters.of(params, states)
-        counts = [step + 1 for step in step_P.tolist()]
+        step_P = self._counters.of(params, states, self._reads)
         beta1, beta2 = map(float, group["betas"])
-        terms = {count: (1 / (1 - beta1**count), (1 - beta2**count) ** 0.5) for count in set(counts)}
         rule = Rule(
             "adam",
             **self._numbers(group),
@@ -30,14 +30,14 @@ class _Moments(ClippedOptimizer):
             past2=beta2,
             fresh2=1 - beta2,
             eps=group["eps"],
-            terms=[terms[count] for count in counts],
+            **self._counters.corrections(step_P, beta1, beta2, self._reads),
         )
         largest = "max_exp_avg_sq" if group["amsgrad"] else None
         memory = memory_of(params, states, ("exp_avg", "exp_avg_sq", largest))
 
-        def done() -> None:
+        def done(made: Made) -> None:
             self._keep(params, states)
-            step_P.add_(1)
+            count_(step_P, made)
 
         return Motion(rule, memory, done)
 

@@ -27,3 +27,8 @@ def named_of(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
         numbers = [str(len(named) + i) for i in range(len(group["params"]))]
         named += zip(group.get("param_names", numbers), group["params"], strict=True)
     return named
+
+
+def stepped_of(groups: list[dict[str, Any]]) -> list[Tensor]:
+    """All parameters of some groups."""
+    return [p for group in groups for p in group["params"]]

@@ -5,6 +5,7 @@
     after = decide on the updates, which are measured     skipped: nothing moves
     step: w <- w (1 - lr decay) - lr clip(u), where u comes of the clipped gradient and the moments
 
+With `skip_sync=False` a skip is a flag on the device, which goes with the step: its kernels then write nothing.
 In every language a gradient is clipped as it is read and never written, so that `.grad` stays as it came. All
 arithmetic is on this process's memory: of a DTensor on its shard, whose moments are DTensors too.
 """
@@ -24,10 +25,11 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import Decision
 from hf_gradclip.kernels.rule import Memory, Rule
-from hf_gradclip.optim.counters import Counters
-from hf_gradclip.optim.groups import named_of
+from hf_gradclip.optim.counters import Counters, on_host
+from hf_gradclip.optim.gradients import settle_
+from hf_gradclip.optim.groups import named_of, stepped_of
 from hf_gradclip.optim.options import insist_on_options
-from hf_gradclip.optim.step import Job, Jobs, measured, step_
+from hf_gradclip.optim.step import Job, Jobs, Made, measured, step_
 from hf_gradclip.optim.taken import Taken, ids_of
 from hf_gradclip.say import logger
 from hf_gradclip.strategy import Needs, SpecError, describe, flatten
@@ -45,12 +47,12 @@ class Motion(NamedTuple):
     Args:
         rule: the arithmetic.
         memory: on which tensors.
-        done: called after the step, to advance counters and keep new moments.
+        done: called after the step, to advance counters and keep new moments; see Made.
     """
 
     rule: Rule
     memory: Memory
-    done: Callable[[], None]
+    done: Callable[[Made], None]
 
 
 class ClippedOptimizer(Optimizer, ABC):
@@ -62,7 +64,8 @@ class ClippedOptimizer(Optimizer, ABC):
     Args:
         params: as in torch.optim; named parameters (`model.named_parameters()`) keep their names in the clip state.
         defaults: of the parameter groups, with the keys of torch's optimizer of the same name.
-        clip: a spec for the gradients (see hf_gradclip.config), or a whole configuration; None leaves them alone.
+        clip: a spec for the gradients (see hf_gradclip.config), or a whole configuration; None leaves them alone. With
+            `skip_sync=False` in it no host reads whether a step is skipped, for its gradient or its update.
         update_clip: a spec for the updates: what is subtracted before the learning rate and apart from decoupled
             weight decay. None leaves them alone.
 
@@ -70,15 +73,18 @@ class ClippedOptimizer(Optimizer, ABC):
         clipper: of the gradients, with state and report; None without `clip`.
         update_clipper: of the updates; None without `update_clip`. GradClipTrainer and `attach` set it.
         taken: what `take` was given for the coming step.
+        heeded: what `heed` was given for it.
 
     Raises:
         SpecError: for a wrong spec.
-        ValueError: for an option that only torch's own implementation has, or a learning rate on another device.
+        ValueError: for an option that only torch's own implementation has, a learning rate on another device, or
+            SGD's dampening with `skip_sync=False`.
     """
 
     clipper: Clipper | None = None
     update_clipper: Clipper | None = None
     taken: Taken | None = None
+    heeded: Tensor | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], clip: Any, update_clip: Any) -> None:
         name = type(self).__name__
@@ -103,10 +109,10 @@ class ClippedOptimizer(Optimizer, ABC):
         if clip is None and update_clip is None:
             return {}
         config = ClipConfig.parse("none" if clip is None else clip, update=update_clip)
-        if config.fold or not config.skip_sync:
+        if config.fold:
             raise SpecError(
-                f"{type(self).__name__}(clip={clip!r}): fold and skip_sync=False are for torch's fused optimizers. "
-                "Leave them out."
+                f"{type(self).__name__}(clip={clip!r}): fold is for torch's fused optimizers, and this one clips as it "
+                "reads. Leave it out."
             )
         if config.after_spike:
             raise SpecError(
@@ -115,7 +121,7 @@ class ClippedOptimizer(Optimizer, ABC):
             )
         refuse_a_record(f"{type(self).__name__}(clip=...", config)
         configs = {} if clip is None else {"gradient": config}
-        return configs if config.update is None else {**configs, "update": config.of_update()}
+        return configs if config.update is None else {**configs, "update": config.of_update(config.skip_sync)}
 
     def _make_clippers(self) -> None:
         named = named_of(self.param_groups)
@@ -155,26 +161,27 @@ class ClippedOptimizer(Optimizer, ABC):
         if self._specs and not self._watches_all():
             logger.warning("%s: the set of parameters changed, so the clip state starts anew.", type(self).__name__)
             self._make_clippers()
-        self._settle()
-        plan = after = None
+        settle_(stepped_of(self.param_groups))
+        plan = after = skip = None
         if self.clipper is None:
             if (taken := self.taken) is not None:
                 taken.insist(type(self).__name__, ids_of(self.param_groups))
                 plan, self.taken = taken.plan, None
             jobs = self._prepared(None if taken is None else taken.view)
+            skip, self.heeded = self.heeded, None
         else:
             decision, jobs = self._decide(self._judged(loss))
             outcome = self.clipper.settle(decision)
             if outcome.skipped:
                 return loss
-            plan = outcome.plan
+            plan, skip = outcome.plan, outcome.skip
         if self.update_clipper is not None and any(job.rule.lr != 0 for job in jobs):
             measure = measured(self.update_clipper, jobs, plan)
-            outcome = self.update_clipper.settle(self.update_clipper.decide(measure=measure))
+            outcome = self.update_clipper.settle(self.update_clipper.decide(measure=measure, void=skip))
             if outcome.skipped:
                 return loss
-            after = outcome.plan
-        step_(jobs, plan, after)
+            after, skip = outcome.plan, outcome.skip
+        step_(jobs, plan, after, skip)
         return loss
 
     def take(self, plan: ClipPlan | None, view: View) -> None:
@@ -185,6 +192,15 @@ class ClippedOptimizer(Optimizer, ABC):
             view: of the gradients.
         """
         self.taken = Taken(plan, view)
+
+    def heed(self, skip: Tensor) -> None:
+        """Leave the coming step out where this flag of the device is true, 0-d bool: no host waits for it."""
+        self.heeded = skip
+
+    @property
+    def _reads(self) -> bool:
+        """Whether the host knows which step is skipped; else the counters are beside the parameters."""
+        return self.heeded is None if self.clipper is None else self.clipper.config.skip_sync
 
     def _prepared(self, view: View | None) -> list[Job]:
         """What there is to do, with everything that no plan decides made ready; `view` is of the clipped gradients."""
@@ -214,31 +230,9 @@ class ClippedOptimizer(Optimizer, ABC):
             )
         return loss if isinstance(loss, Tensor) else None
 
-    def _settle(self) -> None:
-        """Add up over ranks the gradients that are parts of a sum: sequence parallelism leaves some so.
-
-        Raises:
-            ValueError: for a gradient that is not taken, before anything has changed.
-        """
-        params = [p for group in self.param_groups for p in group["params"]]
-        grads = [grad for p in params if (grad := p.grad) is not None]
-        plain = set(map(type, grads)) <= {Tensor} and {grad.layout for grad in grads} <= {torch.strided}
-        if plain and not any(map(Tensor.is_complex, grads)):
-            return
-        for p in params:
-            if hasattr(p.grad, "placements"):
-                from hf_gradclip.views.dtensor import settle_placements
-
-                settle_placements(p)
-            if p.grad is not None and (p.grad.is_sparse or p.grad.is_complex()):
-                kind = "sparse gradients" if p.grad.is_sparse else "complex parameters"
-                raise ValueError(
-                    f"hf_gradclip.optim does not take {kind}. Use the optimizer of torch.optim, with Clipper."
-                )
-
     def _watches_all(self) -> bool:
         """False after a group was added, or a wrapper (FSDP2 by Accelerate) put other parameters into the groups."""
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = stepped_of(self.param_groups)
         return len(params) == len(self._watched) and all(map(operator.is_, params, self._watched))
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -279,6 +273,7 @@ class ClippedOptimizer(Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; with a stateful `clip` or `update_clip` a third key, `clip`, which torch.optim ignores."""
         saved = super().state_dict()
+        saved["state"] = on_host(saved["state"])
         clippers = self._own()
         if any(flatten(clipper.state) for clipper in clippers.values()):
             saved["clip"] = {place: clipper.state_dict() for place, clipper in clippers.items()}

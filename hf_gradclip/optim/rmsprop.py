@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_gradclip.kernels.rule import Rule
+from hf_gradclip.optim.counters import count_
 from hf_gradclip.optim.groups import memory_of
 from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion
+from hf_gradclip.optim.step import Made
 
 
 class RMSprop(ClippedOptimizer):
@@ -78,9 +80,10 @@ class RMSprop(ClippedOptimizer):
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
         states = [self._averages_of(p, group) for p in params]
-        step_P = self._counters.of(params, states)
+        step_P = self._counters.of(params, states, self._reads)
         alpha = float(group["alpha"])
-        counts = [step + 1 for step in step_P.tolist()] if group["bias_correction"] else None
+        corrected = group["bias_correction"]
+        corrections = self._counters.corrections(step_P, 0.0, alpha, self._reads) if corrected else {}
         rule = Rule(
             "rmsprop",
             **self._numbers(group),
@@ -88,15 +91,15 @@ class RMSprop(ClippedOptimizer):
             past2=alpha,
             fresh2=1 - alpha,
             eps=group["eps"],
-            terms=None if counts is None else [(1.0, (1 - alpha**count) ** 0.5) for count in counts],
+            **corrections,
         )
         mean = "grad_avg" if group["centered"] else None
         buffer = "momentum_buffer" if group["momentum"] != 0 else None
         memory = memory_of(params, states, ("square_avg", mean, buffer))
 
-        def done() -> None:
+        def done(made: Made) -> None:
             self._keep(params, states)
-            step_P.add_(1)
+            count_(step_P, made)
 
         return Motion(rule, memory, done)
 

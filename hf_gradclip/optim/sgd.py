@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from hf_gradclip.kernels.rule import Rule
 from hf_gradclip.optim.groups import memory_of
 from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion
+from hf_gradclip.optim.step import Made
 
 
 class SGD(ClippedOptimizer):
@@ -69,18 +70,34 @@ class SGD(ClippedOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, clip, update_clip)
+        for group in self.param_groups:
+            self._insist(group)
+
+    def _insist(self, group: dict[str, Any]) -> None:
+        """The first momentum is the gradient, and nobody on the host may know which step is the first.
+
+        Raises:
+            ValueError: where it is not the momentum after 0, too.
+        """
+        if group["momentum"] and group["dampening"] and not self._reads:
+            raise ValueError(
+                f"SGD(momentum={group['momentum']}, dampening={group['dampening']}) with skip_sync=False: where the "
+                "first step is skipped, with dampening the momentum cannot begin at 0. Set dampening=0, or use "
+                "skip_sync=True."
+            )
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
         numbers = self._numbers(group)
+        self._insist(group)
         if group["momentum"] == 0:
             memory = memory_of(params, [{}] * len(params), (None, None, None))
-            return Motion(Rule("sgd", **numbers), memory, lambda: None)
+            return Motion(Rule("sgd", **numbers), memory, lambda _: None)
         fresh = [self.state[p].get("momentum_buffer") is None for p in params]
         buffers = [
             self._zeros(p) if new else self.state[p]["momentum_buffer"] for p, new in zip(params, fresh, strict=True)
         ]
 
-        def keep() -> None:
+        def keep(made: Made) -> None:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 

@@ -26,6 +26,8 @@ Segments = Mapping[int, tuple[int, ByAxes | None]]
 """Of each parameter of a view, by its id, the (first) segment and the units; see the `places` of a view."""
 
 _NOWHERE: Segments = {}
+Made = Tensor | int
+"""How many steps a step is: 1, or where only the device knows whether it is skipped a bool there, 0-d."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Job:
         places: where each parameter finds its numbers.
         gradient: whether the plan for the gradients is of these parameters.
         update: whether that for the updates is.
-        done: called after the step, to count it.
+        done: called after the step, to count it, see Made.
     """
 
     ready: Ready
@@ -48,10 +50,10 @@ class Job:
     places: Places
     gradient: bool
     update: bool
-    done: Callable[[], None]
+    done: Callable[[Made], None]
 
 
-RuleOf = Callable[[dict[str, Any], list[Tensor]], tuple[Rule, Memory, Callable[[], None]]]
+RuleOf = Callable[[dict[str, Any], list[Tensor]], tuple[Rule, Memory, Callable[[Made], None]]]
 """An optimizer's `_rule`: of a group and some of its parameters the arithmetic, its memory, and what counts it."""
 
 
@@ -163,15 +165,17 @@ def _measured_here(layout: Layout, jobs: list[Job], plan: ClipPlan | None, needs
     return NormStats(by_segment([sums for sums, _ in found]), layout, max_S)
 
 
-def step_(jobs: list[Job], plan: ClipPlan | None, after: ClipPlan | None) -> None:
+def step_(jobs: list[Job], plan: ClipPlan | None, after: ClipPlan | None, skip: Tensor | None = None) -> None:
     """Do all of them.
 
     Args:
         jobs: of the step.
         plan: for the gradients; None leaves them as they are.
         after: for the updates, in the same way.
+        skip: whether nothing moves, 0-d bool, where only the device knows.
     """
+    made: Made = 1 if skip is None else ~skip
     for job in jobs:
         mine = plan if job.gradient else None, after if job.update else None
-        kernels.step_(job.rule, job.memory, job.places, *mine, job.ready)
-        job.done()
+        kernels.step_(job.rule, job.memory, job.places, *mine, job.ready, skip)
+        job.done(made)

@@ -107,7 +107,8 @@ class Updates:
         order = list(self._of)
         number = order.index(optimizer) if optimizer in self._of else len(order)
         prefix = PLACES["update"] + (f"_{number}" if number else "")
-        clipper, hook = Clipper(self._config.of_update(), view_of(named), prefix), None
+        config = self._config.of_update(self._config.skip_sync or not isinstance(optimizer, ClippedOptimizer))
+        clipper, hook = Clipper(config, view_of(named), prefix), None
         if isinstance(optimizer, ClippedOptimizer):
             optimizer.update_clipper = clipper
         else:
@@ -155,6 +156,7 @@ class Updates:
         """The `clip_update/` values since the last call. One host read per optimizer."""
         found: dict[str, float] = {}
         for clipper in self.clippers:
+            clipper.check_skips()
             found |= clipper.report.scalars()
         return found
 

@@ -86,7 +86,7 @@ def _step(w: Worker, clock: Clock, work: Workload, moments: torch.dtype, device:
     weights: list[Any] = [p.detach() for p in work.params]
     first, second = ([torch.rand_like(p, dtype=moments) for p in weights] for _ in range(2))
     memory = Memory(weights, list(work.grads), first, second, [None] * len(weights))
-    numbers = {"past": 0.9, "fresh": 0.1, "past2": 0.99, "fresh2": 0.01, "eps": 1e-8}
+    numbers: dict[str, Any] = {"past": 0.9, "fresh": 0.1, "past2": 0.99, "fresh2": 0.01, "eps": 1e-8}
     rule = Rule("adam", 1e-6, 0.1, True, False, **numbers, terms=[(2.0, 0.5)] * len(weights))
     places = Places(tuple(range(len(weights))), tuple(range(len(weights))))
     plan = ClipPlan(torch.tensor(0.5, device=device, dtype=torch.float64))

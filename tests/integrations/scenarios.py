@@ -262,14 +262,21 @@ def poisoned(name: str) -> dict[str, Any]:
 
 
 def folded(name: str) -> dict[str, Any]:
-    """The coefficient and the skip flag through a fused optimizer, and the plan through one of ours, against the same
+    """The coefficient and the skip flag through a fused optimizer, plan and flag through one of ours, against the same
     run without; step 2 has a NaN."""
     found = {}
-    words = {"plain": {}, "folded": {"fold": True}, "unread": {"fold": True, "skip_sync": False}, "taken": {}}
+    unread = {"skip_sync": False}
+    words = {
+        "plain": {},
+        "folded": {"fold": True},
+        "unread": {"fold": True, **unread},
+        "taken": {},
+        "taken unread": unread,
+    }
     for word, more in words.items():
         spec = {"gradient": STRATEGIES["zclip"], **more}
-        run = Run(BACKENDS[name], spec, optimizer=STEPPED["ours" if word == "taken" else "fused adamw"])
-        assert (run.attachment._steps_of.taker(run.attachment.clipper) is not None) == (word == "taken")
+        run = Run(BACKENDS[name], spec, optimizer=STEPPED["ours" if "taken" in word else "fused adamw"])
+        assert (run.attachment._steps_of.taker(run.attachment.clipper) is not None) == ("taken" in word)
         kept = True
         for i in range(STEPS):
             loss = run.model(**batch(i, dist.get_rank(), dist.get_world_size()), use_extra=0).loss

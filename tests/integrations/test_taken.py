@@ -16,6 +16,8 @@ from transformers import Trainer, TrainerCallback
 
 import hf_gradclip
 from hf_gradclip import Clipper, GradClipTrainer, optim
+from hf_gradclip.clipper import NonFiniteError
+from hf_gradclip.views.view import UnsupportedBackendError
 from tests.tiny import counting_data, tiny_llama, training_args
 
 STEPS = 12
@@ -247,6 +249,87 @@ def test_what_holds_a_plan_can_be_copied():
     pickle.loads(pickle.dumps(attachment.clipper))
     pickle.loads(pickle.dumps(optimizer.optimizer))
     optimizer.step()
+
+
+class TestUnread:
+    """`skip_sync=False`: the flag goes with the plan, or after gradients that were written."""
+
+    @pytest.mark.parametrize("spec", ["zclip:warmup_steps=3,z_threshold=0.5,max_norm=inf", "adaptive"])
+    @pytest.mark.parametrize("update", [None, "block_rms:max_rms=0.7"])
+    def test_as_with_a_read(self, spec, update):
+        found = []
+        for sync in (True, False):
+            accelerator, attachment, model, optimizer = attached(
+                lambda params: optim.AdamW(params, lr=1e-2), {"gradient": spec, "update": update, "skip_sync": sync}
+            )
+            taker = attachment._steps_of.taker(attachment.clipper)
+            assert (taker is not None) == (spec != "adaptive")
+            for step in range(STEPS):
+                accelerator.backward(loss_of(model, step) * (math.nan if step in (0, 5, 6) else 1.0))
+                before = [p.detach().clone() for p in model.parameters()]
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                assert all(map(torch.equal, before, model.parameters())) == (step in (0, 5, 6))
+            scalars = attachment.scalars()
+            assert scalars["clip/skipped"] == scalars["clip/nonfinite"] == 3
+            assert update is None or scalars["clip_update/rate"] > 0
+            states = [optimizer.optimizer.state[p] for p in model.parameters()]
+            found.append([*model.parameters(), *(entry[key] for entry in states for key in sorted(entry))])
+            assert {entry["step"].item() for entry in states} == {STEPS - 3}
+            assert update is None or optimizer.optimizer.update_clipper.config.skip_sync == sync
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+    def test_no_more_skips_in_a_row_than_are_admitted(self):
+        spec = {"gradient": "none", "skip_sync": False, "max_consecutive_skips": 3}
+        accelerator, attachment, model, optimizer = attached(lambda params: optim.AdamW(params), spec)
+        for step in range(4):
+            accelerator.backward(loss_of(model, step) * math.nan)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        with pytest.raises(NonFiniteError, match="4 steps in a row were skipped"):
+            attachment.scalars()
+
+    def test_two_optimizers_of_one_model_are_refused(self):
+        accelerator = Accelerator(cpu=True)
+        hf_gradclip.attach(accelerator, {"gradient": "zclip", "skip_sync": False})
+        model = network()
+        halves = [optim.SGD(part.parameters(), lr=1.0) for part in (model[0], model[2])]
+        words = r"skip_sync=False: the optimizer steps 2 .* gradient is of 4"
+        with pytest.raises(UnsupportedBackendError, match=words):
+            accelerator.prepare(model, *halves)
+
+    def test_under_the_trainer(self, tmp_path):
+        """Trained, saved, and resumed the other way; schedulers go on in a step that is skipped."""
+
+        class Poisoned(GradClipTrainer):
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs) * (math.nan if self.state.global_step in (0, 7, 12) else 1)
+
+        found = []
+        for name, halves in {
+            "read": (True, True),
+            "unread": (False, False),
+            "to": (True, False),
+            "from": (False, True),
+        }.items():
+            for until, sync in zip((10, 20), halves, strict=True):
+                model = tiny_llama()
+                optimizer = optim.AdamW(model.parameters(), lr=5e-3, eps=1e-3)
+                clip = {"gradient": "zclip:warmup_steps=3,z_threshold=0.5,max_norm=0.5", "skip_sync": sync}
+                args = training_args(
+                    tmp_path / name, max_steps=until, save_steps=10, save_strategy="steps", lr_scheduler_type="constant"
+                )
+                trainer = Poisoned(model, args, clip=clip, train_dataset=counting_data(), optimizers=(optimizer, None))
+                trainer.train(resume_from_checkpoint=until == 20)
+            found.append([p.detach() for p in model.parameters()])
+            steps = {optimizer.state[p]["step"].item() for p in model.parameters() if p in optimizer.state}
+            assert steps == {20 - 3}, name
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 class Seen(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def give(params: list[nn.Parameter], step: int) -> None:
         p.grad = torch.randn(p.numel() + 1, generator=generator, device="cuda").to(p.dtype)[(i // 2) % 2 :][: p.numel()]
 
 
-def make(name: str, params: list[nn.Parameter], **clips: str) -> torch.optim.Optimizer:
+def make(name: str, params: list[nn.Parameter], **clips: Any) -> torch.optim.Optimizer:
     more = {"momentum": 0.9} if name == "SGD" else {}
     return getattr(optim, name)(params, lr=0.01, weight_decay=0.1, **more, **clips)
 
@@ -144,6 +145,29 @@ def test_the_host_reads_one_flag_per_clipper_and_none_if_nothing_is_skipped(nonf
     torch.cuda.set_sync_debug_mode("error")
     optimizer.step()
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_skip_that_nobody_reads(name) -> None:
+    """The run with a read, with NaN in the first step and in others; after the first nobody waits at all."""
+    found = []
+    for sync in (True, False):
+        params = parameters(torch.float32)
+        clip = {"gradient": CLIPS["clip"], "skip_sync": sync}
+        optimizer = make(name, params, clip=clip, update_clip=CLIPS["update_clip"])
+        for step in range(8):
+            give(params, step)
+            if step in (0, 3, 4, 6):
+                params[1].grad.fill_(float("nan"))
+            torch.cuda.set_sync_debug_mode("default" if sync or step == 0 else "error")
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+        state = optimizer.state_dict()["state"].values()
+        found.append([*params, *(entry[key] for entry in state for key in sorted(entry) if entry[key] is not None)])
+        assert optimizer.clipper.report.summary()["skipped"] == 4
+    for a, b in zip(*found, strict=True):
+        assert a.device == b.device
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("eps", [1e-8, 1e-12, 0.0])

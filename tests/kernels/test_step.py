@@ -130,6 +130,37 @@ class TestSteps:
         assert all(map(same_bits, buffers, before))
 
 
+@pytest.mark.parametrize(("language", "dtypes", "starts"), EVERY, indirect=["language"])
+class TestSkip:
+    """A flag on the device; the terms may be there too."""
+
+    def test_nothing_is_written_or_what_is_written_without_it(self, language, dtypes, starts):
+        buffers, memory = made(dtypes, starts)
+        before = [buffer.clone() for buffer in buffers]
+        away = {"terms": None, "inverse_P2": torch.tensor(TERMS, dtype=F64).reciprocal()}
+        language.step.step_(rule(**away), memory, PLACES, PLAN, AFTER, None, torch.tensor(True))
+        assert all(map(same_bits, buffers, before))
+        language.step.step_(rule(**away), memory, PLACES, PLAN, AFTER, None, torch.tensor(False))
+        others, memory = made(dtypes, starts)
+        language.step.step_(rule(), memory, PLACES, PLAN, AFTER)
+        assert all(map(same_bits, buffers, others))
+        assert not same_bits(buffers[0], before[0])
+
+    def test_not_where_everything_is_nan(self, language, dtypes, starts):
+        """What is computed and not stored would leave a NaN."""
+        buffers, memory = made(dtypes, starts)
+        before = [buffer.clone() for buffer in buffers]
+        bad = ClipPlan(torch.tensor(math.nan))
+        language.step.step_(rule(), memory, PLACES, bad, bad, None, torch.tensor(True))
+        assert all(map(same_bits, buffers, before))
+
+    def test_terms_of_the_device_are_measured_with(self, language, dtypes, starts):
+        _, memory = made(dtypes, starts)
+        given = {"terms": TERMS}, {"terms": None, "inverse_P2": torch.tensor(TERMS, dtype=F64).reciprocal()}
+        found = [language.step.measure_update(rule(**terms), memory, PLACES, PLAN) for terms in given]
+        assert all(map(same_bits, *found))
+
+
 def plain(grads: list[Tensor], weights: list[Tensor] | None = None) -> Memory:
     absent = [None] * len(grads)
     return Memory(weights or [torch.zeros_like(g) for g in grads], grads, absent, absent, absent)

@@ -10,6 +10,7 @@ from tests.kernels.compiled import compiled
 from tests.kernels.test_triton_compile import loops, widths
 
 SCRIPT = """
+from dataclasses import replace
 from hf_gradclip.kernels.rule import Memory, Places, Rule
 from hf_gradclip.kernels.triton import step
 from hf_gradclip.types import ClipPlan
@@ -37,6 +38,11 @@ def launch(rule, weights, moments, plan, after, decay, decoupled, terms, eps=1e-
     if weights == "bfloat16" and after == "unclipped":
         case = f"{what} measure: {form}"
         step.measure_update(numbers, memory, places, PLANS[plan])
+    if weights == moments == "bfloat16" and terms and decay:
+        case = f"{what} step: unread {form}"
+        known = torch.ones(2, 2, dtype=torch.float64) if name in ("adam", "rmsprop") else None
+        away = replace(numbers, terms=None, inverse_P2=known)
+        step.step_(away, memory, places, PLANS[plan], PLANS[after], None, torch.tensor(False))
 
 terms = [(2.0, 0.5)] * 2
 for rule in KEPT:
@@ -127,6 +133,15 @@ def _bases(body: str, move: str) -> set[str]:
             address = made[address]
         found.add(address)
     return found
+
+
+@pytest.mark.parametrize("rule", TENSORS)
+def test_a_flag_of_the_device_is_one_byte_that_is_read_before_the_loops(rule):
+    for ptx in forms(f"{rule} bfloat16 step: unread"):
+        assert len(re.findall(r"ld\.global\.b8", ptx)) == 1
+        assert not any("ld.global.b8" in body for body in loops(ptx))
+    for ptx in forms(f"{rule} bfloat16 step: scaled"):
+        assert "ld.global.b8" not in ptx
 
 
 @pytest.mark.parametrize("rule", TENSORS)

@@ -81,12 +81,6 @@ def test_a_skip_cannot_be_an_update_clip() -> None:
         optim.AdamW([weight()], update_clip="skip_step")
 
 
-@pytest.mark.parametrize("extra", [{"fold": True}, {"skip_sync": False}])
-def test_what_is_for_fused_optimizers(extra: dict[str, bool]) -> None:
-    with pytest.raises(SpecError, match=r"^AdamW\(clip=.*fused optimizers. Leave them out"):
-        optim.AdamW([weight()], clip={"gradient": "zclip", **extra})
-
-
 def test_a_wrong_spec() -> None:
     with pytest.raises(SpecError, match="Did you mean zclip"):
         optim.AdamW([weight()], clip="zclp")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROWS = ["none", "zclip", "value", "adagc", "agc, record", "AdamW clip=zclip", "AdamW clip=zclip, two groups"]
+UNREAD = "AdamW clip=global_norm, skip_sync=False"
+ROWS = ["none", "zclip", "value", "adagc", "agc, record", "AdamW clip=zclip", "AdamW clip=zclip, two groups", UNREAD]
 
 SINGLE = """
 import json, torch
@@ -63,6 +64,37 @@ for tensors in (40, 120):
         quiet, loud = count_launches.counts(make, tensors)
         kernels = sum(n for launch, n in loud.launches.items() if launch.startswith("kernel"))
         found.setdefault(name, []).append([quiet.total, loud.total, quiet.reads, quiet.clipped, loud.clipped, kernels])
+print(json.dumps(found))
+"""
+
+SAVED = """
+import json, torch
+from torch import nn
+from pretend_gpu import CUDA, Gpu
+from hf_gradclip import optim
+
+found = {}
+with Gpu() as gpu:
+    params = [nn.Parameter(gpu.weight((8, 16))) for _ in range(5)]
+    optimizer = optim.AdamW(params, clip={"gradient": "none", "skip_sync": False}, update_clip="zclip")
+    for step in range(4):
+        for p in params:
+            p.grad = None if p is params[0] and step % 2 else gpu.gradient((8, 16))
+        gpu.forget()
+        optimizer.step()
+        found.setdefault("reads", []).append(gpu.reads)
+    found["device"] = sorted({entry["step"].device.type for entry in optimizer.state.values()})
+    gpu.forget()
+    saved = optimizer.state_dict()
+    found["to save"] = gpu.reads
+    found["saved"] = sorted({entry["step"].device.type for entry in saved["state"].values()})
+    found["steps"] = [entry["step"].item() for entry in saved["state"].values()]
+    optimizer.load_state_dict(saved)
+    for p in params:
+        p.grad = gpu.gradient((8, 16))
+    gpu.forget()
+    optimizer.step()
+    found["reads"].append(gpu.reads)
 print(json.dumps(found))
 """
 
@@ -120,6 +152,7 @@ def test_no_count_depends_on_how_many_tensors_there_are(steps) -> None:
         ("agc, record", 25),
         ("AdamW clip=zclip", 6),
         ("AdamW clip=zclip, two groups", 7),
+        (UNREAD, 30),
     ],
 )
 def test_a_step_takes_few(steps, name, most) -> None:
@@ -132,7 +165,17 @@ def test_something_clips_where_it_should(steps) -> None:
         quiet_launches, loud_launches, reads, quiet, loud, kernels = steps[name][0]
         assert not quiet
         assert loud == (name != "none"), name
-        assert reads >= 1
+        assert (reads == 0) == (name == UNREAD)
         if loud and not name.startswith("AdamW"):
             assert loud_launches > quiet_launches  # it writes
         assert kernels == {"none": 2, "zclip": 3, "adagc": 3, "agc, record": 3}.get(name, 3 + name.endswith("groups"))
+
+
+def test_counters_of_unread_steps_are_on_the_device_and_saved_of_the_host() -> None:
+    """Also where other parameters have a gradient, and after a checkpoint was loaded; saving is one read, and one of
+    the states of a clip for each of its numbers."""
+    found = told(SAVED)
+    assert found["reads"] == [0] * 5
+    assert (found["device"], found["saved"]) == (["cuda"], ["cpu"])
+    assert found["steps"] == [2, 4, 4, 4, 4]
+    assert 1 <= found["to save"] <= 12

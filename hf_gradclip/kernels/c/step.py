@@ -40,10 +40,13 @@ def step_(
     plan: ClipPlan | None,
     after: ClipPlan | None,
     table: Table | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """One step of a group; see operations.Step."""
     table = prepare(rule, memory, places) if table is None else table
     insist_on_plans(memory, places, plan, after)
+    if skip is not None and bool(skip):  # in memory of the host: nobody waits
+        return
     _share(table, rule, len(places.gradient), plan, after, None, None)
 
 
@@ -72,6 +75,8 @@ def _share(
     max_C: Tensor | None,
 ) -> None:
     terms = None if rule.terms is None else _numbers([number for pair in rule.terms for number in pair])
+    if rule.inverse_P2 is not None:
+        terms = rule.inverse_P2.reciprocal().float().contiguous()
     keep = 1 - rule.lr * rule.decay if rule.decoupled else 1.0
     decay = 0.0 if rule.decoupled else rule.decay
     sign = -1.0 if rule.maximize else 1.0

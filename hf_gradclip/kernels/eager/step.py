@@ -9,17 +9,18 @@ tensors share a call of torch's foreach functions, up to so many elements as the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_gradclip.device import moved, number_on
-from hf_gradclip.kernels.blocks import are_axes, units_of
 from hf_gradclip.kernels.eager import units
+from hf_gradclip.kernels.eager.fits import insist_on_step_memory, insist_on_units
 from hf_gradclip.kernels.eager.half import SMALL
 from hf_gradclip.kernels.eager.whole import largest
 from hf_gradclip.kernels.rule import ByAxes, Memory, Places, Rule, insist_on_places
-from hf_gradclip.kernels.table import MisfitError, Table, insist_on_memory
+from hf_gradclip.kernels.table import Table
 from hf_gradclip.types import ClipPlan, statistics_dtype
 
 Moments = list[list[Tensor]]
@@ -42,13 +43,14 @@ def step_(
     plan: ClipPlan | None,
     after: ClipPlan | None,
     table: Table | None = None,
+    skip: Tensor | None = None,
 ) -> None:
-    """One step of a group; see operations.Step."""
+    """One step of a group; see operations.Step. With `skip` everything is computed, and one of two is stored."""
     insist_on_places(rule, memory, places, plan, after, by_unit=True)
-    _insist_on_memory(memory)
-    _insist_on_units(memory, places, plan)
+    insist_on_step_memory(memory)
+    insist_on_units(memory, places, plan)
     for some in _batches(memory):
-        _step_some_(rule, memory, places, some, plan, after)
+        _step_some_(rule, memory, places, some, plan, after, skip)
 
 
 def measure_update(
@@ -56,28 +58,34 @@ def measure_update(
 ) -> tuple[Tensor, Tensor]:
     """The statistics of the update that `step_` would go along; see operations.Step."""
     insist_on_places(rule, memory, places, plan, by_unit=True)
-    _insist_on_memory(memory)
-    _insist_on_units(memory, places, plan)
+    insist_on_step_memory(memory)
+    insist_on_units(memory, places, plan)
     found = [_measure_some(rule, memory, places, some, plan) for some in _batches(memory)]
     sums, tops = zip(*found, strict=True)
     return torch.cat(sums), torch.cat(tops)
 
 
 def _step_some_(
-    rule: Rule, memory: Memory, places: Places, some: slice, plan: ClipPlan | None, after: ClipPlan | None
+    rule: Rule,
+    memory: Memory,
+    places: Places,
+    some: slice,
+    plan: ClipPlan | None,
+    after: ClipPlan | None,
+    skip: Tensor | None,
 ) -> None:
     """The step of some parameters; what it holds is gone when it returns."""
     weights, *_ = part = _part(memory, some)
     wide = _wide(weights)
-    moments = _moments(part, wide, copies=False)
+    moments = _moments(part, wide, copies=skip is not None)
     updates = _updates(rule, part, places, some, plan, moments)
     if after is not None:
         updates = _clipped(updates, after, places.update[some])
     for kept, column in zip(moments, (part.first, part.second, part.third), strict=True):
         if kept and kept[0] is not column[0]:
-            torch._foreach_copy_([tensor for tensor in column if tensor is not None], kept)
+            _store_([tensor for tensor in column if tensor is not None], kept, skip)
     if rule.lr != 0:  # else nothing moves, also where the update is not finite
-        _move_(rule, list(weights), updates, wide)
+        _move_(rule, list(weights), updates, wide, skip)
 
 
 def _measure_some(
@@ -90,49 +98,6 @@ def _measure_some(
     updates = _updates(rule, part, places, some, plan, _moments(part, _wide(part.weights), copies=True))
     norms = torch._foreach_norm(updates, 2, dtype=dtype)  # squares of float32 may overflow, those of float64 do not
     return torch.stack([moved(norm, device) for norm in norms]).square_(), largest(updates, dtype, device)
-
-
-def _insist_on_memory(memory: Memory) -> None:
-    """Stop before torch broadcasts what does not belong together, or finds in the middle what it does not take.
-
-    Raises:
-        MisfitError: for a gradient or a moment of another shape or device than its weight, or memory that cannot be
-            read or written.
-    """
-    names = ("weight", "gradient", "first moment", "second moment", "third moment")
-    for i, (weight, *others) in enumerate(zip(*memory, strict=True)):
-        for name, tensor in zip(names, (weight, *others), strict=True):
-            if tensor is None:
-                continue
-            insist_on_memory(f"parameter {i}'s {name}", tensor, written=name != "gradient")
-            if tensor.device != weight.device:
-                raise MisfitError(f"parameter {i} is on {weight.device} and its {name} on {tensor.device}.")
-            if tensor.shape != weight.shape:
-                raise MisfitError(
-                    f"parameter {i} has shape {tuple(weight.shape)} and its {name} {tuple(tensor.shape)}: was it "
-                    "resized after the optimizer's first step? Make the optimizer anew, or drop the state of this "
-                    "parameter."
-                )
-
-
-def _insist_on_units(memory: Memory, places: Places, plan: ClipPlan | None) -> None:
-    """Stop before units are scaled that are not there. On a GPU the host does not read which segments they are.
-
-    Raises:
-        MisfitError: for a parameter of other units than it is said to have, or segments that the plan does not have.
-    """
-    length = None if plan is None or plan.scale_S.ndim == 0 else len(plan.scale_S)
-    lowest, highest = places.ends
-    inside = length is None or (lowest >= 0 and highest < length)
-    for i, (weight, cut) in enumerate(zip(memory.weights, places.units or (), strict=False)):
-        if cut is None:
-            continue
-        fits = are_axes(cut.kept, weight.ndim) and tuple(cut.segments.shape) == (units_of(weight.shape, cut.kept),)
-        if not fits or not inside:
-            raise MisfitError(
-                f"parameter {i} has shape {tuple(weight.shape)}, and {cut} says what its units along these axes are in "
-                f"a plan of {length}. Was it resized? Its units must be counted anew."
-            )
 
 
 def _batches(memory: Memory) -> Iterator[slice]:
@@ -183,14 +148,21 @@ def _updates(
         grads = list(torch._foreach_neg(grads))
     if rule.decay != 0 and not rule.decoupled:
         grads = list(torch._foreach_add(grads, [w.to(wide) for w in part.weights], alpha=rule.decay))
-    terms = None if rule.terms is None else list(zip(*rule.terms[some], strict=True))
+    terms = _terms(rule, some, wide)
     return {"adam": _adam, "rmsprop": _rmsprop, "sgd": _momentum, "nesterov": _momentum}[rule.name](
         rule, grads, moments, terms
     )
 
 
-Terms = list[tuple[float, ...]] | None
-"""All terms, and all roots; None where they are 1."""
+Terms = list[Any] | None
+"""All terms, and all roots, as numbers or 0-d tensors; None where they are 1."""
+
+
+def _terms(rule: Rule, some: slice, wide: torch.dtype) -> Terms:
+    """Those of some parameters."""
+    if rule.inverse_P2 is not None:
+        return [column_P.unbind() for column_P in rule.inverse_P2[some].reciprocal().to(wide).unbind(1)]
+    return None if rule.terms is None else list(zip(*rule.terms[some], strict=True))
 
 
 def _adam(rule: Rule, g: list[Tensor], moments: Moments, terms: Terms) -> list[Tensor]:
@@ -241,14 +213,21 @@ def _denominators(rule: Rule, roots: list[Tensor], terms: Terms) -> list[Tensor]
     return roots
 
 
-def _move_(rule: Rule, weights: list[Tensor], updates: list[Tensor], wide: torch.dtype) -> None:
+def _move_(rule: Rule, weights: list[Tensor], updates: list[Tensor], wide: torch.dtype, skip: Tensor | None) -> None:
     """w <- w (1 - lr decay) - lr u."""
-    moving = [weight.to(wide) for weight in weights]
+    moving = [weight.to(wide, copy=skip is not None) for weight in weights]
     if rule.decoupled and rule.decay != 0:
         torch._foreach_mul_(moving, 1 - rule.lr * rule.decay)
     torch._foreach_add_(moving, updates, alpha=-rule.lr)
-    if weights[0].dtype != wide:
-        torch._foreach_copy_(weights, moving)
+    if skip is not None or weights[0].dtype != wide:
+        _store_(weights, moving, skip)
+
+
+def _store_(tensors: list[Tensor], values: list[Tensor], skip: Tensor | None) -> None:
+    """Round and write, or leave what is there."""
+    if skip is not None:
+        values = [torch.where(skip, old, new) for old, new in zip(tensors, values, strict=True)]
+    torch._foreach_copy_(tensors, values)
 
 
 def _clipped(tensors: list[Tensor], plan: ClipPlan, places: Sequence[int]) -> list[Tensor]:

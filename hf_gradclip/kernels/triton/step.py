@@ -51,13 +51,14 @@ def step_(
     plan: ClipPlan | None,
     after: ClipPlan | None,
     table: Table | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """One step of a group; see operations.Step."""
     table = prepare(rule, memory, places) if table is None else table
     insist_on_plans(memory, places, plan, after)
     with on(memory.weights[0].device):
         if table.chunks:
-            _launch(table, rule, len(places.gradient), plan, after, None, None)
+            _launch(table, rule, len(places.gradient), plan, after, None, None, skip)
 
 
 def measure_update(
@@ -86,16 +87,18 @@ def _launch(
     after: ClipPlan | None,
     sumsq_C: Tensor | None,
     max_C: Tensor | None,
+    skip: Tensor | None = None,
 ) -> None:
     term_S, pairs = None, _pairs(rule)
     if len(pairs) > 1:
         term_S = upload([number for pair in pairs for number in pair], torch.float32, table.address_RS.device)
+    inverse_S = None if rule.inverse_P2 is None else rule.inverse_P2.contiguous()
     weigh = (rule.past, rule.fresh, rule.past2, rule.fresh2)
     numbers = (rule.lr, 1 - rule.lr * rule.decay, rule.decay, -1.0 if rule.maximize else 1.0, *weigh, *pairs[0])
     decay = "none" if rule.decay == 0 else "decoupled" if rule.decoupled else "coupled"
     _step[(table.chunks,)](
-        *table.arguments, table.place_S, term_S, count, *_vectors(plan), *_vectors(after), sumsq_C, max_C,
-        *map(float, numbers), rule.name, decay, rule.eps < SMALL, _kinds(table), CHUNK, num_warps=WARPS,
+        *table.arguments, table.place_S, term_S, inverse_S, count, *_vectors(plan), *_vectors(after), sumsq_C, max_C,
+        skip, *map(float, numbers), rule.name, decay, rule.eps < SMALL, _kinds(table), CHUNK, num_warps=WARPS,
         **_limits(rule, table),
     )  # fmt: skip
 
@@ -103,7 +106,8 @@ def _launch(
 def _pairs(rule: Rule) -> list[tuple[float, float]]:
     """The two numbers that a parameter has of its own, `one` and `two` in `_elements`: a pair where all have the same.
 
-    Of a quotient they are what multiplies the root and eps, with the term in both: one division less.
+    Of a quotient they are what multiplies the root and eps, with the term in both: one division less. Where only the
+    device knows the terms, the kernel makes them of 1 and eps.
     """
     pairs = list(rule.terms or [(1.0, 1.0)])
     if len(set(pairs)) == 1:
@@ -136,21 +140,26 @@ def _vectors(plan: ClipPlan | None) -> tuple[Any, ...]:
 
 @triton.jit(do_not_specialize=["count", "scale_stride", "bound_stride", "after_stride", "limit_stride"])
 def _step(
-    address_RS, numel_S, kind_S, first_S, segment_C, place_S, term_S, count,
-    scale_S, scale_stride, bound_S, bound_stride, after_S, after_stride, limit_S, limit_stride, sumsq_C, max_C,
+    address_RS, numel_S, kind_S, first_S, segment_C, place_S, term_S, inverse_S, count,
+    scale_S, scale_stride, bound_S, bound_stride, after_S, after_stride, limit_S, limit_stride, sumsq_C, max_C, skip,
     lr, keep, decay, sign, past, fresh, past2, fresh2, one, two,
     RULE: tl.constexpr, DECAY: tl.constexpr, ANY: tl.constexpr, KINDS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk; with `sumsq_C` its update is measured and nothing else is written."""
+    """One chunk; with `sumsq_C` its update is measured and nothing else is written; with `skip` true nothing is."""
     i = tl.program_id(0)
     s = tl.load(segment_C + i)
     start = (i - tl.load(first_S + s)).to(tl.int64) * CHUNK
     n = tl.minimum(tl.load(numel_S + s) - start, CHUNK).to(tl.int32)
+    if skip is not None:
+        n = tl.where(tl.load(skip), 0, n)
     scale, bound = _numbers(scale_S, scale_stride, bound_S, bound_stride, tl.load(place_S + 2 * s))
     after, limit = _numbers(after_S, after_stride, limit_S, limit_stride, tl.load(place_S + 2 * s + 1))
     if term_S is not None:
         one, two = tl.load(term_S + 2 * s), tl.load(term_S + 2 * s + 1)
+    if inverse_S is not None:
+        of_term = tl.load(inverse_S + 2 * s)
+        one, two = (of_term * tl.load(inverse_S + 2 * s + 1)).to(tl.float32), (of_term * two).to(tl.float32)
     numbers = scale * sign, bound, after, limit, one, two, lr, keep, decay, past, fresh, past2, fresh2
     kind = tl.load(kind_S + s)
     for k in tl.static_range(len(KINDS) // 6):
