@@ -19,7 +19,9 @@ class _Moments(ClippedOptimizer):
     """u = m_hat / (sqrt(v_hat) + eps)."""
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
-        states = [self._moments_of(p, group["amsgrad"]) for p in params]
+        states, begun = self._states_of(params)
+        for p, state in zip(params, states, strict=True):
+            self._begin(p, state, group["amsgrad"])
         step_P = self._counters.of(params, states, self._reads)
         beta1, beta2 = map(float, group["betas"])
         rule = Rule(
@@ -36,20 +38,19 @@ class _Moments(ClippedOptimizer):
         memory = memory_of(params, states, ("exp_avg", "exp_avg_sq", largest))
 
         def done(made: Made) -> None:
-            self._keep(params, states)
+            self.state.update(begun)
             count_(step_P, made)
 
         return Motion(rule, memory, done)
 
-    def _moments_of(self, p: Tensor, amsgrad: bool) -> dict[str, Any]:
-        state: dict[str, Any] = self.state.get(p) or {}  # a new one is kept when the step is done
+    def _begin(self, p: Tensor, state: dict[str, Any], amsgrad: bool) -> None:
+        """Put in what a state lacks."""
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = self._zeros(p)
             state["exp_avg_sq"] = self._zeros(p)
         if amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = self._zeros(p)
-        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

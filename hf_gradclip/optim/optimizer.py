@@ -244,9 +244,11 @@ class ClippedOptimizer(Optimizer, ABC):
             "maximize": bool(group["maximize"]),
         }
 
-    def _keep(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
-        """Keep the states that a step has begun with; one that is skipped begins none."""
-        self.state.update((p, state) for p, state in zip(params, states, strict=True) if not self.state.get(p))
+    def _states_of(self, params: list[Tensor]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+        """The states of some parameters, and those of them that a step begins, to be kept when it is done; one that is
+        skipped begins none."""
+        states: list[dict[str, Any]] = [self.state.get(p) or {} for p in params]
+        return states, {p: state for p, state in zip(params, states, strict=True) if not state}
 
     def _zeros(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p, memory_format=torch.preserve_format)

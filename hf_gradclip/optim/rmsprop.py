@@ -79,7 +79,9 @@ class RMSprop(ClippedOptimizer):
         super().__init__(params, defaults, clip, update_clip)
 
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:
-        states = [self._averages_of(p, group) for p in params]
+        states, begun = self._states_of(params)
+        for p, state in zip(params, states, strict=True):
+            self._begin(p, state, group)
         step_P = self._counters.of(params, states, self._reads)
         alpha = float(group["alpha"])
         corrected = group["bias_correction"]
@@ -98,13 +100,13 @@ class RMSprop(ClippedOptimizer):
         memory = memory_of(params, states, ("square_avg", mean, buffer))
 
         def done(made: Made) -> None:
-            self._keep(params, states)
+            self.state.update(begun)
             count_(step_P, made)
 
         return Motion(rule, memory, done)
 
-    def _averages_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = self.state.get(p) or {}  # a new one is kept when the step is done
+    def _begin(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Put in what a state lacks."""
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["square_avg"] = self._zeros(p)
@@ -112,7 +114,6 @@ class RMSprop(ClippedOptimizer):
             state["momentum_buffer"] = self._zeros(p)
         if group["centered"] and "grad_avg" not in state:
             state["grad_avg"] = self._zeros(p)
-        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -133,6 +133,7 @@ def test_is_the_run_with_a_read(name: str, dtype: torch.dtype, language: Languag
     updates = [optimizer.update_clipper.report.summary() for *_, optimizer in found]
     assert 0 < updates[0]["clipped"] == updates[1]["clipped"]
     assert updates[1]["nonfinite"] == 0, "an update that nobody asked for is none that is not finite"
+    assert updates[0]["norm_median"] == pytest.approx(updates[1]["norm_median"])
 
 
 def test_an_update_that_is_not_finite_moves_nothing(language: Language) -> None:

@@ -8,6 +8,7 @@ stored is rounded once. `measure_update` computes the same update and stores not
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_gradclip.device import on, upload
-from hf_gradclip.kernels.rule import Memory, Places, Rule, are_alike, insist_on_places, insist_on_plans
-from hf_gradclip.kernels.table import Table, table_of
+from hf_gradclip.kernels.rule import QUOTIENTS, Memory, Places, Rule, are_alike, insist_on_places, insist_on_plans
+from hf_gradclip.kernels.table import Kind, Table, table_of
 from hf_gradclip.kernels.triton.quotient import SMALL, quotient
 from hf_gradclip.kernels.triton.whole import INF_BITS, TRITON, WORD, argument, bits_of, clamped, finish, number_at
 from hf_gradclip.types import ClipPlan
@@ -98,8 +99,8 @@ def _launch(
     decay = "none" if rule.decay == 0 else "decoupled" if rule.decoupled else "coupled"
     _step[(table.chunks,)](
         *table.arguments, table.place_S, term_S, inverse_S, count, *_vectors(plan), *_vectors(after), sumsq_C, max_C,
-        skip, *map(float, numbers), rule.name, decay, rule.eps < SMALL, _kinds(table), CHUNK, num_warps=WARPS,
-        **_limits(rule, table),
+        skip, *map(float, numbers), rule.name, decay, rule.eps < SMALL, _kinds(table.kinds, STEP), CHUNK,
+        num_warps=WARPS, **_limits(rule, table),
     )  # fmt: skip
 
 
@@ -110,25 +111,26 @@ def _pairs(rule: Rule) -> list[tuple[float, float]]:
     device knows the terms, the kernel makes them of 1 and eps.
     """
     pairs = list(rule.terms or [(1.0, 1.0)])
-    if len(set(pairs)) == 1:
+    if pairs.count(pairs[0]) == len(pairs):
         pairs = pairs[:1]
     if rule.name == "adam":
         return [(1 / (term * root), rule.eps / term) for term, root in pairs]
     return [(1 / root, rule.eps) for _, root in pairs] if rule.name == "rmsprop" else pairs
 
 
-def _kinds(table: Table) -> tuple[Any, ...]:
+@functools.cache
+def _kinds(kinds: tuple[Kind, ...], step: int) -> tuple[Any, ...]:
     """Of each kind the five dtypes and how many elements to move at a time."""
     found: list[Any] = []
-    for kind in table.kinds:
+    for kind in kinds:
         wide = all(dtype is None or dtype.itemsize == 4 for dtype in kind)
-        found += [*(tl.int1 if dtype is None else TRITON[dtype] for dtype in kind), STEP // 2 if wide else STEP]
+        found += [*(tl.int1 if dtype is None else TRITON[dtype] for dtype in kind), step // 2 if wide else step]
     return tuple(found)
 
 
 def _limits(rule: Rule, table: Table) -> dict[str, int]:
     """Where NVIDIA's compiler takes more registers than it needs: for a quotient of eight elements in a thread."""
-    if table.address_RS.device.type == "xpu" or torch.version.hip or rule.name not in ("adam", "rmsprop"):
+    if table.address_RS.device.type == "xpu" or torch.version.hip or rule.name not in QUOTIENTS:
         return {}
     return {"maxnreg": REGISTERS} if any(dtype and dtype.itemsize < 4 for kind in table.kinds for dtype in kind) else {}
 
