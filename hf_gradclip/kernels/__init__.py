@@ -181,8 +181,8 @@ def step_(
     places: Places,
     plan: ClipPlan | None,
     after: ClipPlan | None,
-    ready: Ready | None = None,
     skip: Tensor | None = None,
+    ready: Ready | None = None,
 ) -> None:
     """One step: weights and moments change, gradients do not; see operations.Step. Any memory.
 

@@ -177,5 +177,5 @@ def step_(jobs: list[Job], plan: ClipPlan | None, after: ClipPlan | None, skip: 
     made: Made = 1 if skip is None else ~skip
     for job in jobs:
         mine = plan if job.gradient else None, after if job.update else None
-        kernels.step_(job.rule, job.memory, job.places, *mine, job.ready, skip)
+        kernels.step_(job.rule, job.memory, job.places, *mine, skip, job.ready)
         job.done(made)

@@ -71,7 +71,7 @@ def test_a_language_that_was_asked_for_before_it_was_given_up(served, monkeypatc
     assert ready.language.name == served.name
     broken = [Broken(monkeypatch, served, name, RuntimeError("broken")) for name in ("measure_update", "step_")]
     sumsq_S, _ = kernels.measure_update(sgd(), memory, PLACES, None, ready)
-    kernels.step_(sgd(), memory, PLACES, None, None, ready)
+    kernels.step_(sgd(), memory, PLACES, None, None, ready=ready)
     assert sumsq_S.tolist() == pytest.approx([1000])
     assert (weight == 0.5).all()
     assert [kernel.calls for kernel in broken] == [1, 0]
