@@ -23,7 +23,7 @@ from hf_gradclip.seat import brought, seen_by
 from hf_gradclip.state import packed, unpacked
 from hf_gradclip.strategy import State, name_of, parts_of
 from hf_gradclip.suits import refuse_in_a_loop, refuse_unsuited
-from hf_gradclip.types import ClipPlan, Layout
+from hf_gradclip.types import Layout
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import View
 from hf_gradclip.watching import Events
@@ -212,8 +212,10 @@ class Clipper:
         if not self.config.skip_sync:
             return self._settle_unread(decision)
         needed = self.guard.must_read or decision.plan.skip is not None
-        if isinstance(decision.found, Tensor) and not needed:
-            return self._pass_on(decision, decision.found)
+        if isinstance(decision.found, Tensor) and not needed:  # the plan is exact, whatever the action is
+            self._count(decision, decision.found, ~decision.found if self.view.guarded else False)
+            self._skipped = False
+            return decision.outcome(decision.plan)
         action = int(decision.action)  # the one host read of a step, unless `brought` was it
         if action == NONFINITE and not bool(decision.stats.total.isnan()):  # only the squares may have overflowed
             again = self.decide(decision.stats.loss, decision.measure, rescale=True)
@@ -235,12 +237,6 @@ class Clipper:
             self.guard.insist(action, decision.stats, self.steps, by)
         return decision.outcome(skipped=skipped, drop=skipped and not overflow and not self.withheld)
 
-    def _pass_on(self, decision: Decision, finite: Tensor) -> Outcome:
-        """Nobody need know what the action is: the plan is exact without it."""
-        self._count(decision, finite, ~finite if self.view.guarded else False)
-        self._skipped = False
-        return decision.outcome(decision.plan)
-
     def _settle_unread(self, decision: Decision) -> Outcome:
         """The optimizer reads the flag itself: count on the device, and look at the limit now and then."""
         self._skipped = skip = self.guard.skips_unread(decision)
@@ -251,8 +247,7 @@ class Clipper:
     def apply_(self, outcome: Outcome, to: Taker | None = None) -> None:
         """Do to the view's gradients what is left of a step: scale and bound them, hand it over, or drop them."""
         if self._fold is not None:
-            plan = outcome.plan if outcome.plan is not None else ClipPlan(torch.ones_like(outcome.norm))
-            self._fold.hand(plan, outcome.skip)
+            self._fold.hand(outcome)
         if to is not None:
             to.take(outcome.plan, self.view)
         if outcome.drop:

@@ -10,11 +10,10 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from hf_gradclip.decision import Outcome
 from hf_gradclip.device import number_on
 from hf_gradclip.strategy import SpecError, Strategy, name_of, parts_of
-from hf_gradclip.types import ClipPlan
 from hf_gradclip.views.view import UnsupportedBackendError, View
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
@@ -45,14 +44,16 @@ class Fold:
         if not _heeds(optimizer):
             optimizer.register_step_post_hook(_take_back)
 
-    def hand(self, plan: ClipPlan, skip: Tensor | None) -> None:
-        """Give the optimizer what this step needs. `skip` is a 0-d bool on the device, None where the host reads it."""
-        if self.scale and plan.scale_S.ndim:
+    def hand(self, outcome: Outcome) -> None:
+        """Give the optimizer what this step needs."""
+        skip = outcome.skip
+        scale = outcome.plan.scale_S if outcome.plan is not None else torch.ones_like(outcome.norm)
+        if self.scale and scale.ndim:
             raise SpecError("fold=True: the strategy gave a scale per parameter, where one number is needed.")
         if (optimizer := self._optimizer()) is None:
             return  # nobody is left to step
         if self.scale:
-            optimizer.grad_scale = number_on(self._device, plan.scale_S.reciprocal().float())
+            optimizer.grad_scale = number_on(self._device, scale.reciprocal().float())
         if self.skip and skip is not None and _heeds(optimizer):
             optimizer.heed(skip)
         elif self.skip and skip is not None:

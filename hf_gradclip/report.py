@@ -9,10 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_gradclip.meters import Meters, applied, read_rows, row_of, tensors_in
 from hf_gradclip.say import logger
-from hf_gradclip.types import ClipPlan, Layout, NormStats, is_one
-
-Meters = dict[str, Tensor]
+from hf_gradclip.types import ClipPlan, NormStats
 
 ZERO_STEPS = 10
 _FOLD = 512
@@ -117,7 +116,7 @@ class ClipReport:
         self._steps += 1
         self._tensor_steps += len(stats.layout.names)
         if isinstance(finite, Tensor) or isinstance(skipped, Tensor):
-            self._unread.append(_row(stats, plan, finite, skipped, self._zero, self._nan))
+            self._unread.append(row_of(stats, plan, finite, skipped, self._zero, self._nan))
             if len(self._unread) >= _FOLD:
                 self._fold_unread()
         else:
@@ -140,11 +139,11 @@ class ClipReport:
             self._counts["clipped"] += 1  # by its strategy, which left the step out
         if clipped:
             self._counts["clipped"] += 1
-            self._clipped.append(_tensors(plan.clipped_S, stats.layout))
+            self._clipped.append(tensors_in(plan.clipped_S, stats.layout))
             if len(self._clipped) >= _FOLD:
                 self._clipped = [torch.stack(self._clipped).sum()]
         elif clipped is None and finite and not skipped:
-            self._unsure.append(_tensors(plan.clipped_S, stats.layout))
+            self._unsure.append(tensors_in(plan.clipped_S, stats.layout))
             if len(self._unsure) >= _FOLD:
                 self._settle_unsure()
 
@@ -233,7 +232,7 @@ class ClipReport:
         self._settle_unsure()
         self._fold_unread()
         if self._applied is not None:
-            self._at |= _applied(*self._applied)
+            self._at |= applied(*self._applied)
         clipped = torch.stack([count.to(self._zero) for count in self._clipped]).sum() if self._clipped else self._zero
         parts = [torch.stack([clipped.to(self._zero), *self._at.values()])]
         parts += [torch.cat([norm.view(-1) for norm in part]) for part in (self._norms, self._unread_TK) if part]
@@ -242,7 +241,7 @@ class ClipReport:
         read["tensors"] += tensors
         values = values[len(self._at) :]
         count = sum(norm.numel() for norm in self._norms)
-        finite = [norm for norm in values[:count] if norm == norm] + _read_rows(values[count:], read)
+        finite = [norm for norm in values[:count] if norm == norm] + read_rows(values[count:], read)
         for key in ("clipped", "skipped", "nonfinite"):
             self._run[key] += int(read[key])
         self._run["steps"] += self._steps
@@ -268,59 +267,3 @@ class ClipReport:
                     ZERO_STEPS,
                 )
                 return
-
-
-ROW = ("norm", "finite", "skipped", "tensors", "norm_post", "scale_max", "threshold")
-"""What is kept of a step that nobody reads."""
-
-
-def _row(
-    stats: NormStats, plan: ClipPlan, finite: Tensor | bool, skipped: Tensor | bool, zero: Tensor, nan: Tensor
-) -> tuple[Tensor, ...]:
-    """The numbers of ROW, each 0-d, in as few launches as can be."""
-    flags = [flag if isinstance(flag, Tensor) else zero + float(flag) if flag else zero for flag in (finite, skipped)]
-    threshold = nan if plan.threshold is None else plan.threshold
-    clipped = zero if is_one(plan.scale_S) and plan.bound_S is None else _tensors(plan.clipped_S, stats.layout)
-    return stats.total, *flags, clipped, _post(stats, plan), plan.largest, threshold
-
-
-def _read_rows(values: list[float], read: dict[str, float]) -> list[float]:
-    """Add rows that came to the host to what else was read; their finite norms."""
-    norms = []
-    for first in range(0, len(values), len(ROW)):
-        norm, finite, skipped, tensors, post, largest, threshold = values[first : first + len(ROW)]
-        read["skipped"] += skipped > 0
-        read["nonfinite"] += finite == 0
-        if finite > 0:
-            norms.append(norm)
-            read["clipped"] += skipped > 0 or tensors > 0
-            if threshold == threshold:
-                read["threshold"] = threshold
-        if finite and not skipped:
-            read["tensors"] += tensors
-            read["norm_in"], read["norm_post"], read["scale_max"] = norm, post, largest
-    return norms
-
-
-def _tensors(clipped_S: Tensor, layout: Layout) -> Tensor:
-    """How many parameters hold a segment that is clipped, 0-d; `clipped_S` has shape (S,) or is 0-d for all."""
-    if clipped_S.ndim == 0:
-        return clipped_S * len(layout.names)
-    if layout.unit_S is not None:
-        clipped_S = layout.over_params(clipped_S.to(layout.dtype), "max") > 0
-    return clipped_S.sum()
-
-
-def _applied(stats: NormStats, plan: ClipPlan) -> Meters:
-    """The norm before and after, NaN after where elements were bounded; and the largest factor."""
-    post, largest = _post(stats, plan).to(stats.total), plan.largest.to(stats.total)
-    return {"norm_in": stats.total, "norm_post": post, "scale_max": largest}
-
-
-def _post(stats: NormStats, plan: ClipPlan) -> Tensor:
-    """The norm after; NaN where elements were bounded."""
-    if plan.scale_S.ndim == 0:
-        post = stats.total if is_one(plan.scale_S) else stats.total * plan.scale_S
-    else:
-        post = torch.dot(stats.sumsq_S, plan.scale_S.to(stats.sumsq_S).square()).sqrt()
-    return post if plan.bound_S is None else torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)

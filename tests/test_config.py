@@ -387,7 +387,15 @@ class TestWrong:
     @pytest.mark.parametrize(
         ("spec", "words"),
         [
-            ("zclp", ["clip='zclp'", "no strategy or preset is called 'zclp'.", "Did you mean zclip?", "Known: ada_clip, adagc"]),
+            (
+                "zclp",
+                [
+                    "clip='zclp'",
+                    "no strategy or preset is called 'zclp'.",
+                    "Did you mean zclip?",
+                    "Known: ada_clip, adagc",
+                ],
+            ),
             ("adaptiv", ["clip='adaptiv'", "Did you mean adaptive?"]),
             ("zclip+adgc", ["clip='zclip+adgc'", "no strategy or preset is called 'adgc'. Did you mean adagc?"]),
             ("qqqq", ["no strategy or preset is called 'qqqq'. Known: "]),
