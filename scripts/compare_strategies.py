@@ -346,7 +346,14 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def detail(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[str], seeds: Sequence[int]) -> str:
+def detail(
+    found: Comparison,
+    plain: Run,
+    clips: Sequence[str],
+    data: Sequence[str],
+    seeds: Sequence[int],
+    others: Sequence[str] = (STOCK,),
+) -> str:
     """The table of one task and one optimizer.
 
     Args:
@@ -355,9 +362,10 @@ def detail(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[s
         clips: the rows.
         data: the columns; "sound" first.
         seeds: what is averaged over.
+        others: of the rows, those that all are compared with, beside `none`.
     """
-    against = [clip for clip in (NOTHING, STOCK) if clip in clips]
-    rows, stock = [], STOCK in clips
+    against = [clip for clip in (NOTHING, *others) if clip in clips]
+    rows = []
     for clip in clips:
         mine = replace(plain, clip=clip)
         sound = found.ends(mine, seeds)
@@ -367,12 +375,12 @@ def detail(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[s
             broken = replace(mine, data=kind)
             ends = found.ends(broken, seeds)
             row += [number(ends), paired(ends, sound), found.clipped(broken, seeds)]
-            if stock:
-                row.append("" if clip == STOCK else paired(ends, found.ends(replace(broken, clip=STOCK), seeds)))
+            theirs = [found.ends(replace(broken, clip=c), seeds) for c in against[1:]]
+            row += ["" if clip == c else paired(ends, end) for c, end in zip(against[1:], theirs, strict=True)]
         rows.append(row)
     head = ["clip", "sound", "clipped", *(f"less `{c}`" for c in against)]
     for kind in data[1:]:
-        head += [kind, "less its own sound", "clipped", *[f"less `{STOCK}`, {kind}"] * stock]
+        head += [kind, "less its own sound", "clipped", *(f"less `{c}`, {kind}" for c in against[1:])]
     return markdown(head, rows)
 
 
@@ -395,6 +403,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", default=small, choices=list(TASKS), help="What to learn.")
     parser.add_argument("--optimizer", default="adamw", choices=list(RATES), help="With which optimizer.")
     parser.add_argument("--clip", nargs="+", default=list(CLIPS), help="Specs for the gradient, or gradient/update.")
+    parser.add_argument("--against", nargs="+", default=[STOCK], help="Specs of these that all are compared with.")
     parser.add_argument("--data", nargs="+", default=list(DATA[:3]), choices=DATA, help="Sound data comes with any.")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(T95) + 2), help="Runs of each kind.")
     parser.add_argument("--steps", type=int, default=200, help="Of each run.")
@@ -441,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         edge = " (edge: none beyond it was tried)" * (plain.task in best and plain.lr in (min(rates), max(rates)))
         start = statistics.fmean(found.outcomes[replace(plain, seed=s)].start or math.nan for s in seeds)
         title = f"## {task.name}, {plain.optimizer}: {task.what}; {start:.3f} at the start, lr {plain.lr:g}{edge}"
-        parts += [title, detail(found, plain, args.clip, args.data, seeds)]
+        parts += [title, detail(found, plain, args.clip, args.data, seeds, args.against)]
     text = "\n\n".join(parts) + "\n"
     print(text)
     if args.out is not None:
