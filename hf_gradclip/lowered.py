@@ -9,24 +9,25 @@ from hf_gradclip.reactions import LowerRate
 
 
 class Lowered:
-    """The factor of LowerRate around the steps of optimizers.
+    """The factor of LowerRate around the steps of optimizers, as long as somebody keeps this.
+
+    An optimizer that several of these hold is lowered once, by the smallest factor that is in force.
 
     Args:
         reaction: how far, and how long.
 
     Attributes:
+        factor: of the reaction.
         left: steps that it is still in force for.
     """
 
     def __init__(self, reaction: LowerRate) -> None:
-        self._factor, self._steps = reaction.factor, reaction.steps
+        self.factor, self._steps = reaction.factor, reaction.steps
         self.left = 0
-        self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._kept: list[tuple[dict[str, Any], Any]] = []
 
-    def begin(self) -> None:
-        """The step that is decided on now stands out."""
-        self.left = self._steps
+    def begin(self, ago: int) -> None:
+        """A step stands out: the one that is decided on now, or one so many steps before it."""
+        self.left = max(self.left, self._steps - ago)
 
     def advance(self) -> None:
         """Another step is decided on."""
@@ -34,24 +35,28 @@ class Lowered:
 
     def hold(self, optimizer: Any) -> None:
         """Put the factor in around every step of an optimizer without wrappers."""
-        if optimizer not in self._optimizers:
-            self._optimizers.add(optimizer)
-            optimizer.register_step_pre_hook(self._lower)
-            optimizer.register_step_post_hook(self._raise)
+        if optimizer not in _holders:
+            _holders[optimizer] = weakref.WeakSet()
+            optimizer.register_step_pre_hook(_lower)
+            optimizer.register_step_post_hook(_raise)
+        _holders[optimizer].add(self)
 
-    @property
-    def holds(self) -> bool:
-        """Whether there is an optimizer."""
-        return bool(self._optimizers)
 
-    def _lower(self, optimizer: Any, *_: Any) -> None:
-        self._raise()  # after a step that raised
-        if self.left:
-            self._kept = [(group, group["lr"]) for group in optimizer.param_groups]
-            for group, lr in self._kept:
-                group["lr"] = lr * self._factor
+_holders: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Lowered]] = weakref.WeakKeyDictionary()
+"""Who lowers the rate of an optimizer."""
+_kept: weakref.WeakKeyDictionary[Any, list[tuple[dict[str, Any], Any]]] = weakref.WeakKeyDictionary()
+"""The groups of an optimizer in the middle of a step that is lowered, and their rates."""
 
-    def _raise(self, *_: Any) -> None:
-        for group, lr in self._kept:
-            group["lr"] = lr
-        self._kept = []
+
+def _lower(optimizer: Any, *_: Any) -> None:
+    _raise(optimizer)  # after a step that raised
+    factors = [lowered.factor for lowered in _holders.get(optimizer, ()) if lowered.left]
+    if factors:
+        _kept[optimizer] = [(group, group["lr"]) for group in optimizer.param_groups]
+        for group, lr in _kept[optimizer]:
+            group["lr"] = lr * min(factors)
+
+
+def _raise(optimizer: Any, *_: Any) -> None:
+    for group, lr in _kept.pop(optimizer, ()):
+        group["lr"] = lr

@@ -188,7 +188,7 @@ class Events:
 
     def _react(self, event: Event) -> None:
         if self._rate is not None:
-            self._rate.begin()
+            self._rate.begin(0)
         if self._stop is not None:
             self._spikes.append(event.step)
             while self._spikes[0] <= event.step - self._stop.steps:

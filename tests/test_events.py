@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -327,6 +329,49 @@ class TestLowerRate:
             optimizer.step(broken)
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == 1.0
+
+    def test_several_clippers_of_one_optimizer_lower_it_once_and_leave_it_as_it_was(self) -> None:
+        models = [model_of(), model_of()]
+        optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=1.0)
+        factors = (0.25, 0.5)
+        clippers = [
+            Clipper.for_model(model, "none", optimizer=optimizer, after_spike=f"lower_rate:factor={factor},steps=5")
+            for model, factor in zip(models, factors, strict=True)
+        ]
+        rates: list[float] = []
+        optimizer.register_step_pre_hook(lambda stepped, *_: rates.append(stepped.param_groups[0]["lr"]))
+        for step in range(30):
+            for model, clipper, loud in zip(models, clippers, (20, 22), strict=True):
+                set_grads(model, step, 100.0 if step == loud else 1.0)
+                clipper.step()
+            optimizer.step()
+            assert optimizer.param_groups[0]["lr"] == 1.0, step
+        assert rates == [1.0] * 20 + [0.25] * 5 + [0.5] * 2 + [1.0] * 3
+
+    def test_a_clipper_that_is_gone_lowers_nothing(self) -> None:
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        clipper = Clipper.for_model(model, "none", optimizer=optimizer, after_spike="lower_rate")
+        rates: list[float] = []
+        optimizer.register_step_pre_hook(lambda stepped, *_: rates.append(stepped.param_groups[0]["lr"]))
+        for step in range(21):
+            set_grads(model, step, LOUD.get(step, 1.0))
+            clipper.step()
+        optimizer.step()
+        del clipper
+        gc.collect()
+        optimizer.step()
+        assert rates == [pytest.approx(0.1), 1.0]
+
+    def test_a_clipper_is_pickled_with_its_past_and_without_the_optimizer(self) -> None:
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        clipper = Clipper.for_model(model, "none", optimizer=optimizer, after_spike="lower_rate:steps=7")
+        for step in range(23):
+            set_grads(model, step, LOUD.get(step, 1.0))
+            clipper.step()
+        again = pickle.loads(pickle.dumps(clipper))
+        assert again.state_dict()["events"]["left"] == clipper.state_dict()["events"]["left"] == 5
 
     def test_needs_an_optimizer(self) -> None:
         with pytest.raises(SpecError, match="Add optimizer=optimizer"):
