@@ -113,11 +113,13 @@ class Events:
         self._step += 1
         if action == NONFINITE and view.guarded:
             return action
+        self._advance()
         return self._tell(self._step, action, stats, self.config.nonfinite == "skip", view.rows)
 
     def keep(self, stats: NormStats, finite: Any, skipped: Any) -> None:
         """Tell of a step when it can be read: `finite` and `skipped` are bools on the device, or here."""
         self._step += 1
+        self._advance()
         self._unread.append((self._step, stats.by_param, finite, skipped))
 
     def look(self) -> None:
@@ -132,8 +134,6 @@ class Events:
         """The rows can be read as long as nothing was done to the gradients; None for a step that is over."""
         late = rows is None
         norm = float(stats.total)
-        if self._rate is not None:
-            self._rate.advance()
         kinds, z, threshold = [], math.nan, math.nan
         if action == NONFINITE:
             kinds, z = ["on_nonfinite"] + ["on_skip"] * skips, math.inf
@@ -153,6 +153,10 @@ class Events:
             if "skip" in event.asked and not late and action != NONFINITE:
                 action = SKIP
         return action
+
+    def _advance(self) -> None:
+        if self._rate is not None:
+            self._rate.advance()
 
     def _score(self, norm: float) -> tuple[float, float]:
         """How far a norm stands out among those before it, 0 where it does not; and where standing out begins."""
@@ -188,7 +192,7 @@ class Events:
 
     def _react(self, event: Event) -> None:
         if self._rate is not None:
-            self._rate.begin(0)
+            self._rate.begin(self._step - event.step)
         if self._stop is not None:
             self._spikes.append(event.step)
             while self._spikes[0] <= event.step - self._stop.steps:

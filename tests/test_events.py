@@ -330,6 +330,22 @@ class TestLowerRate:
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == 1.0
 
+    def test_a_spike_that_is_told_late_lowers_no_longer_than_one_that_is_not(self) -> None:
+        """The log of step 24 tells of step 21: of five steps one is left, though the next log is far away."""
+        model = model_of()
+        optimizer = optim.SGD(model.parameters(), lr=1.0)
+        spec = {"gradient": "none", "skip_sync": False, "after_spike": "lower_rate:factor=0.25,steps=5"}
+        clipper = Clipper.for_model(model, spec, optimizer=optimizer)
+        rates: list[float] = []
+        optimizer.register_step_pre_hook(lambda stepped, *_: rates.append(stepped.param_groups[0]["lr"]))
+        for step in range(40):
+            set_grads(model, step, 100.0 if step == 20 else 1.0)
+            clipper.step()
+            optimizer.step()
+            if step == 23:
+                clipper.report.scalars()
+        assert rates == [1.0] * 24 + [0.25] + [1.0] * 15
+
     def test_several_clippers_of_one_optimizer_lower_it_once_and_leave_it_as_it_was(self) -> None:
         models = [model_of(), model_of()]
         optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=1.0)
