@@ -223,16 +223,17 @@ class Clipper:
                 decision, action = again, int(again.action)
         told = self.events.judged(action, decision.stats, self.view) if self.events.kinds else action
         if told in (SKIP, NONFINITE):
-            return self._leave_out(decision, told, name_of(self.config.gradient) if told == action else "a handler")
+            by = name_of(self.config.gradient) if told == action else "a handler"
+            return self._leave_out(decision, told, by, finite=action != NONFINITE)
         self._skipped, self.guard.skips_in_a_row = False, 0
         self._count(decision, finite=True, skipped=False, clipped=decision.clipped_by(action))
         return decision.outcome(decision.plan if action == CLIP else None)
 
-    def _leave_out(self, decision: Decision, action: int, by: str) -> Outcome:
+    def _leave_out(self, decision: Decision, action: int, by: str, finite: bool) -> Outcome:
         """A step that is skipped, as somebody asked for, or whose NaN or inf is passed on."""
         overflow = action == NONFINITE and self.view.guarded  # the loss scaler's, which has a limit of its own
         self._skipped = skipped = overflow or self.guard.skips(action)
-        self._count(decision, finite=action != NONFINITE, skipped=skipped, clipped=False)
+        self._count(decision, finite=finite, skipped=skipped, clipped=False)
         if not overflow:
             self.guard.insist(action, decision.stats, self.steps, by)
         return decision.outcome(skipped=skipped, drop=skipped and not overflow and not self.withheld)

@@ -150,7 +150,7 @@ class Events:
         for kind in wanted:
             event = Event(kind, step, norm, threshold, z, tensors, examples, late, self.of, _rows=rows)
             self._call(event)
-            if "skip" in event.asked and not late and action != NONFINITE:
+            if "skip" in event.asked and not late and (action != NONFINITE or self.config.nonfinite == "pass"):
                 action = SKIP
         return action
 

@@ -239,6 +239,24 @@ class TestSkipAndNonfinite:
                 assert math.isnan(float(model.p0.grad[0])), "passed on"
             assert [event.kind for event in found] == kinds
 
+    def test_a_handler_keeps_a_nan_from_the_weights_under_policy_pass(self) -> None:
+        model = model_of()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        clipper = Clipper.for_model(model, "none", nonfinite="pass", on_nonfinite=lambda event: event.skip_step())
+        for step in range(6):
+            set_grads(model, step)
+            before = [p.detach().clone() for p in model.parameters()]
+            if step == 4:
+                model.p0.grad[0] = math.nan
+            clipper.step()
+            optimizer.step()
+            moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+            assert moved == [step != 4] * 2
+            assert clipper.step_was_skipped == (step == 4)
+        shown = clipper.report.scalars()
+        assert (shown["clip/skipped"], shown["clip/nonfinite"], shown["clip/rate"]) == (1.0, 1.0, 0.0)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
     def test_what_a_strategy_skips(self) -> None:
         model = model_of()
         found: list[Event] = []
