@@ -265,6 +265,7 @@ class Clipper:
         """Count a step that a loss scaler dropped before anything was measured."""
         self._skipped, self.steps = True, self.steps + 1
         self.report.add_overflow()
+        self.events.pass_over()
         if self.recorder is not None:
             self.recorder.add_overflow(self._layout.by_param)
 
@@ -273,7 +274,7 @@ class Clipper:
     ) -> None:
         self.report.add(decision.stats, decision.plan, finite, skipped, clipped)
         if self.events.kinds and isinstance(finite, Tensor):
-            self.events.keep(decision.stats, finite, skipped)
+            self.events.keep(decision.stats, finite, skipped, self.view.guarded)
         if self.recorder is not None:
             self.recorder.add(decision.stats, decision.plan, finite, skipped)
 

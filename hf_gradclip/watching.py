@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.decision import NONFINITE, SKIP
+from hf_gradclip.decision import LEAVE, NONFINITE, SKIP
 from hf_gradclip.events import KINDS, UNKNOWN, Event, Handler, Rows, SpikeLimitError
 from hf_gradclip.lowered import Lowered
 from hf_gradclip.outlier import DEVIATIONS, Past, judge, nothing_seen
@@ -59,7 +59,7 @@ class Events:
     def forget(self) -> None:
         """Start anew, with the same handlers."""
         self._past = nothing_seen(_OF_NOTHING)
-        self._unread: list[tuple[int, NormStats, Any, Any]] = []
+        self._unread: list[tuple[int, NormStats, Any, Any, bool]] = []
         self._spikes: deque[int] = deque()
         self._step = 0
         if self._rate is not None:
@@ -116,19 +116,31 @@ class Events:
         self._advance()
         return self._tell(self._step, action, stats, self.config.nonfinite == "skip", view.rows)
 
-    def keep(self, stats: NormStats, finite: Any, skipped: Any) -> None:
-        """Tell of a step when it can be read: `finite` and `skipped` are bools on the device, or here."""
+    def keep(self, stats: NormStats, finite: Any, skipped: Any, guarded: bool) -> None:
+        """Tell of a step when it can be read: `finite` and `skipped` are bools on the device, or here.
+
+        Args:
+            stats: what was measured.
+            finite: whether the norm is.
+            skipped: whether the step is left out.
+            guarded: see `judged`.
+        """
         self._step += 1
         self._advance()
-        self._unread.append((self._step, stats.by_param, finite, skipped))
+        self._unread.append((self._step, stats.by_param, finite, skipped, guarded))
+
+    def pass_over(self) -> None:
+        """Count a step that a loss scaler dropped before anything was measured."""
+        self._step += 1
 
     def look(self) -> None:
         """Tell of the steps that nobody read until now. Reads them to the host."""
         unread, self._unread = self._unread, []
-        for step, stats, finite, skipped in unread:
+        for step, stats, finite, skipped, guarded in unread:
             skips = bool(skipped)
-            action = NONFINITE if not bool(finite) else SKIP if skips else 0
-            self._tell(step, action, stats, skips, None)
+            action = NONFINITE if not bool(finite) else SKIP if skips else LEAVE
+            if action != NONFINITE or not guarded:
+                self._tell(step, action, stats, skips, None)
 
     def _tell(self, step: int, action: int, stats: NormStats, skips: bool, rows: Rows | None) -> int:
         """The rows can be read as long as nothing was done to the gradients; None for a step that is over."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_gradclip import ClipConfig, Clipper, optim
 from hf_gradclip.clipper import NonFiniteError
+from hf_gradclip.decision import judge_on_device
 from hf_gradclip.events import Event, SpikeLimitError
 from hf_gradclip.strategy import SpecError
 from tests.tiny import SkipThird
@@ -201,7 +202,7 @@ class TestRows:
         for norm in (1.0, 500.0):
             set_grads(model, 3, norm)
             stats = clipper.view.measure(clipper.config.gradient.needs)
-            clipper.events.keep(stats, stats.total.isfinite(), torch.tensor(False))
+            clipper.events.keep(stats, stats.total.isfinite(), torch.tensor(False), guarded=False)
         clipper.report.scalars()
         with pytest.raises(ValueError, match="are gone"):
             found[-1].rows()
@@ -289,7 +290,7 @@ class TestUnread:
             if step == 30:
                 model.p0.grad[0] = math.nan
             stats = clipper.view.measure(clipper.config.gradient.needs)
-            clipper.events.keep(stats, stats.total.isfinite(), torch.tensor(step == 30))
+            clipper.events.keep(stats, stats.total.isfinite(), torch.tensor(step == 30), guarded=False)
         assert not found
         clipper.report.scalars()
         told = [(event.kind, event.step) for event in found]
@@ -297,6 +298,37 @@ class TestUnread:
         assert all(event.late for event in found)
         clipper.report.scalars()
         assert len(found) == 5
+
+    def test_what_a_loss_scaler_drops_is_its_own_on_a_device_too(self, monkeypatch) -> None:
+        """Judged as on a device, where nobody reads under a scaler: a spike is told late, an overflow is not."""
+        monkeypatch.setattr("hf_gradclip.clipper.judge", lambda *given: judge_on_device(*given[:3]))
+        model = model_of()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        clipper = Clipper.for_model(model, "none", scaler=scaler)
+        found: list[Event] = []
+        clipper.events.hear(dict.fromkeys(("on_spike", "on_skip", "on_nonfinite"), found.append))
+        for step in range(30):
+            set_grads(model, step, LOUD.get(step, 1.0))
+            if step == 10:
+                model.p0.grad[0] = math.nan
+            clipper.step()
+        assert not found
+        assert clipper.report.scalars()["clip/nonfinite"] == 1
+        assert [(event.kind, event.step, event.late) for event in found] == [
+            ("on_spike", 21, True),
+            ("on_spike", 28, True),
+        ]
+
+    def test_a_step_that_was_dropped_unmeasured_is_one_of_the_run(self) -> None:
+        """As an overflow under DeepSpeed."""
+        model = model_of()
+        clipper = Clipper.for_model(model, "none")
+        found: list[Event] = []
+        clipper.events.hear({"on_spike": found.append})
+        for step in range(21):
+            set_grads(model, step, LOUD.get(step, 1.0))
+            clipper.count_overflow() if step in (3, 4) else clipper.step()
+        assert [event.step for event in found] == [21]
 
 
 class TestLowerRate:
