@@ -54,6 +54,9 @@ class ClipArguments:
     clip_histogram_every: int | None = field(
         default=None, metadata={"help": "Steps between two histograms of the norms by parameter, for TensorBoard, ..."}
     )
+    clip_after_spike: str | None = field(
+        default=None, metadata={"help": "What is done by itself after a spike: lower_rate:factor=0.1,steps=50, stop."}
+    )
     clip_log: str | None = field(
         default=None, metadata={"help": "What is logged of clipping: all, none, or words such as norm_mean,rate."}
     )
@@ -84,6 +87,7 @@ class ClipArguments:
             skip_sync=self.clip_skip_sync,
             record=self._record(),
             histogram_every=self.clip_histogram_every,
+            after_spike=self.clip_after_spike,
             log=self.clip_log,
             console=self.clip_console,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
@@ -24,7 +26,8 @@ def test_every_flag():
     words = (
         "--clip adagc:warmup_steps=3 --clip_nonfinite raise --clip_check_every 7 --clip_max_consecutive_skips 4 "
         "--clip_update block_rms:max_rms=2 --clip_fold false --clip_skip_sync true --clip_record text "
-        "--clip_record_push true --clip_histogram_every 9 --clip_log rate,norm_mean --clip_console 1"
+        "--clip_record_push true --clip_histogram_every 9 --clip_log rate,norm_mean --clip_console 1 "
+        "--clip_after_spike stop:spikes=2"
     )
     assert parsed(*words.split()).clip_config() == ClipConfig.parse(
         {
@@ -35,10 +38,16 @@ def test_every_flag():
             "update": "block_rms:max_rms=2",
             "record": {"text": True, "push": True},
             "histogram_every": 9,
+            "after_spike": "stop:spikes=2",
             "log": ["rate", "norm_mean"],
             "console": 1,
         }
     )
+
+
+def test_there_is_a_flag_for_each_part():
+    parts = {"gradient": "clip"} | {f.name: f"clip_{f.name}" for f in fields(ClipConfig) if f.name != "gradient"}
+    assert {*parts.values()} | {"clip_record_push"} == {f.name for f in fields(ClipArguments)}
 
 
 def test_what_is_left_out_is_left_to_the_file(tmp_path):
