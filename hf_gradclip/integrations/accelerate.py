@@ -119,7 +119,8 @@ class LoopAttachment(Attachment):
         """The `clip/` values since the last call, for `accelerator.log`. One host read per model.
 
         Where there are several models, and no `joint`, the values of each begin with `clip_` and the name of its class.
-        With `histogram_every` the trackers of the accelerator get a histogram too.
+        With `histogram_every` the trackers of the accelerator get a histogram too. Events that come late are told here,
+        where the processes agree on what is asked for, so that all of them must call this.
 
         Raises:
             RuntimeError: if the replicas have come apart.
