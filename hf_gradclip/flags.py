@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.strategy import SpecError
 
 _RECORD = {"true": True, "false": False}
 
@@ -72,9 +73,15 @@ class ClipArguments:
             The configuration; None where neither `clip` nor `clip_update` is given, which means `max_grad_norm`.
 
         Raises:
-            SpecError: for a wrong one.
+            SpecError: for a wrong one, and for another flag where neither of these two is given.
         """
         if self.clip is None and self.clip_update is None:
+            changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+            if changed:
+                raise SpecError(
+                    f"--{changed[0]} {getattr(self, changed[0])} without --clip: it would do nothing. Add --clip "
+                    "adaptive, or --clip none to measure only."
+                )
             return None
         return ClipConfig.parse(
             self.clip,

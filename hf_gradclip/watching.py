@@ -21,6 +21,8 @@ from hf_gradclip.types import Layout, NormStats
 from hf_gradclip.views.view import View
 
 TOP = 10
+MOST_UNREAD = 1000
+"""Steps that wait to be read at most."""
 _OF_NOTHING = Layout.of_parameters((), [], torch.device("cpu"))
 
 
@@ -40,6 +42,7 @@ class Events:
         examples: gives the examples of the step that is decided on; None where they are not known.
         agree: makes of what this process asks for what any asks for, and tells whether a handler failed elsewhere;
             None for a process by itself.
+        agree_late: whether that is so of an event that came late, too: where every process reads the report.
         obey: called after the handlers, on every process, with what was asked for.
     """
 
@@ -53,6 +56,7 @@ class Events:
         self.of = ""
         self.examples: Callable[[], list[int] | str] | None = None
         self.agree: Callable[[set[str], bool], bool] | None = None
+        self.agree_late = False
         self.obey: Callable[[Event], Any] | None = None
         self.forget()
 
@@ -128,6 +132,12 @@ class Events:
         self._step += 1
         self._advance()
         self._unread.append((self._step, stats.by_param, finite, skipped, guarded))
+        if len(self._unread) >= MOST_UNREAD:  # nobody asks for the report
+            self.look()
+
+    def start_after(self, step: int) -> None:
+        """Count on from a step of the run, where a checkpoint did not say that it is so far."""
+        self._step = max(self._step, step)
 
     def pass_over(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""
@@ -186,7 +196,8 @@ class Events:
                 handler(event)
         except Exception as raised:
             error = raised
-        failed = self.agree is not None and self.agree(event.asked, error is not None)
+        agree = self.agree if self.agree_late or not event.late else None
+        failed = agree is not None and agree(event.asked, error is not None)
         if error is not None:
             raise error
         if failed:

@@ -330,6 +330,40 @@ class TestUnread:
             clipper.count_overflow() if step in (3, 4) else clipper.step()
         assert [event.step for event in found] == [21]
 
+    def test_on_one_rank_of_several_nobody_waits_for_the_others(self) -> None:
+        """A report that rank 0 alone reads: what is asked for holds there, and nothing is sent."""
+        model = model_of()
+        clipper = Clipper.for_model(model, "none", on_spike=lambda event: None)
+        sent: list[bool] = []
+        clipper.events.agree = lambda asked, failed: bool(sent.append(failed))
+        for together, count in ((False, 0), (True, 1)):
+            clipper.events.agree_late = together
+            for step in range(21):
+                set_grads(model, step, LOUD.get(step, 1.0))
+                stats = clipper.view.measure(clipper.config.gradient.needs)
+                clipper.events.keep(stats, stats.total.isfinite(), False, guarded=False)
+            clipper.report.scalars()
+            assert len(sent) == count
+
+    def test_no_more_steps_wait_than_a_thousand(self) -> None:
+        model = model_of()
+        found: list[Event] = []
+        clipper = Clipper.for_model(model, "none", on_spike=found.append)
+        set_grads(model, 0)
+        stats = clipper.view.measure(clipper.config.gradient.needs)
+        set_grads(model, 0, 100.0)
+        loud = clipper.view.measure(clipper.config.gradient.needs)
+        for step in range(1000):
+            assert not found
+            clipper.events.keep(loud if step == 30 else stats, torch.tensor(True), False, guarded=False)
+        assert [event.step for event in found] == [31]
+
+    def test_counts_on_from_a_step_of_the_run(self) -> None:
+        model = model_of()
+        clipper = Clipper.for_model(model, "none")
+        clipper.events.start_after(20)
+        assert [event.step for event in run(clipper, model, range(21))] == [41]
+
 
 class TestLowerRate:
     def losses(

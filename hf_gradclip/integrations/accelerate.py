@@ -265,6 +265,7 @@ class LoopAttachment(Attachment):
 
         def save(models: list[nn.Module], weights: Any, output_dir: str) -> None:
             for i, clipper in self._numbered():
+                clipper.events.look()
                 if (recording := self._recordings.get(clipper)) is not None:
                     recording.save_step(output_dir, i)
                 if self._is_main:

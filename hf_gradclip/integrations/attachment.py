@@ -166,6 +166,11 @@ class Attachment:
             for clipper in (*self._clippers.made, *self.updates.clippers):
                 announce(clipper.report.closing_line())
 
+    def start_after(self, step: int) -> None:
+        """Events count on from a step of the run."""
+        for clipper in self._clippers.made:
+            clipper.events.start_after(step)
+
     def hear(self) -> None:
         """Tell of events to those who want to hear of them now; on every rank."""
         self._clippers.hear()

@@ -218,6 +218,8 @@ class GradClipMixin(RecordingMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._clip_paused():
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.clipper is not None:
+            self.clipper.events.look()  # on every rank, so that the state has every step
         if self._clip_attachment is not None and self.clipper is not None and self.args.should_save:
             save_state(self.clipper, os.path.join(output_dir, STATE_NAME))
             save_updates(self._clip_attachment.updates.clippers, output_dir)

@@ -22,7 +22,7 @@ PASSED = ("model", "processing_class", "optimizer", "lr_scheduler", "train_datal
 def hearing_of(trainer: Any) -> Hearing:
     """Tells the callbacks of a Trainer of the events of its clipper."""
     events = _CallbackEvents(trainer)
-    return Hearing(events.handlers, events.obey)
+    return Hearing(events.handlers, events.obey, together=True)
 
 
 class _CallbackEvents:

@@ -156,6 +156,8 @@ class RecordCallback(TrainerCallback):
                 shorten(callbacks, config.log[: config.console])
         if trainer is not None and trainer._clip_recording is not None:
             trainer._clip_recording.start_after(state.global_step)
+        if trainer is not None and trainer._clip_attachment is not None:
+            trainer._clip_attachment.start_after(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every rank is here, so that losses can be averaged."""

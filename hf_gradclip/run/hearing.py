@@ -22,11 +22,16 @@ class Hearing:
     Args:
         handlers: gives by kind a function of an Event; None for nothing.
         obey: does what was asked for, on every process; without it "stop" is an error.
+        together: whether every process reads the report in the same steps, so that they can agree on late events.
     """
 
     def __init__(
-        self, handlers: Callable[[], Mapping[str, Handler | None]] = dict, obey: Callable[[Event], Any] | None = None
+        self,
+        handlers: Callable[[], Mapping[str, Handler | None]] = dict,
+        obey: Callable[[Event], Any] | None = None,
+        together: bool = False,
     ) -> None:
+        self._together = together
         self._handlers = handlers
         self._obey = obey
 
@@ -40,7 +45,7 @@ class Hearing:
         """
         events = clipper.events
         events.hear(self._handlers())
-        events.obey, events.of = self._obey, name
+        events.obey, events.of, events.agree_late = self._obey, name, self._together
         if world_size() > 1:
             events.kinds = _any(events.kinds, KINDS, device)
             events.agree = lambda asked, failed: _agree(asked, failed, device)

@@ -22,6 +22,12 @@ def test_without_a_flag_it_is_max_grad_norm():
     assert parsed().clip_config(0.5) is None
 
 
+@pytest.mark.parametrize("words", ["--clip_record true", "--clip_log rate", "--clip_nonfinite raise"])
+def test_a_flag_that_would_do_nothing_is_an_error(words):
+    with pytest.raises(SpecError, match=f"{words} without --clip"):
+        parsed(*words.split()).clip_config(1.0)
+
+
 def test_every_flag():
     words = (
         "--clip adagc:warmup_steps=3 --clip_nonfinite raise --clip_check_every 7 --clip_max_consecutive_skips 4 "
