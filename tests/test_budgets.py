@@ -392,11 +392,8 @@ class TestReport:
         assert "exactly 0" not in caplog.text
 
     def test_the_start_line_counts(self) -> None:
-        class Alone:
-            num_processes = 1
-
         model = tiny_llama()
-        line = in_force(Clipper.for_model(model, THREE), Alone())
+        line = in_force(Clipper.for_model(model, THREE))
         rest = len(list(model.parameters())) - 1 - 8
         assert f"parameters by group: embed 1, self_attn 8, rest {rest}" in line
 

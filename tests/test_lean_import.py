@@ -11,7 +11,7 @@ import pytest
 
 import hf_gradclip
 
-HEAVY = ("transformers", "accelerate", "deepspeed", "trl", "triton", "peft", "datasets", "pyarrow")
+HEAVY = ("transformers", "accelerate", "deepspeed", "trl", "triton", "peft", "datasets", "pyarrow", "lightning")
 
 SCRIPT = f"""
 import json, sys

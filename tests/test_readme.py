@@ -171,6 +171,15 @@ class TestUse:
         assert made.clipper.report.summary()["clipped"] == STEPS
         assert made.update_clipper.report.summary()["steps"] == STEPS
 
+    def test_the_loop_with_a_scaler(self, names, stepped_norms, monkeypatch, tmp_path):
+        """One step for two batches, clipped at a norm that is written; the state is saved."""
+        monkeypatch.chdir(tmp_path)
+        block = blocks(DOCS["other-trainers"], "python")[1].replace('"adaptive"', "1.0")
+        exec(compile(block, "docs/other-trainers.md", "exec"), names)
+        assert stepped_norms == pytest.approx([1.0] * (STEPS // 2), rel=1e-4)
+        assert names["clipper"].report.summary()["norm_median"] > 2
+        assert "clip" in torch.load("last.pt")
+
     def test_the_record_of_the_reference(self, names, stepped_norms, capsys):
         exec(compile(RECORD, "docs/reference.md", "exec"), names)
         assert names["record"].step_T.tolist() == [1, 2]
@@ -197,6 +206,8 @@ class TestUse:
         written = {name: len(blocks(text, "python")) for name, text in {"README": README, **DOCS}.items()}
         run = {"README": len(USES), "updates": len(UPDATES), "doors": len(DOORS), "events": 1, "reference": 1}
         run["writing-a-strategy"] = 2
+        run["lightning"] = 2  # by integrations/test_lightning.py
+        run["other-trainers"] = 2  # that of sentence-transformers by scripts/doors.py
         assert {name: count for name, count in written.items() if count} == run
 
     def test_the_entry_points_are_all_shown(self):

@@ -152,7 +152,8 @@ class Attachment:
         self._prepared = None
         self._record()
         if self._is_main:
-            announce(in_force(clipper, self.accelerator))
+            accelerator = self.accelerator
+            announce(in_force(clipper, accelerator.num_processes, accelerator.distributed_type.value))
         return clipper
 
     def finish(self, alone: bool = False) -> None:

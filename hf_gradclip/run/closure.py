@@ -43,5 +43,5 @@ def repeats(name: str, found: bool = True) -> Refusal:
         found,
         name,
         "it asks for several gradients in one step, at weights that it has moved, and only the first are clipped.",
-        "Use an optimizer that calls its closure once, or no attach().",
+        "Use an optimizer that calls its closure once, or leave clipping out.",
     )

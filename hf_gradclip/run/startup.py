@@ -50,11 +50,17 @@ def _language_of(clipper: Clipper) -> str:
     return (choice.whole(watched, device) if watched else choice.language_of(device)).name
 
 
-def in_force(clipper: Clipper, accelerator: Any) -> str:
-    """One line for the start of a run: the strategy, the backend, the segments, what a step costs, what is exempt."""
+def in_force(clipper: Clipper, world: int = 1, kind: str = "") -> str:
+    """One line for the start of a run: the strategy, the backend, the segments, what a step costs, what is exempt.
+
+    Args:
+        clipper: of the gradients.
+        world: how many processes train.
+        kind: what brings their gradients together, where there are several.
+    """
     config, view = clipper.config, clipper.view
-    needs, world, segments = config.gradient.needs, accelerator.num_processes, len(view.layout)
-    ranks = f", {accelerator.distributed_type.value} x {world}" if world > 1 else ""
+    needs, segments = config.gradient.needs, len(view.layout)
+    ranks = f", {kind} x {world}" if world > 1 else ""
     reads = 0 if config.nonfinite == "pass" or view.guarded or not config.skip_sync else 1
     sends = view.reductions(needs)
     numbers = segments * (2 if needs.weights else 1)

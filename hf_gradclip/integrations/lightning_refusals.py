@@ -1,0 +1,98 @@
+"""What a run of Lightning is refused for at start-up: by name, with what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.integrations.refusals import refuse_several_gradients
+from hf_gradclip.run.refusal import Refusal, refuse
+
+SERVED = ("SingleDeviceStrategy", "DDPStrategy")
+"""Strategies of Lightning that are tested."""
+REASONS = {
+    "DeepSpeedStrategy": "DeepSpeed steps inside its engine, where Lightning has no seam. Use GradClipTrainer, or "
+    "Accelerate with attach(); both clip inside that step.",
+    "FSDPStrategy": "FSDP1 shards flat parameters, of which nobody here adds up the norms. Use DDP, or Accelerate with "
+    "FSDP2 (fsdp_version: 2) and attach().",
+    "ModelParallelStrategy": "it is not tested here. Use DDP, or Accelerate with FSDP2 or tensor parallelism and "
+    "attach().",
+    "XLAStrategy": "XLA traces the step, and hf_gradclip reads a flag in it. Use a GPU or the CPU.",
+    "SingleDeviceXLAStrategy": "XLA traces the step, and hf_gradclip reads a flag in it. Use a GPU or the CPU.",
+}
+
+
+def refuse_run(trainer: Any, module: Any) -> None:
+    """Stop where clipping would be inactive, wrong, or done twice.
+
+    Raises:
+        UnsupportedBackendError: with the setting's name, the reason and what to use instead.
+    """
+    refuse(_of_run(trainer, module))
+
+
+def _of_run(trainer: Any, module: Any) -> Iterator[Refusal]:
+    name = type(trainer.strategy).__name__
+    reason, _, instead = REASONS.get(name, "it is not tested here. Use a single device or DDP.").partition(". ")
+    yield Refusal(name not in SERVED, f"GradClip with {name}", f"{reason}.", instead)
+    limit = trainer.gradient_clip_val
+    yield Refusal(
+        bool(limit),
+        f"Trainer(gradient_clip_val={limit!r}) beside GradClip",
+        "Lightning would clip first, and GradClip would judge what it left.",
+        f"Leave one of the two out; GradClip({float(limit or 0):g}) clips at that norm.",
+    )
+    own = [cls for cls in type(module).__mro__ if "configure_gradient_clipping" in vars(cls)]
+    replaced = "configure_gradient_clipping" in vars(module) or own[0].__name__ != "LightningModule"
+    yield Refusal(
+        replaced and module.automatic_optimization,
+        f"{type(module).__name__}.configure_gradient_clipping beside GradClip",
+        "the module clips by itself first, and GradClip would judge what it left.",
+        "Leave one of the two out.",
+    )
+
+
+def refuse_optimizers(optimizers: list[Any], config: ClipConfig, scaler: Any) -> None:
+    """Stop where the steps of the optimizers of a module could not be clipped as the configuration says.
+
+    Args:
+        optimizers: without wrappers.
+        config: of the run.
+        scaler: of the loss; None if there is none.
+
+    Raises:
+        UnsupportedBackendError: by name, with what to use instead.
+    """
+    for optimizer in optimizers:
+        refuse_several_gradients(optimizer, [config])
+    fused = [type(o).__name__ for o in optimizers if getattr(o, "_step_supports_amp_scaling", False)]
+    several = len(optimizers) > 1
+    refuse(
+        (
+            Refusal(
+                scaler is not None and bool(fused),
+                f"{', '.join(fused)}(fused=True) with precision='16-mixed'",
+                "it takes the loss scale out inside its step, so that nobody sees true gradients before.",
+                "Use fused=False, or precision='bf16-mixed'.",
+            ),
+            Refusal(
+                scaler is not None and (config.fold or not config.skip_sync),
+                "fold=True or skip_sync=False with precision='16-mixed'",
+                "the loss scaler sets the same attributes of the optimizer.",
+                "Leave them out, or use precision='bf16-mixed'.",
+            ),
+            Refusal(
+                several and config.gradient.needs.loss,
+                f"a strategy that judges the loss, with {len(optimizers)} optimizers",
+                "nobody can tell which of the losses is of which.",
+                "Use one that judges the norm.",
+            ),
+            Refusal(
+                several and bool(config.record),
+                f"record with {len(optimizers)} optimizers",
+                "a record is of one.",
+                "Leave record out, or use Accelerate with attach(accelerator, {model: spec, ...}, record=...).",
+            ),
+        )
+    )

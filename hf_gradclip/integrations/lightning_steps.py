@@ -1,0 +1,104 @@
+"""The steps of one optimizer under Lightning: each is clipped before it is made, and one that is skipped is not made.
+
+Lightning gives `optimizer.step` a closure that runs forward, backward and its hooks. That closure is called first, then
+its gradients are clipped, then the optimizer steps with a closure that only repeats the loss. So what hooks see before
+the optimizer's step are the gradients before clipping, as with Lightning's own clipping.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from hf_gradclip.clipper import Clipper
+from hf_gradclip.run.closure import once
+from hf_gradclip.run.marks import is_idle
+from hf_gradclip.run.recording import Recording
+from hf_gradclip.run.replicas import Replicas
+from hf_gradclip.run.updates import are_same, stepped_by
+from hf_gradclip.run.wrapping import weakly, wrap_step
+from hf_gradclip.say import logger
+
+
+class Stepped:
+    """An optimizer whose steps are clipped until `release`.
+
+    Args:
+        optimizer: without wrappers.
+        make: a clipper of the parameters that it has now.
+        loss: gives the loss of the step, for a strategy that judges it.
+        replicas: of the run.
+        recording: where every step is kept; None for nowhere.
+
+    Attributes:
+        clipper: of its gradients; another one where it has other parameters since.
+        due: a loss scaler is about to make or drop a step.
+        stepped: whether a step was made, skipped or dropped since somebody set this to False.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        make: Callable[[Any], Clipper],
+        loss: Callable[[], Tensor | None],
+        replicas: Replicas,
+        recording: Recording | None,
+    ) -> None:
+        self.recording = recording
+        self.due = self.stepped = False
+        self._make = make
+        self._loss = loss
+        self._replicas = replicas
+        self._optimizer = weakref.ref(optimizer)
+        self._before = vars(optimizer).get("step")
+        self._begin(optimizer)
+        wrap_step(optimizer, weakly(self._step))
+
+    def _begin(self, optimizer: Any) -> None:
+        self._parameters = stepped_by(optimizer)
+        self.clipper = self._make(optimizer)
+        self.clipper.withheld = True  # the step of all that it clips is ours to leave out
+
+    def is_of(self, optimizer: Any) -> bool:
+        """Whether this is the optimizer."""
+        return self._optimizer() is optimizer
+
+    def release(self) -> None:
+        """Give the optimizer its own step back."""
+        optimizer = self._optimizer()
+        if optimizer is None or "step" not in vars(optimizer):
+            return
+        if self._before is None:
+            del optimizer.step
+        else:
+            optimizer.step = self._before
+
+    def settle_due(self) -> None:
+        """Count a step that the loss scaler has dropped, if one was due and did not come."""
+        if self.due:
+            self.due, self.stepped = False, True
+            self.clipper.count_overflow()
+
+    def _step(self, optimizer: Any, inner: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
+        if closure is not None:
+            closure = once(optimizer, closure)
+        self.due = False
+        if not are_same(self._parameters, stepped_by(optimizer)):
+            logger.warning("%s has other parameters now, so its clip state starts anew.", type(optimizer).__name__)
+            self._begin(optimizer)
+        if is_idle(self.clipper):
+            return inner(closure)  # no backward came, as where training_step returns None
+        if self.recording is not None:
+            self.recording.before_step()
+        loss = self._loss()
+        self.clipper.step(loss)
+        self.stepped = True
+        if self.recording is not None:
+            self.recording.note(optimizer.param_groups[0]["lr"], loss)
+        self._replicas.compare(self.clipper.view, self.clipper.steps)
+        if self.clipper.config.skip_sync and self.clipper.step_was_skipped:
+            return None if closure is None else closure()
+        return inner(closure)
