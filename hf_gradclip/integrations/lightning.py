@@ -18,8 +18,9 @@ from torch import Tensor
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.events import KINDS, Event, Handler
-from hf_gradclip.integrations.lightning_refusals import refuse_optimizers, refuse_run
+from hf_gradclip.integrations.lightning_refusals import insist_on_spec, refuse_optimizers, refuse_run
 from hf_gradclip.integrations.lightning_steps import Stepped
+from hf_gradclip.logged import pick
 from hf_gradclip.run.advice import Advice
 from hf_gradclip.run.hearing import Hearing
 from hf_gradclip.run.histogram import Histograms
@@ -79,6 +80,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.config = ClipConfig.parse(clip)
+        insist_on_spec(self.config)
         self._handlers = dict(zip(KINDS, (on_spike, on_skip, on_nonfinite), strict=True))
         Events(self.config).hear(self._handlers)  # which says at once what cannot be called
         self._loaded: dict[str, Any] = {}
@@ -237,7 +239,8 @@ class GradClip(*_bases()):  # type: ignore[misc]
             found |= scalars
         if self._recording is not None:
             self._recording.flush()
-        pl_module.log_dict(found | self._updates.scalars(), on_step=True, on_epoch=False, batch_size=1)
+        found = pick(found | self._updates.scalars(), self.config.log)
+        pl_module.log_dict(found, on_step=True, on_epoch=False, batch_size=1)
         if trainer.is_global_zero:
             trackers = [(type(tracker).__name__, tracker) for tracker in trainer.loggers]
             boards = [tracker.experiment for name, tracker in trackers if name == "TensorBoardLogger"]

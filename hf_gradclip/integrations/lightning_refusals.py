@@ -7,7 +7,9 @@ from typing import Any
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.refusals import refuse_several_gradients
+from hf_gradclip.record.options import read_record_options
 from hf_gradclip.run.refusal import Refusal, refuse
+from hf_gradclip.strategy import SpecError
 
 SERVED = ("SingleDeviceStrategy", "DDPStrategy")
 """Strategies of Lightning that are tested."""
@@ -21,6 +23,26 @@ REASONS = {
     "XLAStrategy": "XLA traces the step, and hf_gradclip reads a flag in it. Use a GPU or the CPU.",
     "SingleDeviceXLAStrategy": "XLA traces the step, and hf_gradclip reads a flag in it. Use a GPU or the CPU.",
 }
+
+
+def insist_on_spec(config: ClipConfig) -> None:
+    """Stop for what a spec asks of a Trainer of transformers, and a callback of Lightning cannot do.
+
+    Raises:
+        SpecError: with what to use instead.
+    """
+    if config.console is not None:
+        raise SpecError(
+            f"GradClip({{'console': {config.console}}}): Lightning prints nothing of it. Leave it out; 'log' chooses "
+            "what is logged."
+        )
+    options = read_record_options(config.record)
+    for word in ("text", "push"):
+        if options is not None and getattr(options, word):
+            raise SpecError(
+                f"GradClip({{'record': {{{word!r}: true}}}}): the examples of a batch are not known here, and nothing "
+                "is uploaded. Write record: true."
+            )
 
 
 def refuse_run(trainer: Any, module: Any) -> None:

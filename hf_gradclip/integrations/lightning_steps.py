@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.run.closure import once
+from hf_gradclip.run.environment import note_step
 from hf_gradclip.run.marks import is_idle
 from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.replicas import Replicas
@@ -95,6 +96,8 @@ class Stepped:
             self.recording.before_step()
         loss = self._loss()
         self.clipper.step(loss)
+        if self.clipper.steps == 1:
+            note_step()
         self.stepped = True
         if self.recording is not None:
             self.recording.note(optimizer.param_groups[0]["lr"], loss)

@@ -259,6 +259,10 @@ class TestLogs:
         assert len({row["clip/norm_mean"] for row in rows}) == 2
         assert trainer.callback_metrics["clip/rate"].item() == pytest.approx(rows[-1]["clip/rate"])
 
+    def test_chosen_keys(self, tmp_path):
+        trainer = fit(tmp_path, {"gradient": LIMIT, "log": "rate,norm_max"})
+        assert {*trainer.callback_metrics} == {"clip/rate", "clip/norm_max"}
+
     def test_the_start_and_the_end_are_said(self, tmp_path, caplog):
         with caplog.at_level(logging.INFO):
             fit(tmp_path, LIMIT)
@@ -418,6 +422,14 @@ class TestRefused:
     def test_two_of_them(self, tmp_path):
         with pytest.raises(RuntimeError, match="more than one stateful callback of type `GradClip`"):
             fit(tmp_path, "adaptive", callbacks=[GradClip("adaptive")])
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [({"console": 2}, "'console': 2.*prints nothing"), ({"record": "text"}, "'text'.*Write record: true")],
+    )
+    def test_what_only_a_trainer_of_transformers_does(self, more, words):
+        with pytest.raises(SpecError, match=words):
+            GradClip({"gradient": "adaptive", **more})
 
     def test_a_wrong_spec(self):
         with pytest.raises(SpecError, match="Did you mean adaptive"):
