@@ -257,6 +257,7 @@ class TestUse:
             "pip install -c constraints.txt -e '.[deepspeed]'",
             *(f"{launched.format(name)}:warmup_steps=20" for name in ("zero2", "zero3")),
             "HF_GRADCLIP=adagc:warmup_steps=20 python train.py",  # tests/integrations/test_run_command.py
+            "hf-gradclip run --clip adaptive -- trl sft --config sft.yaml",  # scripts/doors.py
         ]
 
     @pytest.mark.parametrize("name", ["README", "CONTRIBUTING", *DOCS])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
 from doors_parts.door import INSIDE, ROOT, FailedError, Room
 from doors_parts.trainer_checks import STEPS, Run, Train
 
