@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from doors_parts.trainer_checks import STEPS, Run, Train
 
 PAGE = ROOT / "docs" / "tools.md"
 PRINTED_CLIP = "adaptive"
+ALONE = {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+"""For the tools: what is installed, on the CPU, and nobody is told."""
 OURS = re.compile(r"^hf-gradclip run .*? -- ")
 
 
@@ -63,40 +66,34 @@ def printed(section: str) -> Lines:
     return Lines(blocks["sh"].strip(), yaml.safe_load(blocks.get("yaml", "")) or {})
 
 
-def trained_by(section: str, config: Mapping[str, Any], sgd: Mapping[str, Any], **variables: str) -> Train:
+def trained_by(section: str, config: Mapping[str, Any], sgd: Mapping[str, Any]) -> Train:
     """A Train (see trainer_checks) of a tool.
 
     Args:
         section: of docs/tools.md, whose lines are run.
         config: what is in the tool's YAML file beside them; `{data}` stands for the folder of inside/material.py.
         sgd: what is in it where the run is one by SGD with a learning rate of 1.
-        **variables: of the tool's environment.
     """
 
     def train(room: Room, run: Run) -> Path:
         data = material(room)
-        lines = printed(section)
-        start(room, lines.without() if run.clip == "none" else lines.by(run.clip), _config(run, data), **variables)
-        return data / "model"
-
-    def _config(run: Run, data: Path) -> dict[str, Any]:
         settings: dict[str, Any] = dict(config) | (dict(sgd) if run.sgd else {})
         settings |= {"output_dir": str(run.out), "max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": 1}
         if run.resume is not None:
             settings["resume_from_checkpoint"] = str(run.resume)
-        return dict(json.loads(json.dumps(settings).replace("{data}", str(data))))
+        lines = printed(section)
+        lines = lines.without() if run.clip == "none" else lines.by(run.clip)
+        start(room, lines, json.loads(json.dumps(settings).replace("{data}", str(data))))
+        return data / "model"
 
     return train
 
 
-def start(room: Room, lines: Lines, config: Mapping[str, Any], status: int = 0, **variables: str) -> str:
+def start(room: Room, lines: Lines, config: Mapping[str, Any], status: int = 0) -> str:
     """Write the tool's YAML file and run its command; what it printed."""
     text = yaml.safe_dump({**config, **lines.added}, sort_keys=False)
     room.folder.joinpath(lines.file()).write_text(text, "utf-8")
-    found = room.run(
-        *lines.words(), status=status, DO_NOT_TRACK="1", PYTHONPATH="", CUDA_VISIBLE_DEVICES="", **variables
-    )
-    return found.replace("\r", "\n")
+    return replace(room, variables={**room.variables, **ALONE}).run(*lines.words(), status=status)
 
 
 def material(room: Room) -> Path:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|end|>"
 EXAMPLES = 64
+PREFERENCE = {"query": "input", "chosen": "chosen", "rejected": "rejected"}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '" + END + "' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -30,7 +31,7 @@ def questions() -> list[tuple[str, str, str]]:
 
 
 def make(folder: Path) -> None:
-    """Write `model`, `sft.jsonl` (messages), `alpaca.json` and `dpo.jsonl` into a folder."""
+    """Write `model`, and the same data as each tool reads them, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = questions()
     bpe = ByteLevelBPETokenizer()
@@ -71,6 +72,13 @@ def make(folder: Path) -> None:
         for q, right, wrong in asked
     ]
     (folder / "dpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preferred), "utf-8")
+    compared = [{"instruction": q, "input": "", "chosen": right, "rejected": wrong} for q, right, wrong in asked]
+    (folder / "compared.json").write_text(json.dumps(compared), "utf-8")
+    described = {
+        "sft": {"file_name": "alpaca.json"},
+        "dpo": {"file_name": "compared.json", "ranking": True, "columns": {"prompt": "instruction"} | PREFERENCE},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(described), "utf-8")
 
 
 if __name__ == "__main__":
