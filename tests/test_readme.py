@@ -245,10 +245,9 @@ class TestUse:
         assert (tmp_path / "given").read_text() == "--learning_rate 1e-4"
 
     def test_every_other_command_is_run_elsewhere(self):
-        """Two by the script that CI is, DeepSpeed's by tests/scripts/test_finetune.py."""
-        lines = [
-            line for text in (README, *DOCS.values()) for block in blocks(text, "sh") for line in block.splitlines()
-        ]
+        """Two by the script that CI is, DeepSpeed's by tests/scripts/test_finetune.py, a tool's by scripts/doors.py."""
+        texts = (README, *(text for name, text in DOCS.items() if name != "tools"))
+        lines = [line for text in texts for block in blocks(text, "sh") for line in block.splitlines()]
         others = [line for line in lines if line not in COMMANDS + RUNS]
         launched = "accelerate launch --config_file configs/accelerate/{}.yaml scripts/finetune.py --clip adagc"
         assert others == [
@@ -257,8 +256,14 @@ class TestUse:
             "pip install -c constraints.txt -e '.[deepspeed]'",
             *(f"{launched.format(name)}:warmup_steps=20" for name in ("zero2", "zero3")),
             "HF_GRADCLIP=adagc:warmup_steps=20 python train.py",  # tests/integrations/test_run_command.py
-            "hf-gradclip run --clip adaptive -- trl sft --config sft.yaml",  # scripts/doors.py
         ]
+
+    def test_every_tool_has_a_door(self):
+        """The parts of scripts/doors.py name the sections of docs/tools.md, whose lines they run."""
+        sections = re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", DOCS["tools"], re.MULTILINE | re.DOTALL)
+        parts = [path.read_text("utf-8") for path in (ROOT / "scripts" / "doors_parts").glob("*.py")]
+        named = [heading for heading, text in sections if any(f'"{heading}"' in part for part in parts)]
+        assert named == [heading for heading, text in sections if blocks(text, "sh")] != []
 
     @pytest.mark.parametrize("name", ["README", "CONTRIBUTING", *DOCS])
     def test_links_lead_somewhere(self, name):
