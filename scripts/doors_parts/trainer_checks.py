@@ -63,6 +63,7 @@ def checks_of(train: Train, way: str = "") -> dict[str, Callable[[Room], str]]:
         insist(0 < clipped < logs == STEPS, f"clipped in {rates} logs")
         insist((half / "gradclip.pt").exists(), f"{half} holds no gradclip.pt")
         train(room, Run(STRATEGY, rest, resume=half))
+        insist(not (rest / half.name).exists(), f"resumed: it began anew, and saved {half.name} again")
         for name in ("", "gradclip.pt", "optimizer.pt"):
             found = room.look("same", whole / last / name, rest / last / name)
             insist(found == "same", f"resumed: {name or 'weights'}: {found}")
