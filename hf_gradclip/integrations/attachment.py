@@ -10,6 +10,8 @@ import weakref
 from contextlib import AbstractContextManager
 from typing import Any
 
+import accelerate
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from hf_gradclip.run.loss import StepLoss
 from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.replicas import Replicas
 from hf_gradclip.run.startup import in_force, substitute_for
+from hf_gradclip.run.tested import insist_on_hooks
 from hf_gradclip.run.updates import Updates, innermost
 from hf_gradclip.run.wrapping import weakly, wrap
 from hf_gradclip.say import announce, logger
@@ -58,6 +61,8 @@ class Attachment:
         missing: str | None = None,
         hearing: Hearing | None = None,
     ) -> None:
+        insist_on_hooks("torch", torch.__version__, torch.optim.Optimizer)
+        insist_on_hooks("accelerate", accelerate.__version__, Accelerator)
         refuse_unsupported(accelerator)
         self._is_main = accelerator.is_main_process
         if self._is_main and (words := substitute_for(accelerator)):

@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.deepspeed_refusals import refuse_release, refuse_settings
+from hf_gradclip.run.tested import insist_on_hooks
 from hf_gradclip.run.updates import Updates, innermost, refuse_own_clip
 from hf_gradclip.run.zero_updates import ZeroUpdates
 from hf_gradclip.types import ClipPlan
@@ -43,6 +44,7 @@ def seams_of(engine: Any, config: ClipConfig, updates: Updates, loss: Loss = lam
     Raises:
         UnsupportedBackendError: by the setting's name, with what to use instead.
     """
+    insist_on_hooks("deepspeed", deepspeed.__version__, deepspeed.DeepSpeedEngine)
     refuse_settings(engine, config)
     refuse_own_clip(innermost(engine.optimizer))
     seams = SEAMS.get(type(engine.optimizer).__name__, WithoutZero)

@@ -7,6 +7,7 @@ import functools
 import types
 from typing import Any
 
+import transformers
 from transformers import Trainer
 
 from hf_gradclip.config import ClipConfig
@@ -15,6 +16,7 @@ from hf_gradclip.integrations.trainer import GradClipMixin
 from hf_gradclip.integrations.trainer_recording import RecordCallback
 from hf_gradclip.misuse import shown
 from hf_gradclip.run.refusal import Refusal
+from hf_gradclip.run.tested import insist_on_hooks
 from hf_gradclip.run.wrapping import wrap_class
 from hf_gradclip.say import logger
 from hf_gradclip.spec import shown as written
@@ -51,6 +53,7 @@ def patch(trainer: Trainer, clip: Any = "adaptive") -> Patch:
     if not isinstance(trainer, Trainer):
         instead = "Make the Trainer first, or use patch_all()." if isinstance(trainer, type) else "Pass a Trainer."
         raise TypeError(f"patch({shown(trainer)}): must be a transformers.Trainer. {instead}")
+    insist_on_hooks("transformers", transformers.__version__, Trainer)
     name = type(trainer).__name__
     if (own := _own_seam(trainer)) is not None:
         raise UnsupportedBackendError(own.text)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
@@ -23,6 +24,7 @@ from hf_gradclip.integrations.trainer_recording import RecordCallback, Recording
 from hf_gradclip.run.examples import take_indices
 from hf_gradclip.run.startup import check_run
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, save_state, save_updates
+from hf_gradclip.run.tested import insist_on_hooks
 from hf_gradclip.run.updates import innermost
 from hf_gradclip.say import announce, logger
 from hf_gradclip.views.view import UnsupportedBackendError
@@ -68,6 +70,8 @@ class GradClipMixin(RecordingMixin):
     _clip_untold = False
 
     def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
+        if clip is not None:
+            insist_on_hooks("transformers", transformers.__version__, Trainer)
         self._clip_spec = clip
         super().__init__(*args, **kwargs)
 
