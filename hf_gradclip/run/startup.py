@@ -51,7 +51,7 @@ def _language_of(clipper: Clipper) -> str:
 
 
 def in_force(clipper: Clipper, world: int = 1, kind: str = "") -> str:
-    """One line for the start of a run: the strategy, the backend, the segments, what a step costs, what is exempt.
+    """One line for the start of a run: strategy, backend, segments, what serves, what a step costs, what is exempt.
 
     Args:
         clipper: of the gradients.
@@ -61,6 +61,7 @@ def in_force(clipper: Clipper, world: int = 1, kind: str = "") -> str:
     config, view = clipper.config, clipper.view
     needs, segments = config.gradient.needs, len(view.layout)
     ranks = f", {kind} x {world}" if world > 1 else ""
+    language = _language_of(clipper).replace("torch", "plain torch")
     reads = 0 if config.nonfinite == "pass" or view.guarded or not config.skip_sync else 1
     sends = view.reductions(needs)
     numbers = segments * (2 if needs.weights else 1)
@@ -69,8 +70,8 @@ def in_force(clipper: Clipper, world: int = 1, kind: str = "") -> str:
         sent += " and the loss"
     left_alone = "; ".join(filter(None, (counts(config.gradient, view), exempt(config.gradient, view))))
     return (
-        f"{clipper.prefix}: {config}; {view.backend}{ranks}, {segments} segments; "
-        f"a step reads the gradients {'and the weights ' if needs.weights else ''}once, {sent}, "
+        f"{clipper.prefix}: {config}; {view.backend}{ranks}, {segments} segments, "
+        f"kernels in {language}; a step reads the gradients {'and the weights ' if needs.weights else ''}once, {sent}, "
         f"reads {reads} number{'s'[: reads != 1]} to the host"
         f"{'; the same again for the update' if config.update is not None else ''}"
         f"{left_alone and '; '}{left_alone}"

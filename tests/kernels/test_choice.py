@@ -18,6 +18,7 @@ from hf_gradclip import Clipper, kernels
 from hf_gradclip.kernels import choice
 from hf_gradclip.kernels.eager import step, units, whole
 from hf_gradclip.kernels.operations import Language
+from hf_gradclip.run.startup import in_force
 from tests.kernels.languages import language, serving
 from tests.strategies.sequence import Tiny, gradients, set_gradients
 
@@ -229,3 +230,10 @@ def test_whole_steps_equal_those_of_torch(name, monkeypatch, caplog) -> None:
     assert "serves instead" not in caplog.text
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+def test_the_start_line_says_what_serves(c, monkeypatch):
+    clipper = Clipper.for_model(Tiny(), "adaptive")
+    assert "segments, kernels in C; a step" in in_force(clipper)
+    ask(monkeypatch, "eager")
+    assert "segments, kernels in plain torch; a step" in in_force(clipper)
