@@ -2,6 +2,7 @@
 
     python scripts/versions.py
     python scripts/versions.py --row accelerate-1.11 deepspeed-0.18 --part core trainer
+    python scripts/versions.py --row trl-1.9 --over .venv    only what differs is installed, over an environment
 
 A row is constraints.txt with some packages at other versions. Its environment is made anew, in a folder for passing
 files, and removed when its tests have run; what pip cannot bring together is a row too, with pip's words. The table has
@@ -35,9 +36,11 @@ ROWS: dict[str, dict[str, str]] = {
 """By name the packages that are not as constraints.txt has them: a version, or `>=` and one."""
 _CORE = "test_clipper.py test_config.py test_budgets.py strategies optim/test_torch.py"
 _TRAINER = "test_trainer.py test_parity.py test_checkpoints.py"
+_TRL = "test_patch.py test_recorded_examples.py test_flags.py"
 PARTS: dict[str, list[str]] = {
     "core": [f"tests/{name}" for name in _CORE.split()],
     "trainer": [f"tests/integrations/{name}" for name in _TRAINER.split()],
+    "trl": [f"tests/integrations/{name}" for name in _TRL.split()],
     "ddp": ["tests/integrations/test_ddp.py", "tests/integrations/test_sharded.py"],
     "zero": ["tests/integrations/test_sharded_zero.py"],
 }
@@ -83,16 +86,33 @@ def read(said: str) -> tuple[tuple[int, int] | None, list[str]]:
     return (numbers.get("passed", 0), bad), FAILED.findall(said)
 
 
-def run(name: str, parts: Sequence[str]) -> Row:
+def wanted(changes: dict[str, str], folder: Path, over: Path | None) -> list[str]:
+    """The words for `pip install` in a new environment.
+
+    Args:
+        changes: of ROWS.
+        folder: of the environment; constraints.txt is written there, or the way to the packages of another one.
+        over: the other one, of which everything else is taken; None installs all.
+    """
+    if over is not None:
+        (there,) = over.glob("lib/python*/site-packages")
+        (here,) = folder.glob("lib/python*/site-packages")
+        here.joinpath("over.pth").write_text(f"{there.resolve()}\n", "utf-8")
+        named = [f"{name}{version if version[0] in '<>=' else f'=={version}'}" for name, version in changes.items()]
+        return ["--no-deps", "--no-build-isolation", "-e", str(ROOT), *named]
+    limits = folder / "constraints.txt"
+    limits.write_text(constraints((ROOT / "constraints.txt").read_text("utf-8"), changes), "utf-8")
+    newer = [f"{key}{version}" for key, version in changes.items() if version[0] in "<>="]
+    return ["-c", str(limits), "-e", f"{ROOT}[test]", *newer]
+
+
+def run(name: str, parts: Sequence[str], over: Path | None = None) -> Row:
     """Make the environment of a row, and run parts of the tests in it."""
     row, changes = Row(name), ROWS[name]
     with tempfile.TemporaryDirectory(prefix="versions_") as folder:
         venv.create(folder, with_pip=True)
         python = str(Path(folder, "bin", "python"))
-        limits = Path(folder, "constraints.txt")
-        limits.write_text(constraints((ROOT / "constraints.txt").read_text("utf-8"), changes), "utf-8")
-        wanted = [f"{key}{version}" for key, version in changes.items() if version[0] in "<>="]
-        install = [python, "-m", "pip", "install", "-q", "-c", str(limits), "-e", f"{ROOT}[test]", *wanted]
+        install = [python, "-m", "pip", "install", "-q", *wanted(changes, Path(folder), over)]
         made = subprocess.run(install, capture_output=True, text=True, check=False)
         if made.returncode:
             row.why = " ".join(made.stderr.split())[-300:]
@@ -101,7 +121,14 @@ def run(name: str, parts: Sequence[str]) -> Row:
         code = f"import importlib.metadata as m; print(*[f'{{p}}={{m.version(p)}}' for p in {asked}])"
         listed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
         row.versions = dict(pair.split("=", 1) for pair in listed.split())
-        settings = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+        bin_first = f"{Path(folder, 'bin')}{os.pathsep}{os.environ['PATH']}"
+        settings = {
+            **os.environ,
+            "PATH": bin_first,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "DS_ACCELERATOR": "cpu",
+        }
         for part in parts:
             command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PARTS[part]]
             said = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False).stdout
@@ -135,8 +162,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", nargs="+", default=list(ROWS), choices=list(ROWS), help="Which versions.")
     parser.add_argument("--part", nargs="+", default=list(PARTS), choices=list(PARTS), help="Which tests.")
+    parser.add_argument("--over", type=Path, help="An environment with this package's extra `test`.")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    text = table([run(name, args.part) for name in args.row], args.part)
+    text = table([run(name, args.part, args.over) for name in args.row], args.part)
     print(text)
     return text
 

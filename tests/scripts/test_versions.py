@@ -59,6 +59,17 @@ def test_the_table(script) -> None:
     ]
 
 
+def test_over_an_environment_only_what_differs_is_installed(script, tmp_path) -> None:
+    over, folder = tmp_path / "over", tmp_path / "new"
+    for place in (over, folder):
+        (place / "lib/python3.12/site-packages").mkdir(parents=True)
+    words = script.wanted({"accelerate": "1.11.0", "peft": ">=0.21"}, folder, over)
+    assert words[0] == "--no-deps"
+    assert words[-2:] == ["accelerate==1.11.0", "peft>=0.21"]
+    there = folder / "lib/python3.12/site-packages/over.pth"
+    assert there.read_text("utf-8") == f"{over / 'lib/python3.12/site-packages'}\n"
+
+
 def test_the_tests_that_are_run_are_there(script) -> None:
     assert [path for paths in script.PARTS.values() for path in paths if not (ROOT / path).exists()] == []
 
