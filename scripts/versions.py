@@ -99,7 +99,7 @@ def wanted(changes: dict[str, str], folder: Path, over: Path | None) -> list[str
         (here,) = folder.glob("lib/python*/site-packages")
         here.joinpath("over.pth").write_text(f"{there.resolve()}\n", "utf-8")
         named = [f"{name}{version if version[0] in '<>=' else f'=={version}'}" for name, version in changes.items()]
-        return ["--no-deps", "--no-build-isolation", "-e", str(ROOT), *named]
+        return ["--no-deps", "-e", str(ROOT), *named]
     limits = folder / "constraints.txt"
     limits.write_text(constraints((ROOT / "constraints.txt").read_text("utf-8"), changes), "utf-8")
     newer = [f"{key}{version}" for key, version in changes.items() if version[0] in "<>="]
