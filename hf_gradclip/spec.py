@@ -133,8 +133,15 @@ def _build(name: str, values: dict[str, Any]) -> Strategy:
         return _from_file(name, preset, values)
     if name.endswith(_YAML):
         return _from_file(name, read_yaml(Path(name)), values)
+    if "," in name:
+        first, _, rest = name.partition(",")
+        raise SpecError(f"{name!r} is no strategy. After the name comes a colon: {first}:{rest}.")
     if "." in name:
         return _construct(name, _import(name), values)
+    if name in ("None", "null"):
+        raise SpecError(
+            f"{name!r} is text. To clip by max_grad_norm give no clip, in YAML `clip: null`; 'none' measures and never clips."
+        )
     raise SpecError(f"no strategy or preset is called {name!r}.{nearest(name, _names())} Known: {_known()}.")
 
 
@@ -171,9 +178,6 @@ def _construct(name: str, cls: type[Strategy], values: dict[str, Any]) -> Strate
 
 
 def _import(path: str) -> type[Strategy]:
-    if "," in path:
-        name, _, rest = path.partition(",")
-        raise SpecError(f"{path!r} is no strategy. After the name comes a colon: {name}:{rest}.")
     module, _, attribute = path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)

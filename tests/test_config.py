@@ -459,6 +459,8 @@ class TestWrong:
                 ["clip={'strategy': 'zclip', 'z': 5}: zclip has no field 'z'. It has z_threshold,"],
             ),
             ("zclip,alpha=0.9", ["'zclip,alpha=0.9' is no strategy. After the name comes a colon: zclip:alpha=0.9."]),
+            ("zclip,alpha=1", ["'zclip,alpha=1' is no strategy. After the name comes a colon: zclip:alpha=1."]),
+            ("None", ["'None' is text. To clip by max_grad_norm give no clip, in YAML `clip: null`; 'none' measures"]),
             (
                 {"strategy": "zclip", "record": True},
                 ["record is of the whole configuration: {'gradient': ..., 'record'"],
