@@ -140,7 +140,8 @@ def _build(name: str, values: dict[str, Any]) -> Strategy:
         return _construct(name, _import(name), values)
     if name in ("None", "null"):
         raise SpecError(
-            f"{name!r} is text. To clip by max_grad_norm give no clip, in YAML `clip: null`; 'none' measures and never clips."
+            f"{name!r} is text. To clip by max_grad_norm give no clip, in YAML `clip: null`; 'none' measures and never "
+            "clips."
         )
     raise SpecError(f"no strategy or preset is called {name!r}.{nearest(name, _names())} Known: {_known()}.")
 

@@ -37,7 +37,7 @@ from finetune_parts.examples import to_blocks
 from finetune_parts.flags import RunArguments
 from finetune_parts.model import END, load_model, load_tokenizer
 from finetune_parts.samples import asked_for, beginning_of, written
-from finetune_parts.texts import decided, kind_of, load_texts, words_in
+from finetune_parts.texts import decided, kind_of, load_texts, no_bars, words_in
 from finetune_parts.words import InputError, is_rank_0, leave, tell
 
 __all__ = ["END", "load_model", "load_texts", "load_tokenizer", "main", "parse", "to_blocks"]
@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if clip_args.clip == "list":
         show_strategies()
     clip = clip_args.clip_config(args.max_grad_norm)
+    if args.disable_tqdm:
+        no_bars()
     set_seed(args.seed)
     with args.main_process_first(desc="loading the texts"):
         texts = load_texts(data_args, args.seed)
@@ -138,10 +140,10 @@ def show_strategies() -> None:
     raise SystemExit(0)
 
 
-def command() -> None:
+def command(argv: list[str] | None = None) -> None:
     """As `main`; where the input is wrong, one line on rank 0 and exit status 2."""
     try:
-        main()
+        main(argv)
     except (InputError, SpecError, UnsupportedBackendError) as error:
         leave(str(error))
 

@@ -10,9 +10,9 @@ from finetune_parts.words import InputError
 Message = Mapping[str, Any]
 
 PLAIN = (
-    "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] }}"
+    "{{ (eos_token or '') + '\n' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{{ 'assistant:\n' if add_generation_prompt else '' }}"
 )
 """For a tokenizer without a chat template: a line with the role, the content, and an end after the assistant."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -80,7 +80,7 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Message], first: int = 0) -> 
         if messages[i]["role"] != "assistant":
             continue
         begin = shared(tokens(i, True), whole) if i else 0
-        end = shared(tokens(i + 1, False), whole)
+        end = shared(tokens(i + 1, False), whole) if i + 1 < len(messages) else len(whole)
         learnt[begin:end] = [True] * max(0, end - begin)
     return whole, learnt
 

@@ -87,8 +87,6 @@ def checkpoint_for(asked: str | None, output_dir: str, states: Iterable[str] = (
     found: list[Any] = [None]
     if asked.lower() == "true":
         found = [_newest_whole(Path(output_dir), list(states))]
-    elif not Path(asked).is_dir():
-        raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
     elif fault := fault_of(Path(asked), states):
         others = [path.name for path in checkpoints_in(Path(asked))]
         raise InputError(

@@ -159,6 +159,9 @@ def _contradictions(data: DataArguments, args: TrainingArguments) -> Iterator[st
         yield "--validation_file: needs --train_file"
     if data.sample_tokens < 0:
         yield f"--sample_tokens {data.sample_tokens}: must be >= 0"
+    asked = args.resume_from_checkpoint
+    if asked and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
+        yield f"--resume_from_checkpoint {asked}: no such folder; true takes the newest whole one of --output_dir"
     if args.max_steps == 0 or args.max_steps < -1:
         yield f"--max_steps {args.max_steps}: must be > 0, or -1 with --num_train_epochs"
 

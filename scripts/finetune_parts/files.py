@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune_parts.words import InputError, first_line
 
-_AS_TEXT = {"dtype": "str", "keep_default_na": False}  # "007" and "NA" are words, and an empty cell is an empty one
 READ_BY: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "document"}),
     ".md": ("text", {"sample_by": "document"}),
-    ".csv": ("csv", _AS_TEXT),
-    ".tsv": ("csv", {"sep": "\t", **_AS_TEXT}),
+    ".csv": ("csv", {"sep": ",", "keep_default_na": False}),
+    ".tsv": ("csv", {"sep": "\t", "keep_default_na": False}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
@@ -70,8 +70,12 @@ def read_files(path: str, flag: str) -> Any:
 def _read(files: Sequence[Path], ending: str, flag: str) -> Any:
     """Files of one ending as a Dataset."""
     from datasets import load_dataset
+    from datasets.utils import logging
 
+    logging.set_verbosity(logging.CRITICAL)  # what a builder logs of a broken file is raised too
     kind, settings = READ_BY[ending]
+    if kind == "csv":
+        settings = settings | {"features": _of_words(files[0], settings["sep"])}
     where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} {ending} files)"
     try:
         table = load_dataset(kind, data_files=[str(file) for file in files], split="train", **settings)
@@ -80,3 +84,11 @@ def _read(files: Sequence[Path], ending: str, flag: str) -> Any:
     if not len(table):
         raise InputError(f"{flag} {where}: has no rows.")
     return table
+
+
+def _of_words(file: Path, sep: str) -> Any:
+    """The columns of a table of words, in which 007 and NA are what they are."""
+    from datasets import Features, Value
+
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        return Features({name: Value("string") for name in next(csv.reader(lines, delimiter=sep), [])})

@@ -102,7 +102,16 @@ def _pretrained(args: DataArguments) -> Any:
         )
         settings["device_map"] = {"": PartialState().device}
     with in_one_line(f"--model_name_or_path {args.model_name_or_path}", *WRONG_MODEL):
-        return AutoModelForCausalLM.from_pretrained(name, **settings)
+        model = AutoModelForCausalLM.from_pretrained(name, **settings)
+    return _without_marks(model) if how else model
+
+
+def _without_marks(model: Any) -> Any:
+    """A model of a GGUF file, whose weights became whole as they were read, so that it may be trained and saved."""
+    model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
 
 
 def _small_llama(args: DataArguments, tokenizer: Any) -> Any:

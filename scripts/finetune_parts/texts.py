@@ -48,6 +48,14 @@ def load_texts(args: DataArguments, seed: int) -> DatasetDict:
     return _held_out(train, args, seed)
 
 
+def no_bars() -> None:
+    """Let `datasets` read and tokenize without progress bars, as --disable_tqdm asks of the Trainer."""
+    import datasets
+
+    if hasattr(datasets, "disable_progress_bars"):
+        datasets.disable_progress_bars()
+
+
 def kind_of(columns: Sequence[str], args: DataArguments, expected: str | None = None) -> str:
     """What the columns hold: chats, prompts with completions, or text.
 
