@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         sample("before")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    after = trainer.evaluate()["eval_loss"]
+    after = last_loss(trainer)
     sample("after")
     metrics = {"eval_loss": after, **result.metrics}
     for entry in trainer.state.log_history:
@@ -130,6 +130,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if clip is not None and clip.record:
         tell(f"what clipping did: hf-gradclip report {args.output_dir}")
     return metrics
+
+
+def last_loss(trainer: GradClipTrainer) -> float:
+    """The evaluation loss of the model as it is at the end; evaluated now, unless that was done after the last step."""
+    last = trainer.state.log_history[-3:] if not trainer.args.load_best_model_at_end else []
+    found = [e["eval_loss"] for e in last if "eval_loss" in e and e["step"] == trainer.state.global_step]
+    return float(found[-1] if found else trainer.evaluate()["eval_loss"])
 
 
 def show_strategies() -> None:

@@ -41,7 +41,6 @@ MODULES = (
         "inspect",
         "logging",
         "tempfile",
-        "typing",
         "zipfile",
     ),
 )

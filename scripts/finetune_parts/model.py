@@ -19,6 +19,7 @@ from transformers import (
 from finetune_parts.flags import DataArguments
 from finetune_parts.texts import SIZES, TEXT
 from finetune_parts.words import InputError, in_one_line
+from hf_gradclip.spec import nearest
 
 END = "<|endoftext|>"
 GGUF = ".gguf"
@@ -141,6 +142,11 @@ def _with_adapters(model: Any, args: DataArguments) -> Any:
     targets: Any = args.lora_targets
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",") if name.strip()]
+        layers = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2]) if part}
+        for name in targets:
+            if name not in layers and not any(layer.endswith(f".{name}") for layer in layers):
+                near = nearest(name, {layer for layer in layers if "." not in layer})
+                raise InputError(f"--lora_targets {args.lora_targets}: no layer is called {name}.{near}")
     with in_one_line(f"--lora_targets {args.lora_targets}", ValueError):
         return get_peft_model(
             model,

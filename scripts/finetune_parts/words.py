@@ -13,6 +13,7 @@ from typing import NoReturn
 
 BAD_INPUT = 2
 NAME = "finetune.py"
+SECONDS_FOR_RANK_0 = 15
 
 
 class InputError(ValueError):
@@ -60,12 +61,17 @@ def in_one_line(what: str, *kinds: type[Exception]) -> Iterator[None]:
 def leave(message: str) -> NoReturn:
     """End this process with exit status 2: rank 0 says why, and the launcher's own table of failures has it too.
 
+    A launcher ends all ranks when the first one ends, so the others leave rank 0 the time to speak. One that is not
+    ended by then has an error of its own, and says it.
+
     Raises:
         SystemExit: always.
     """
     line = f"{NAME}: error: {' '.join(message.split())}"
-    if is_rank_0():
-        print(line, file=sys.stderr, flush=True)
+    if not is_rank_0():
+        time.sleep(SECONDS_FOR_RANK_0)
+        line += f" (rank {os.environ['RANK']})"
+    print(line, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}), "utf-8")
