@@ -245,7 +245,9 @@ class TestUse:
         assert (tmp_path / "given").read_text() == "--learning_rate 1e-4"
 
     def test_every_other_command_is_run_elsewhere(self):
-        """Two by the script that CI is, DeepSpeed's by tests/scripts/test_finetune.py, a tool's by scripts/doors.py."""
+        """Two by the script that CI is, DeepSpeed's by tests/scripts/test_finetune.py, that of chats by
+        tests/scripts/test_finetune_answers.py, a tool's by scripts/doors.py.
+        """
         texts = (README, *(text for name, text in DOCS.items() if name != "tools"))
         lines = [line for text in texts for block in blocks(text, "sh") for line in block.splitlines()]
         others = [line for line in lines if line not in COMMANDS + RUNS]
@@ -253,6 +255,9 @@ class TestUse:
         assert others == [
             "pip install -c constraints.txt -e . && accelerate launch scripts/finetune.py --clip adaptive",
             "pip install -c constraints.txt -e '.[test]' && pytest -n auto --dist loadfile",
+            "python scripts/manual_chats.py chats.jsonl",
+            "accelerate launch scripts/finetune.py --model_name_or_path MODEL --train_file chats.jsonl --lora_r 8 "
+            "--num_train_epochs 1",
             "pip install -c constraints.txt -e '.[deepspeed]'",
             *(f"{launched.format(name)}:warmup_steps=20" for name in ("zero2", "zero3")),
             "HF_GRADCLIP=adagc:warmup_steps=20 python train.py",  # tests/integrations/test_run_command.py

@@ -32,7 +32,7 @@ def launch(*flags: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_main_job_and_its_resume(tmp_path, caplog) -> None:
+def test_the_main_job_and_its_resume(tmp_path, caplog, capsys) -> None:
     flags = ["--clip", ZCLIP, "--output_dir", str(tmp_path)]
     first = launch(*flags)
     assert "clip: zclip:z_threshold=0.5" in first
@@ -50,8 +50,15 @@ def test_the_main_job_and_its_resume(tmp_path, caplog) -> None:
     assert saved["state"]["seen"] == 6
     assert (tmp_path / "model.safetensors").exists()
 
+    killed = tmp_path / "checkpoint-13"  # while it was saved
+    killed.mkdir()
+    half = (tmp_path / "checkpoint-12" / "model.safetensors").read_bytes()
+    (killed / "model.safetensors").write_bytes(half[: len(half) // 2])
     caplog.set_level(logging.INFO, logger="hf_gradclip")
     script().main([*SMALL.split(), *flags, "--max_steps", "14", "--resume_from_checkpoint", "true"])
+    said = capsys.readouterr().out
+    assert f"{killed} is passed over: trainer_state.json is missing" in said
+    assert f"going on from {tmp_path / 'checkpoint-12'}." in said
     assert "starts anew" not in caplog.text
     assert "steps 2, clipped" in caplog.text
 
