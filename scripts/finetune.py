@@ -25,20 +25,19 @@ import torch
 from transformers import DataCollatorForSeq2Seq, default_data_collator, set_seed
 
 from hf_gradclip import GradClipTrainer, optim
-from hf_gradclip.run.state import STATE_NAME, UPDATE_NAME
 from hf_gradclip.strategy import SpecError
 from hf_gradclip.views.view import UnsupportedBackendError
 
 sys.path.append(str(Path(__file__).parent))  # where this file is imported from the root of the checkout
 
-from finetune_parts.checkpoints import checkpoint_for, keeps_state
+from finetune_parts.checkpoints import checkpoint_for, states_of
 from finetune_parts.command_line import parse
 from finetune_parts.examples import to_blocks
 from finetune_parts.flags import RunArguments
 from finetune_parts.model import END, load_model, load_tokenizer
-from finetune_parts.samples import asked_for, beginning_of, written
+from finetune_parts.samples import asked_for, beginning_of, tell_sample
 from finetune_parts.texts import decided, kind_of, load_texts, no_bars, words_in
-from finetune_parts.words import InputError, is_rank_0, leave, tell
+from finetune_parts.words import InputError, leave, tell
 
 __all__ = ["END", "load_model", "load_texts", "load_tokenizer", "main", "parse", "to_blocks"]
 
@@ -66,7 +65,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         InputError, SpecError, UnsupportedBackendError: for input that cannot be served, in one line.
         SystemExit: for wrong flags, --help, and --clip list.
     """
-    clip_args, data_args, args = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    clip_args, data_args, args = parse(
+        sys.argv[1:] if argv is None else argv, (__doc__ or "").partition("\n\nThe loop")[0]
+    )
     if clip_args.clip == "list":
         show_strategies()
     clip = clip_args.clip_config(args.max_grad_norm)
@@ -82,7 +83,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data = to_blocks(texts, tokenizer, data_args)
     held_out = data["validation"].select(range(min(data_args.max_eval_samples, len(data["validation"]))))
     model = load_model(data_args, tokenizer)
-    same_length = data_args.packing
     trainer = GradClipTrainer(
         model=model,
         args=args,
@@ -90,27 +90,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=data["train"],
         eval_dataset=held_out,
         processing_class=tokenizer,
-        data_collator=default_data_collator if same_length else DataCollatorForSeq2Seq(tokenizer),
+        data_collator=default_data_collator if data_args.packing else DataCollatorForSeq2Seq(tokenizer),
         optimizer_cls_and_kwargs=optimizer_of(args),
     )
-    kept = {STATE_NAME: clip and clip.gradient, UPDATE_NAME: clip and clip.update}
-    states = [name for name, strategy in kept.items() if strategy and keeps_state(strategy, model)]
-    checkpoint = checkpoint_for(args.resume_from_checkpoint, args.output_dir, states)
-
+    checkpoint = checkpoint_for(args.resume_from_checkpoint, args.output_dir, states_of(clip, model))
     beginning = asked_for(data_args, tokenizer, kind) or beginning_of(held_out[0])
-    whole = not trainer.is_fsdp_enabled and not (trainer.is_deepspeed_enabled and args.hf_deepspeed_config.is_zero3())
-    samples: dict[str, str] = {}
-
-    def sample(when: str) -> None:
-        if data_args.sample_tokens and whole and is_rank_0():
-            samples[when] = written(trainer.model, tokenizer, beginning, data_args.sample_tokens)
-
     if checkpoint is None:
-        sample("before")
+        tell_sample("before training", trainer, beginning, data_args.sample_tokens)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     after = last_loss(trainer)
-    sample("after")
     metrics = {"eval_loss": after, **result.metrics}
     for entry in trainer.state.log_history:
         if "eval_loss" in entry and entry["step"] == 0:
@@ -121,10 +110,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics |= {f"clip_update/{key}": value for key, value in trainer.update_clipper.report.summary().items()}
     if trainer.is_world_process_zero():
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-    if samples:
-        tell(f"text that goes on from: {tokenizer.decode(beginning)[-200:]!r}")
-    for when, text in samples.items():
-        tell(f"  {when} training: {text!r}")
+    tell_sample("after training", trainer, beginning, data_args.sample_tokens)
     before = f"{metrics['eval_loss_before']:.3f} -> " if "eval_loss_before" in metrics else ""
     tell(f"eval loss {before}{after:.3f}; saved to {args.output_dir}")
     if clip is not None and clip.record:

@@ -19,7 +19,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 from finetune_parts.words import InputError, tell
-from hf_gradclip.run.state import UPDATE_NAME
+from hf_gradclip.config import ClipConfig
+from hf_gradclip.run.state import STATE_NAME, UPDATE_NAME
 from hf_gradclip.strategy import Strategy, flatten
 from hf_gradclip.types import Layout
 
@@ -60,6 +61,14 @@ def fault_of(folder: Path, states: Iterable[str] = ()) -> str | None:
         if not (folder / name).exists():
             return f"{name} is missing"
     return next((f"{path.relative_to(folder)} {fault}" for path in _files(folder) if (fault := _broken(path))), None)
+
+
+def states_of(clip: ClipConfig | None, model: torch.nn.Module) -> list[str]:
+    """The files of a checkpoint in which this way of clipping keeps something from one step to the next."""
+    if clip is None:
+        return []
+    strategies = {STATE_NAME: clip.gradient, UPDATE_NAME: clip.update}
+    return [name for name, strategy in strategies.items() if keeps_state(strategy, model)]
 
 
 def keeps_state(strategy: Strategy | None, model: torch.nn.Module) -> bool:

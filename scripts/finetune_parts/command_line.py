@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -42,7 +42,7 @@ GROUPS = {
 THE_TRAINERS = "all others of transformers.TrainingArguments"
 
 
-class _Help(ArgumentDefaultsHelpFormatter):
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Each flag once, without its twin in dashes, and no default where there is none."""
 
     def _format_action_invocation(self, action: Any) -> str:

@@ -11,6 +11,7 @@ from finetune_parts.chat import chat_tokens, messages_of, shared, with_template
 from finetune_parts.flags import DataArguments
 from finetune_parts.texts import CHATS, TEXT, decided, kind_of, messages_column
 from finetune_parts.words import InputError, tell
+from hf_gradclip.misuse import shown
 
 LEFT_OUT = -100
 """The label of a token that is not learnt, as torch's cross entropy has it."""
@@ -164,4 +165,5 @@ def _text(row: Mapping[str, Any], column: str, flag: str) -> str:
         return value
     if isinstance(value, int | float):
         return str(value)
-    raise InputError(f"{flag} {column}: must hold text, and one row is {value!r:.80}.")
+    hint = " Chats are named by --messages_column." if isinstance(value, list) else ""
+    raise InputError(f"{flag} {column}: must hold text, and one row is {shown(value)}.{hint}")

@@ -108,6 +108,9 @@ class RunArguments(TrainingArguments):
     """The Trainer's arguments, with defaults that finish in minutes on two CPU cores."""
 
     output_dir: str = field(default="outputs/finetune", metadata={"help": "Checkpoints and logs."})
+    num_train_epochs: float = field(
+        default=3.0, metadata={"help": "Passes over the data, where they are given and --max_steps is not."}
+    )
     max_steps: int = field(default=150, metadata={"help": "Optimizer steps; not used where epochs are given."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples per process and step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples per process in evaluation."})

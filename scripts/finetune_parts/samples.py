@@ -12,9 +12,12 @@ from finetune_parts.chat import with_template
 from finetune_parts.examples import LEFT_OUT
 from finetune_parts.flags import DataArguments
 from finetune_parts.texts import CHATS
+from finetune_parts.words import is_rank_0, tell
 
 BEGINNING = 24
 """Tokens of a held-out text to go on from."""
+SHOWN = 160
+"""Characters of it that are said."""
 
 
 def beginning_of(example: Mapping[str, Sequence[int]]) -> list[int]:
@@ -33,6 +36,17 @@ def asked_for(args: DataArguments, tokenizer: Any, kind: str) -> list[int] | Non
     question = [{"role": "user", "content": args.sample_prompt}]
     text = with_template(tokenizer).apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def tell_sample(when: str, trainer: Any, beginning: Sequence[int], tokens: int) -> None:
+    """Say what the model goes on with, on rank 0; nothing where no process has all weights (FSDP, ZeRO-3)."""
+    zero = trainer.accelerator.state.deepspeed_plugin
+    sharded = trainer.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3)
+    if not tokens or sharded or not is_rank_0():
+        return
+    tokenizer = trainer.processing_class
+    text = written(trainer.model, tokenizer, beginning, tokens)
+    tell(f"{when}: {tokenizer.decode(beginning)[-SHOWN:]!r} goes on with {text!r}")
 
 
 @torch.no_grad()

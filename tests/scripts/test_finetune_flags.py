@@ -110,6 +110,10 @@ def wrong_calls(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "folder": ([file, at["empty"]], "empty: no file in this folder ends in .txt,"),
         "JSON": ([file, at["broken.jsonl"]], "cannot be read as json: JSON parse error: Invalid value. in row 1"),
         "column": ([file, at["short.jsonl"], "--text_column", "body"], "--text_column body: the data has text."),
+        "chat": (
+            [file, at["chat.jsonl"], "--text_column", "messages"],
+            "must hold text, and one row is <list>. Chats are",
+        ),
         "short": ([file, at["short.jsonl"]], "--block_size 128: the train text has fewer tokens. Lower it."),
         "one row": ([file, at["one.jsonl"]], "the data has 1 row, of which none can be held out"),
         "no answer": ([file, at["chat.jsonl"]], "in none of the 1 chats of the train set is anything left to learn"),
