@@ -91,15 +91,13 @@ def wanted(changes: dict[str, str], folder: Path, over: Path | None) -> list[str
 
     Args:
         changes: of ROWS.
-        folder: of the environment; constraints.txt is written there, or the way to the packages of another one.
-        over: the other one, of which everything else is taken; None installs all.
+        folder: of the environment; constraints.txt is written there.
+        over: another one, whose packages count as installed; None installs all.
     """
     if over is not None:
         (there,) = over.glob("lib/python*/site-packages")
         (here,) = folder.glob("lib/python*/site-packages")
         here.joinpath("over.pth").write_text(f"{there.resolve()}\n", "utf-8")
-        named = [f"{name}{version if version[0] in '<>=' else f'=={version}'}" for name, version in changes.items()]
-        return ["--no-deps", "-e", str(ROOT), *named]
     limits = folder / "constraints.txt"
     limits.write_text(constraints((ROOT / "constraints.txt").read_text("utf-8"), changes), "utf-8")
     newer = [f"{key}{version}" for key, version in changes.items() if version[0] in "<>="]

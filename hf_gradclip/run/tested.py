@@ -32,7 +32,7 @@ TESTED = {
     "torch": Tested((2, 8), (2, 14), ("register_step_pre_hook", "register_step_post_hook")),
     "transformers": Tested(
         (5, 3),
-        (5, 23),
+        (5, 24),
         (
             "_clip_grad_norm",
             "_get_grad_norm",
@@ -42,7 +42,7 @@ TESTED = {
             "_load_optimizer_and_scheduler",
         ),
     ),
-    "accelerate": Tested((1, 12), (1, 15), ("clip_grad_norm_", "unscale_gradients", "prepare")),
+    "accelerate": Tested((1, 11), (1, 15), ("clip_grad_norm_", "unscale_gradients", "prepare")),
     "deepspeed": Tested((0, 19), (0, 19), ()),  # views/partitions.py knows what it needs of each optimizer
 }
 """By the name of the package."""
