@@ -28,13 +28,12 @@ TRAIN = {
 }
 
 
-def beside(room: Room) -> str:
-    """Install the tool over what this package asks for, since it wants an older accelerate than that.
+def without_sound(room: Room) -> str:
+    """Take out what does not load beside a torch that was built for the CPU.
 
-    Its torchaudio and torchvision do not load beside a torch that was built for the CPU. It needs them for sounds and
-    pictures only, but imports the former: an empty module stands in.
+    The tool needs torchaudio and torchvision for sounds and pictures only, but imports the former: an empty module
+    stands in.
     """
-    room.run("python", "-m", "pip", "install", "-q", *("llamafactory", room.versions(("torch",)).replace(" ", "==")))
     room.run("python", "-m", "pip", "uninstall", "-q", "-y", "torchaudio", "torchvision")
     next(room.environment.glob("lib/python3*/site-packages")).joinpath("torchaudio.py").touch()
     return room.versions(("llamafactory", "transformers", "trl", "accelerate"))
@@ -42,8 +41,8 @@ def beside(room: Room) -> str:
 
 DOOR = Door(
     name="LLaMA-Factory",
-    packages=(),
-    checks={"installed after this package": beside, **checks_of(TRAIN["SFT"], "SFT"), **checks_of(TRAIN["DPO"], "DPO")},
+    packages=("llamafactory",),
+    checks={"installed": without_sound, **checks_of(TRAIN["SFT"], "SFT"), **checks_of(TRAIN["DPO"], "DPO")},
     shown=("torch",),
     constrained=False,
 )

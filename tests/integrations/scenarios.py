@@ -43,14 +43,26 @@ from tests.integrations.sharded import (
 )
 from tests.tiny import SkipThird
 
+OFFLOADED = ("global_norm", "value", "agc", "groups")
+"""One number for all, one for each element, one for each row, and all of it: what they share is where gradients are."""
+
 
 def table(name: str) -> dict[str, Any]:
-    """Every strategy on one backend."""
+    """Every strategy on one backend; with offload, which costs seconds for each, those of OFFLOADED."""
     found = {}
-    for word, spec in STRATEGIES.items():
+    for word in OFFLOADED if "offload" in name and "zero" in name else STRATEGIES:
+        spec = STRATEGIES[word]
         run = Run(BACKENDS[name], spec)
         found[word] = {**run.fit(), "backend": run.attachment.clipper.view.backend}
     return found
+
+
+THIRDS = ("global_norm", "agc", "groups", "percentile", "enlarged rows")
+
+
+def thirds(name: str) -> dict[str, Any]:
+    """What three ranks may cut elsewhere: one number, rows, tensors, groups."""
+    return {word: Run(BACKENDS[name], (STRATEGIES | OTHERS)[word]).fit() for word in THIRDS}
 
 
 def others(name: str) -> dict[str, Any]:
@@ -129,6 +141,11 @@ RESUMED: dict[str, Any] = {
 }
 
 
+def resumed_on(name: str) -> list[str]:
+    """The rows of a backend; on ZeRO-3, which takes seconds for each, those whose states have every shape there is."""
+    return ["zclip", "groups", "update"] if name == "zero3" else list(RESUMED)
+
+
 def states(run: Run) -> dict[str, torch.Tensor]:
     """The state of every clipper of a run."""
     clippers = [run.attachment.clipper, *run.attachment.updates.clippers]
@@ -138,7 +155,8 @@ def states(run: Run) -> dict[str, torch.Tensor]:
 def resume(name: str) -> dict[str, Any]:
     """10 steps against 5, a checkpoint, and 5 more in a new model."""
     folder, found = shared_folder(), {}
-    for word, spec in RESUMED.items():
+    for word in resumed_on(name):
+        spec = RESUMED[word]
         path = f"{folder}/{word}"
         whole = Run(BACKENDS[name], spec)
         first = whole.fit(range(2, 7))
@@ -169,8 +187,8 @@ def bf16(name: str) -> dict[str, Any]:
         if "fsdp" in backend:
             half["fsdp"] = {"mixed_precision_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
     found["stock"] = Run(half, None).fit(limit=0.34)
-    for word, spec in STRATEGIES.items():
-        found[word] = Run(half, spec).fit()
+    for word in OFFLOADED if name == "zero3" else STRATEGIES:
+        found[word] = Run(half, STRATEGIES[word]).fit()
     return found
 
 
@@ -468,7 +486,7 @@ KINDS = ("lora", "tied", "unused", "groups")
 SCENARIOS = {
     f.__name__: f
     for f in (
-        table, others, loud, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants, poisoned,
-        updates, folded, flat, scaled, swap, accumulated, noted, lacking, looked, policies,
+        table, thirds, others, loud, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants,
+        poisoned, updates, folded, flat, scaled, swap, accumulated, noted, lacking, looked, policies,
     )
 }  # fmt: skip

@@ -37,8 +37,10 @@ def on_zero(tmp_path_factory) -> Found:
 @pytest.mark.deepspeed
 @pytest.mark.dist
 class TestZero:
-    @pytest.mark.parametrize("word", STRATEGIES)
-    @pytest.mark.parametrize("name", ZERO)
+    @pytest.mark.parametrize(
+        ("name", "word"),
+        [(name, word) for name in ZERO for word in (scenarios.OFFLOADED if "offload" in name else STRATEGIES)],
+    )
     def test_equals_one_process(self, on_zero, reference, name, word) -> None:
         found = on_zero[f"table:{name}"][word]
         assert_same(found, reference[word])
@@ -145,13 +147,10 @@ class TestZero:
 
     def test_three_ranks(self, tmp_path, reference, others_reference) -> None:
         """Shards that cut rows and tensors elsewhere, and a vocabulary that three does not divide."""
-        words = [f"{word}:{name}" for word in ("table", "others") for name in ("zero2", "zero3")]
-        found = launch(3, "sharded_main", tmp_path, *words)[0]
+        found = launch(3, "sharded_main", tmp_path, "thirds:zero2", "thirds:zero3")[0]
         for name in ("zero2", "zero3"):
-            for word, expected in reference.items():
-                assert_same(found[f"table:{name}"][word], expected)
-            for word, expected in others_reference.items():
-                assert_same(found[f"others:{name}"][word], expected)
+            for word in scenarios.THIRDS:
+                assert_same(found[f"thirds:{name}"][word], (reference | others_reference)[word])
 
 
 @pytest.mark.slow
