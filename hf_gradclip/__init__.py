@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hf_gradclip.integrations.patch import patch, patch_all
     from hf_gradclip.integrations.trainer import GradClipMixin, GradClipTrainer
 
+__version__ = "0.1.0.dev0"
+
 __all__ = [
     "ClipArguments",
     "ClipConfig",
@@ -43,3 +45,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.integrations.{_HEAVY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hf_gradclip import __version__
 from hf_gradclip.say import printable
 from hf_gradclip.strategy import SpecError
 
@@ -43,6 +44,7 @@ def _cut(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-gradclip", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"hf-gradclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="somebody's script, with clipping", usage=f"hf-gradclip run {_RUN}")
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="a page and pictures of recorded runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run; several side by side")
-    report.add_argument("--out", type=Path, default=None, help="folder for the page; RUN/gradclip if left out")
+    report.add_argument("--out", type=Path, default=None, help="a folder, or a file x.html; RUN/gradclip if left out")
     report.add_argument("--text", action="store_true", help="print tables instead")
     report.set_defaults(run_command=_report)
 
@@ -103,7 +105,8 @@ def _replay(args: argparse.Namespace) -> None:
         strategy_for_replay,
     )
     from hf_gradclip.analysis.replay_figure import draw_replay
-    from hf_gradclip.analysis.tables import COLUMNS, outcome_rows, show_table
+    from hf_gradclip.analysis.tables import COLUMNS, outcome_rows
+    from hf_gradclip.analysis.terminal import say, show_table
     from hf_gradclip.record.files import folder_of, read_record
 
     record = read_record(args.run, args.place)
@@ -118,24 +121,23 @@ def _replay(args: argparse.Namespace) -> None:
             show_table(groups.COLUMNS, groups.group_rows(parts), f"Groups of parameters under {spec}")
     for run in found:
         if run.spec == record.meta["spec"] and not record.earlier:
-            print(f"What was recorded is {run.spec}: its scales differ by {difference(record, run):.1e} at most.")
-    print(LIMIT_OF_REPLAY)
+            say("", f"What was recorded is {run.spec}: its scales differ by {difference(record, run):.1e} at most.")
+    say("", LIMIT_OF_REPLAY)
     path = args.out or folder_of(args.run) / "replay.png"
-    draw_replay(record, found, path)
+    draw_replay(record, found, specs, path)
     print(path)
 
 
 def _suggest(args: argparse.Namespace) -> None:
     from hf_gradclip.analysis.replay import LIMIT_OF_REPLAY
     from hf_gradclip.analysis.suggest import misses, suggest
-    from hf_gradclip.analysis.tables import COLUMNS, outcome_rows, show_table
+    from hf_gradclip.analysis.tables import COLUMNS, outcome_rows
+    from hf_gradclip.analysis.terminal import say, show_table
     from hf_gradclip.record.files import read_record
 
     outcomes = suggest(read_record(args.run), args.rate)
     show_table(COLUMNS, outcome_rows(outcomes), f"To clip {args.rate:.1%} of the steps:")
-    for sentence in misses(outcomes, args.rate):
-        print(sentence)
-    print(LIMIT_OF_REPLAY)
+    say("", *misses(outcomes, args.rate), LIMIT_OF_REPLAY)
 
 
 def _explain(args: argparse.Namespace) -> None:

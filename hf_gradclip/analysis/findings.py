@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_gradclip.analysis.heat import broken_tensors
+from hf_gradclip.analysis.names import is_factor, plain
 from hf_gradclip.analysis.replay import spec_recorded
 from hf_gradclip.analysis.run import Run, by_config, by_parameter, clipped_steps, total_scale
 from hf_gradclip.config import ClipConfig
@@ -196,6 +198,7 @@ def _lost(record: Record) -> list[str]:
     if broken:
         first = int(record.step_T[~record.finite_T][0])
         said.append(f"The norm was NaN or inf in {broken:,} step{'s'[: broken != 1]}, first in step {first}.")
+        said += _where(record)
     if skipped == 1:
         said.append("1 step was left out: no weight moved in it.")
     elif skipped:
@@ -203,13 +206,35 @@ def _lost(record: Record) -> list[str]:
     return said
 
 
+def _where(record: Record) -> list[str]:
+    """The first step that was broken in some tensors only, and which; in a step where all are nothing is learnt."""
+    broken_TP = broken_tensors(record)
+    rows = np.flatnonzero(broken_TP.any(axis=1) & ~broken_TP.all(axis=1))
+    if not len(rows):
+        return []
+    names = [plain(record.names[p]) for p in np.flatnonzero(broken_TP[rows[0]])]
+    shown = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    count = f"{len(names)} of {len(record.names)} tensors"
+    return [f"In step {record.step_T[rows[0]]} it was in {count}: {shown}."]
+
+
 def _zeros(record: Record) -> list[str]:
+    """Tensors whose norm was exactly 0, but for those of an adapter while the other factor is still 0."""
     steps = int(record.finite_T.sum())
-    found = sorted((t for t in tensors_of(record) if t.zeros), key=lambda t: -t.zeros)
-    said = [f"Norm exactly 0 for {t.name} in {t.zeros:,} of {steps:,} steps." for t in found[:MOST_NAMES]]
+    born = _first_update(record)
+    late_P = ((record.norm_TP == 0) & record.finite_T[:, None])[born:].any(axis=0)
+    learning = {name for name, late in zip(record.names, late_P, strict=True) if is_factor(name) and not late}
+    found = sorted((t for t in tensors_of(record) if t.zeros and t.name not in learning), key=lambda t: -t.zeros)
+    said = [f"Norm exactly 0 for {plain(t.name)} in {t.zeros:,} of {steps:,} steps." for t in found[:MOST_NAMES]]
     if len(found) > MOST_NAMES:
         said.append(f"The same for {len(found) - MOST_NAMES} more tensors in some steps.")
     return said
+
+
+def _first_update(record: Record) -> int:
+    """How many rows there are up to the first one that moved a weight; the learning rate may begin at 0."""
+    moved = record.finite_T & ~record.skipped_T & (record.learning_rate_T != 0)
+    return int(moved.argmax()) + 1 if moved.any() else len(record)
 
 
 def _dominant(record: Record) -> list[str]:
@@ -217,6 +242,6 @@ def _dominant(record: Record) -> list[str]:
     if found is None or len(record.names) < 2 or found.share < 0.5:
         return []
     return [
-        f"{found.name} makes {found.share:.0%} of the squared norm in the median step, so a limit on the whole is "
-        "mostly a limit on it."
+        f"{plain(found.name)} makes {found.share:.0%} of the squared norm in the median step, so a limit on the "
+        "whole is mostly a limit on it."
     ]

@@ -1,106 +1,158 @@
-"""A report as one HTML page that needs nothing else: no network, no script."""
+"""A report as one HTML page that needs nothing else: no network, and no script but the one that is in it."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
+import re
 from collections.abc import Iterable, Sequence
+from importlib import resources
 
+from hf_gradclip.analysis.curves import COLORS
 from hf_gradclip.analysis.figures import Picture
 from hf_gradclip.analysis.findings import findings
-from hf_gradclip.analysis.groups import COLUMNS, group_rows, recorded_groups
+from hf_gradclip.analysis.groups import COLUMNS as GROUP_COLUMNS
+from hf_gradclip.analysis.groups import group_rows, recorded_groups
+from hf_gradclip.analysis.ready import READY, Ready
+from hf_gradclip.analysis.replay import LIMIT_OF_REPLAY
 from hf_gradclip.analysis.run import Run, configs_of
+from hf_gradclip.analysis.tables import (
+    COLUMNS as OUTCOME_COLUMNS,
+)
 from hf_gradclip.analysis.tables import (
     SPIKE_COLUMNS,
     SUMMARY_COLUMNS,
     TENSOR_COLUMNS,
+    outcome_rows,
     spike_rows,
+    spike_texts,
     summary_rows,
     tensor_rows,
 )
+from hf_gradclip.analysis.values import data_of
 from hf_gradclip.outlier import WINDOW
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-:root { color-scheme: light; --ink: #1c1c1c; --soft: #5c5c5c; --line: #dedede; --paper: #ffffff; --mark: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 960px; padding: 24px 20px 64px; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 36px 0 8px; }
-p.facts { color: var(--soft); margin: 0 0 4px; font-size: 14px; overflow-wrap: anywhere; }
-ul.findings { margin: 12px 0 0; padding: 0; list-style: none; }
-ul.findings li { padding: 6px 0 6px 14px; border-left: 3px solid var(--mark); margin: 0 0 6px; }
-img { display: block; width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; min-width: 100%; }
-th, td { text-align: right; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { white-space: normal; min-width: 220px; }
-footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
-@media (max-width: 640px) { body { padding: 16px 14px 48px; } h1 { font-size: 21px; } }
-"""
 
-
-def page_of(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
+def page_of(runs: Sequence[Run], pictures: Sequence[Picture], ready: Sequence[Ready | None]) -> str:
     """The whole page."""
     title = "Clipping in " + " and ".join(run.name for run in runs)
+    many = len(runs) > 1
     parts = [f"<h1>{_text(title)}</h1>"]
     for run in runs:
-        meta, steps = run.gradient.meta, run.gradient.step_T
-        many = f"<h2>{_text(run.name)}</h2>" if len(runs) > 1 else ""
-        facts = [
-            configs_of(run.gradient),
-            f"{meta['backend']}, {meta['world']} process{'es' if meta['world'] != 1 else ''}",
-        ]
-        facts.append(f"steps {steps[0]:,} to {steps[-1]:,}, {len(run.gradient.names)} tensors")
-        parts += [many, *(f'<p class="facts">{_text(fact)}</p>' for fact in facts)]
+        parts += [f"<h2>{_text(run.name)}</h2>" if many else "", *_facts(run)]
         parts.append('<ul class="findings">' + "".join(f"<li>{_text(said)}</li>" for said in findings(run)) + "</ul>")
-    if len(runs) > 1:
+    if many:
         parts += ["<h2>Side by side</h2>", _table(SUMMARY_COLUMNS, summary_rows(runs))]
-    parts += [_figure(picture) for picture in pictures]
+    shared = [picture for picture in pictures if picture.kind in ("loss", "learning_rate", "norm", "rate")]
+    for picture in shared:
+        parts.append(_figure(picture))
+        if picture.kind == "norm":
+            parts += [_other_thresholds(i, runs, ready[i]) for i in range(len(runs))]
+    parts += [_figure(picture) for picture in pictures if picture not in shared]
     for run in runs:
-        of_run = f", {_text(run.name)}" if len(runs) > 1 else ""
-        if groups := recorded_groups(run.gradient):
-            parts += [f"<h2>Groups of parameters{of_run}</h2>", _table(COLUMNS, group_rows(groups), text=(1,))]
-        parts += [f"<h2>Tensors with the largest norms{of_run}</h2>", _table(TENSOR_COLUMNS, tensor_rows(run.gradient))]
-        if run.spikes:
-            parts += [f"<h2>Spikes{of_run}</h2>", _table(SPIKE_COLUMNS, spike_rows(run), text=(4, 5))]
+        parts += _tables(run, f", {run.name}" if many else "")
     foot = (
         f"A spike is a norm that stands out among the {WINDOW} before it by the rule of adaptive_norm: far above their "
-        "spread, and above three times their median."
+        "spread, and above three times their median. Under the pointer are the numbers of the nearest step."
     )
     body = "\n".join(part for part in parts if part)
+    return _document(
+        title, f"{body}\n<footer>{_text(foot)} Written by hf-gradclip report.</footer>", data_of(runs, ready)
+    )
+
+
+def _document(title: str, body: str, data: str) -> str:
+    style, script = _resource("page.css"), _resource("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<style>{STYLE}</style></head>\n<body>\n{body}\n'
-        f"<footer>{_text(foot)} Written by hf-gradclip report.</footer>\n</body></html>\n"
+        f'<link rel="icon" href="data:,">\n<style>{style}</style></head>\n<body>\n{body}\n'
+        f'<script type="application/json" id="data">{data}</script>\n<script>{script}</script>\n</body></html>\n'
     )
+
+
+def _resource(name: str) -> str:
+    return (resources.files("hf_gradclip.analysis") / name).read_text("utf-8")
+
+
+def _facts(run: Run) -> list[str]:
+    meta, steps = run.gradient.meta, run.gradient.step_T
+    facts = [
+        configs_of(run.gradient),
+        f"{meta['backend']}, {meta['world']} process{'es' if meta['world'] != 1 else ''}",
+        f"steps {steps[0]:,} to {steps[-1]:,}, {len(run.gradient.names)} tensors",
+    ]
+    return [f'<p class="facts">{_text(fact)}</p>' for fact in facts]
+
+
+def _other_thresholds(place: int, runs: Sequence[Run], ready: Ready | None) -> str:
+    """The replays of a run as a table, whose last row is what the slider chooses."""
+    if ready is None:
+        return ""
+    run = runs[place]
+    color, of_run = (f"var(--curve{place % len(COLORS)})", f", {run.name}") if len(runs) > 1 else ("var(--curve2)", "")
+    rows, chosen = outcome_rows(ready.outcomes), outcome_rows(ready.fixed[ready.start : ready.start + 1])
+    late = (
+        f" In a run this long these take minutes: hf-gradclip replay {run.folder} --clip NAME, of {', '.join(READY)}."
+    )
+    late = "" if ready.replays else late
+    return (
+        f'<section style="--limit: {color}"><h2>What another strategy would have done{_text(of_run)}</h2>\n'
+        f'<p class="note">{_text(LIMIT_OF_REPLAY)}{_text(late)}</p>\n'
+        f'<label class="slider">A fixed threshold, drawn into the norm above as a dashed line'
+        f'<input type="range" min="0" max="{len(ready.fixed) - 1}" value="{ready.start}" data-run="{place}" '
+        f'data-color="{color}"></label>\n'
+        f"{_table(OUTCOME_COLUMNS, [*rows, *chosen], chosen=len(rows))}</section>"
+    )
+
+
+def _tables(run: Run, of_run: str) -> list[str]:
+    parts = []
+    if groups := recorded_groups(run.gradient):
+        parts += [f"<h2>Groups of parameters{_text(of_run)}</h2>"]
+        parts += [_table(GROUP_COLUMNS, group_rows(groups), text=(1,))]
+    parts += [f"<h2>Tensors with the largest norms{_text(of_run)}</h2>"]
+    parts += [_table(TENSOR_COLUMNS, tensor_rows(run.gradient))]
+    if run.spikes:
+        parts += [f"<h2>Spikes{_text(of_run)}</h2>", _table(SPIKE_COLUMNS, spike_rows(run), text=(4, 5))]
+        parts += [_spike_text(title, examples) for title, examples in spike_texts(run)]
+    return parts
+
+
+def _spike_text(title: str, examples: Sequence[tuple[str, str]]) -> str:
+    items = "".join(f"<li><b>{_text(example)}</b> {_text(words)}</li>" for example, words in examples)
+    return f"<details><summary>{_text(title)}</summary><ol>{items}</ol></details>"
 
 
 def _figure(picture: Picture) -> str:
     return (
-        f'<h2>{_text(picture.title)}</h2>\n<picture id="{_text(picture.name)}">'
-        f'<source media="(max-width: 640px)" srcset="{_data(picture.narrow)}">'
-        f'<img src="{_data(picture.wide)}" alt="{_text(picture.text)}"></picture>'
+        f'<h2>{_text(picture.title)}</h2>\n<figure id="{_text(picture.name)}" data-kind="{picture.kind}" '
+        f'data-runs="{" ".join(map(str, picture.runs))}"><div class="wide">{picture.wide.svg}</div>'
+        f'<div class="narrow">{picture.narrow.svg}</div><div class="values"></div></figure>'
     )
 
 
-def _data(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], text: tuple[int, ...] = ()) -> str:
+def _table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], text: tuple[int, ...] = (), chosen: int | None = None
+) -> str:
+    """A table; columns at the places of `text` are words, and the row at the place `chosen` is a slider's."""
     kinds = [' class="text"' if i in text else "" for i in range(len(columns))]
     head = "".join(f"<th{kind}>{_text(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
-    lines = [
-        "<tr>" + "".join(f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
-        for row in rows
-    ]
+    lines, marks = [], ("", ' class="chosen"')
+    for i, row in enumerate(rows):
+        cells = [f"<td{kind}>{_broken(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)]
+        lines.append(f"<tr{marks[i == chosen]}>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _broken(words: str) -> str:
+    """Words that may be long names, which may go on in another line after a dot."""
+    shown = _text(words)
+    return re.sub(r"([.:=,])(?=\w)", r"\1<wbr>", shown) if max(map(len, words.split(" "))) > 20 else shown
 
 
 def _text(words: object) -> str:

@@ -16,7 +16,7 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import Record
 from hf_gradclip.record.spikes import find_spikes
 from hf_gradclip.spec import is_own
-from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
+from hf_gradclip.strategy import SpecError, State, Stateless, Strategy, describe, name_of, parts_of
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 
 LIMIT_OF_REPLAY = (
@@ -131,38 +131,63 @@ def replay(record: Record, strategy: Strategy) -> Replay:
     scale_TP = np.ones(record.norm_TP.shape)
     threshold_T = np.full(len(record), np.nan)
     skipped_T = np.zeros(len(record), dtype=bool)
+    at_once = isinstance(state, Stateless) and is_own(describe(strategy)) and not strategy.needs.loss
     with torch.inference_mode():
-        for t, stats in _statistics(record, layout):
-            plan, state = strategy.update(stats, state)
-            scale_TP[t] = plan.scale_S.numpy()
-            if plan.threshold is not None:
-                threshold_T[t] = float(plan.threshold)
-            skipped_T[t] = _skips(plan)
+        for rows, sumsq_TP, loss_T in _statistics(record):
+            if at_once:
+                scale_TP[rows], threshold_T[rows] = _all_at_once(strategy, state, layout, sumsq_TP)
+                continue
+            for t, sumsq_P, loss in zip(rows.tolist(), sumsq_TP, loss_T, strict=True):
+                plan, state = strategy.update(NormStats(sumsq_P, layout, loss=loss), state)
+                scale_TP[t] = plan.scale_S.numpy()
+                if plan.threshold is not None:
+                    threshold_T[t] = float(plan.threshold)
+                skipped_T[t] = _skips(plan)
     return Replay(describe(strategy), scale_TP, threshold_T, skipped_T)
 
 
-def _statistics(record: Record, layout: Layout) -> Iterator[tuple[int, NormStats]]:
-    """The finite steps. Norms by parameter are kept in float32, the total in float64, which they are brought to."""
+def _all_at_once(
+    strategy: Strategy, state: State, layout: Layout, sumsq_TP: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and thresholds of many steps, by a strategy that remembers nothing and skips nothing."""
+
+    def one(sumsq_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        plan, _ = strategy.update(NormStats(sumsq_P, layout), state)
+        unknown = sumsq_P.new_full((), torch.nan)
+        return plan.scale_S.expand(len(layout)), unknown if plan.threshold is None else plan.threshold
+
+    scale_TP, threshold_T = torch.func.vmap(one)(sumsq_TP)
+    return scale_TP.numpy(), threshold_T.numpy()
+
+
+def _statistics(record: Record) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+    """Rows of finite steps, their sums of squares by parameter, their losses.
+
+    Norms by parameter are kept in float32, the total in float64, which they are brought to.
+    """
     known = np.flatnonzero(record.finite_T)
     for rows in np.array_split(known, len(known) // AT_ONCE + 1):
         sumsq_TP = np.nan_to_num(record.norm_TP[rows].astype(np.float64)) ** 2  # NaN: a parameter was not there yet
         total_T1 = sumsq_TP.sum(axis=1, keepdims=True)
         sumsq_TP *= np.where(total_T1 > 0, record.norm_T[rows, None] ** 2 / np.where(total_T1 > 0, total_T1, 1), 1)
-        losses = torch.from_numpy(record.loss_T[rows])
-        for t, sumsq_P, loss in zip(rows.tolist(), torch.from_numpy(sumsq_TP), losses, strict=True):
-            yield t, NormStats(sumsq_P, layout, loss=loss)
+        yield rows, torch.from_numpy(sumsq_TP), torch.from_numpy(record.loss_T[rows])
 
 
 def _skips(plan: ClipPlan) -> bool:
     return plan.skip is not None and bool(plan.skip)
 
 
-def outcome_of(record: Record, found: Replay, spec: str) -> Outcome:
+def spikes_of(record: Record) -> np.ndarray:
+    """Which finite steps stand out by their norm, bool, shape (T,)."""
+    spikes_T = np.zeros(len(record), dtype=bool)
+    spikes_T[[spike.row for spike in find_spikes(record.norm_T.tolist(), [])]] = True
+    return spikes_T & record.finite_T
+
+
+def outcome_of(record: Record, found: Replay, spec: str, spikes_T: np.ndarray | None = None) -> Outcome:
     """A replay in numbers, against the spikes of the record; `spec` is what it is called."""
     finite = record.finite_T
-    spikes = np.zeros(len(record), dtype=bool)
-    spikes[[spike.row for spike in find_spikes(record.norm_T.tolist(), [])]] = True
-    spikes &= finite
+    spikes = spikes_of(record) if spikes_T is None else spikes_T
     clipped = found.clipped_T & finite
     squares = np.nan_to_num(record.norm_TP[finite].astype(np.float64)) ** 2
     with np.errstate(invalid="ignore"):

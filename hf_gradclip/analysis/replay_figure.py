@@ -1,65 +1,57 @@
-"""A picture of a replay: the recorded norms, and where each strategy would have begun to clip."""
+"""A picture of replays: the recorded norms, where each strategy would have begun to clip, and what it leaves."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from hf_gradclip.analysis.figures import label
+from hf_gradclip.analysis.curves import COLORS, DARK, DASHES, GREY, label, legend_above, logarithmic, plainly, thin
 from hf_gradclip.analysis.replay import Replay
+from hf_gradclip.analysis.svg import settings
 from hf_gradclip.record.files import Record
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-POINTS = 4000
 
-
-def draw_replay(record: Record, found: Sequence[Replay], path: Path) -> None:
-    """Write a PNG: a panel with norms and thresholds, and one with the scale of the whole gradient per strategy.
+def draw_replay(record: Record, found: Sequence[Replay], specs: Sequence[str], path: Path) -> None:
+    """Write a PNG of replays, each under the spec that was typed for it.
 
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("a picture needs matplotlib: pip install 'hf_gradclip[report]'.") from None
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    with settings(10) as figure_of:
+        figure = figure_of(9, 6)
+        draw_panels(figure, record, found, specs, narrow=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+
+
+def draw_panels(figure: Any, record: Record, found: Sequence[Replay], specs: Sequence[str], narrow: bool) -> None:
+    """A panel with norms and thresholds, and one with the scale of the whole gradient per strategy."""
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    every = max(1, len(record) // POINTS)
     steps, norms = record.step_T, np.where(record.finite_T & (record.norm_T > 0), record.norm_T, np.nan)
-    top.plot(*_highest(steps, norms, every), color="#888888", linewidth=0.8, label="recorded norm")
-    squares = record.norm_TP.astype(np.float64) ** 2
-    for run, color in zip(found, COLORS * (1 + len(found) // len(COLORS)), strict=False):
-        if np.isfinite(run.threshold_T).any():
-            top.plot(steps[::every], run.threshold_T[::every], color=color, linewidth=1.2, label=_short(run.spec))
+    top.plot(*thin(steps, norms), color=GREY, linewidth=0.8, label="recorded norm")
+    squares = np.nan_to_num(record.norm_TP.astype(np.float64), posinf=0.0) ** 2
+    for i, (run, spec) in enumerate(zip(found, specs, strict=True)):
+        style: dict[str, Any] = {
+            "color": COLORS[i % len(COLORS)],
+            "linestyle": DASHES[i // len(COLORS) % len(DASHES)],
+            "linewidth": 1.2,
+            "label": label("\n".join(textwrap.wrap(spec.replace("+", " + "), 60))),
+        }
+        known = np.isfinite(run.threshold_T).any()
+        top.plot(*(thin(steps, run.threshold_T, np.nanmin) if known else ([], [])), **style)
         with np.errstate(invalid="ignore", divide="ignore"):
             scale = np.sqrt((squares * run.scale_TP**2).sum(axis=1) / squares.sum(axis=1))
-        x, y = _highest(steps, -scale, every)
-        bottom.plot(x, -y, color=color, linewidth=1.0, label=_short(run.spec))
-    top.set_yscale("log")
-    top.set_ylabel("norm, and where clipping begins")
-    top.legend(frameon=False, fontsize=8)
-    bottom.set_ylabel("norm after / before")
-    bottom.set_xlabel("step")
+        scale = np.where(run.skipped_T, 0.0, scale)
+        bottom.plot(*thin(steps, scale, np.nanmin), **style)
+    logarithmic(top)
+    top.set_ylabel("norm and threshold", color=DARK)
+    bottom.set_ylabel("norm after / before", color=DARK)
+    bottom.set_xlabel("step", color=DARK)
     bottom.set_ylim(0, 1.05)
-    bottom.legend(frameon=False, fontsize=8)
     for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def _highest(steps: np.ndarray, values: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray]:
-    """One point for every so many steps, the highest of them, so that a spike is not lost."""
-    if every == 1:
-        return steps, values
-    whole = len(steps) // every * every
-    blocks = np.where(np.isnan(values[:whole]), -np.inf, values[:whole]).reshape(-1, every)
-    highest = blocks.max(axis=1)
-    return steps[:whole:every], np.where(np.isinf(highest), np.nan, highest)
-
-
-def _short(spec: str) -> str:
-    return label(spec if len(spec) < 60 else spec[:57] + "...")
+        plainly(axes)
+    legend_above(top, narrow=narrow or max(map(len, specs)) > 30)

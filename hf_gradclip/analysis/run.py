@@ -26,7 +26,8 @@ class Run:
         folder: where the record is.
         gradient: the record of the gradients.
         update: the record of the updates; None where they were not clipped.
-        spikes: the files of rank 0 in order, each with the examples that other ranks held under `other_ranks`.
+        spikes: the files of rank 0 in order, each with the examples that other ranks held under `other_ranks`, and the
+            files of those ranks that have text under `texts`.
         unread: the names of files among them that are none.
     """
 
@@ -56,6 +57,7 @@ def _spikes(folder: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     unread: list[str] = []
     found: dict[int, dict[str, Any]] = {}
     others: dict[int, dict[str, Any]] = {}
+    texts: dict[int, dict[str, Any]] = {}
     for path in sorted((folder / "spikes").glob("step_*.json")):
         try:
             spike = read_spike(path)
@@ -66,7 +68,11 @@ def _spikes(folder: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
             found[spike["step"]] = spike
         else:
             others.setdefault(spike["step"], {})[str(spike["rank"])] = spike["examples"]
-    return [{**found[step], "other_ranks": others.get(step, {})} for step in sorted(found)], tuple(unread)
+            if "text" in spike:
+                texts.setdefault(spike["step"], {})[str(spike["rank"])] = spike
+    steps = sorted(found)
+    more = [{"other_ranks": others.get(step, {}), "texts": texts.get(step, {})} for step in steps]
+    return [{**found[step], **words} for step, words in zip(steps, more, strict=True)], tuple(unread)
 
 
 def total_scale(record: Record) -> np.ndarray:

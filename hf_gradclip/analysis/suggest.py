@@ -36,7 +36,7 @@ def suggest(record: Record, rate: float) -> list[Outcome]:
     if not len(norms):
         raise ValueError("suggest: the record has no finite norm above 0.")
     limit = float(np.quantile(norms, 1 - rate))
-    whole = _of_the_whole(record)
+    whole = of_the_whole(record)
     return [
         _replayed(whole, f"global_norm:max_norm={limit:.4g}"),
         _nearest(whole, rate, "autoclip:percentile={:.4g}", PERCENTILES, 100 * (1 - rate)),
@@ -59,7 +59,7 @@ def misses(outcomes: list[Outcome], rate: float) -> list[str]:
     ]
 
 
-def _of_the_whole(record: Record) -> Record:
+def of_the_whole(record: Record) -> Record:
     """The record with all parameters as one: these strategies go by the norm of the whole alone."""
     return replace(
         record,

@@ -1,17 +1,17 @@
-"""The tables of reports and replays, as cells and for the terminal."""
+"""The tables of reports and replays, as cells."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from hf_gradclip.analysis.findings import tensors_of
+from hf_gradclip.analysis.names import plain
 from hf_gradclip.analysis.replay import Outcome
 from hf_gradclip.analysis.run import Run, clipped_steps, total_scale
 from hf_gradclip.record.files import Record
-from hf_gradclip.say import printable
 
 COLUMNS = ("strategy", "clipped", "mean scale", "spikes", "false alarms", "threshold")
 SUMMARY_COLUMNS = (
@@ -29,6 +29,7 @@ TENSOR_COLUMNS = ("tensor", "median norm", "largest", "in step", "share", "clipp
 SPIKE_COLUMNS = ("step", "norm", "z", "loss", "largest tensors", "examples")
 MOST_TENSORS = 15
 MOST_EXAMPLES = 12
+MOST_TEXTS, MOST_LETTERS = 30, 1000
 LAST = 20
 
 
@@ -81,7 +82,7 @@ def tensor_rows(record: Record) -> list[tuple[str, ...]]:
     """The tensors with the largest norms as cells, in the order of TENSOR_COLUMNS."""
     return [
         (
-            tensor.name,
+            plain(tensor.name),
             f"{tensor.median_norm:.3g}",
             f"{tensor.largest_norm:.3g}",
             f"{tensor.largest_step:,}",
@@ -102,11 +103,34 @@ def spike_rows(run: Run) -> list[tuple[str, ...]]:
             _number(spike["norm"]),
             _number(spike["z"]),
             _number(spike["loss"]),
-            ", ".join(f"{tensor['name']} {tensor['share']:.0%}" for tensor in spike["tensors"][:3]),
+            ", ".join(
+                f"{plain(tensor['name'])} {tensor['share']:.0%}" for tensor in spike["tensors"][:3] if tensor["share"]
+            ),
             _examples(spike),
         )
         for spike in run.spikes
     ]
+
+
+def spike_texts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Of the spikes whose examples were recorded with their text: a title, and each example with its words."""
+    found = []
+    for spike in run.spikes:
+        ranks = {"0": spike, **spike.get("texts", {})}
+        examples = [
+            (f"rank {rank}, {example}" if len(ranks) > 1 else str(example), _cut(words))
+            for rank, held in ranks.items()
+            if isinstance(held["examples"], list)
+            for example, words in zip(held["examples"], held.get("text", []), strict=False)
+        ]
+        if examples:
+            one = len(examples) == 1
+            found.append((f"Step {spike['step']:,}: {len(examples)} example{'s'[: not one]}", examples))
+    return found[:MOST_TEXTS]
+
+
+def _cut(words: str) -> str:
+    return words if len(words) <= MOST_LETTERS else f"{words[:MOST_LETTERS]} ... ({len(words):,} letters)"
 
 
 def _number(value: Any) -> str:
@@ -124,38 +148,3 @@ def _examples(spike: dict[str, Any]) -> str:
             words = str(examples)
         said.append(f"rank {rank}: {words}" if rank else words)
     return "; ".join(said)
-
-
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """Print a table. Names in it are of somebody's model: they are shown as they are, and control nothing.
-
-    Raises:
-        ImportError: without rich.
-    """
-    _, box, table, text = _rich()
-    first, *others = columns
-    shown = table.Table(
-        table.Column(first, overflow="fold"), *others, title=title or None, title_justify="left", box=box.SIMPLE_HEAD
-    )
-    for row in rows:
-        shown.add_row(*(text.Text(printable(cell)) for cell in row))
-    _rich()[0].Console().print(shown)
-
-
-def say(*lines: str) -> None:
-    """Print lines, folded at the width of the terminal.
-
-    Raises:
-        ImportError: without rich.
-    """
-    console = _rich()[0].Console()
-    for line in lines:
-        console.print(printable(line), markup=False, highlight=False, emoji=False)
-
-
-def _rich() -> tuple[Any, Any, Any, Any]:
-    try:
-        from rich import box, console, table, text
-    except ImportError:
-        raise ImportError("tables need rich: pip install 'hf_gradclip[report]'.") from None
-    return console, box, table, text

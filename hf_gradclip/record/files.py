@@ -63,9 +63,11 @@ def folder_of(run: str | Path) -> Path:
     """The folder with the record: `run` itself, or its `gradclip`.
 
     Raises:
-        FileNotFoundError: if neither holds a record.
+        FileNotFoundError: if neither holds a record, or there is no such folder.
     """
     run = Path(run)
+    if not run.exists():
+        raise FileNotFoundError(f"{run}: is not there. Give the output_dir of a recorded run.")
     for folder in (run / FOLDER, run):
         if any(folder.glob("*-*.parquet")):
             return folder

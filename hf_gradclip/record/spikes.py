@@ -101,6 +101,8 @@ def read_spike(path: Path) -> dict[str, Any]:
             and all(number is None or number == "inf" or type(number) in (int, float) for number in numbers)
             and all(isinstance(word, str) for word in words)
             and isinstance(spike["examples"], (list, str))
+            and isinstance(text := spike.get("text", []), list)
+            and all(isinstance(word, str) for word in text)
         )
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         sound = False

@@ -15,6 +15,11 @@ from hf_gradclip.record.files import FOLDER, Record, read_record
 from hf_gradclip.record.parts import write_part
 from hf_gradclip.strategy import describe
 
+LORA_NAMES = tuple(
+    f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{factor}.default.weight"
+    for i in (0, 1)
+    for factor in "AB"
+)
 NAMES = ("embed.weight", "layers.0.up.weight", "layers.0.down.weight", "head.weight")
 
 

@@ -118,7 +118,7 @@ def test_a_name_in_a_picture_has_its_dollars() -> None:
     """What is drawn for a name is what is drawn for it where matplotlib reads no formulas at all."""
     from matplotlib.figure import Figure
 
-    from hf_gradclip.analysis.figures import label
+    from hf_gradclip.analysis.curves import label
 
     def drawn(text: str, parse: bool) -> bytes:
         figure = Figure(figsize=(3, 1))
@@ -149,11 +149,13 @@ SPIKE |= {"tensors": [{"name": "head.weight", "norm": 7.0, "share": 0.87}], "exa
         json.dumps({**SPIKE, "tensors": [{"name": 1, "share": 0.5}]}),
         json.dumps({**SPIKE, "tensors": [{"name": "a"}]}),
         json.dumps({**SPIKE, "examples": None}),
+        json.dumps({**SPIKE, "text": "words"}),
+        json.dumps({**SPIKE, "text": [None]}),
         json.dumps({key: value for key, value in SPIKE.items() if key != "rank"}),
         "[" * 20_000,
         b"\xff\xfe",
     ],
-    ids=range(14),
+    ids=range(16),
 )
 @pytest.mark.parametrize("how", [[], ["--text"]])
 def test_a_malformed_spike_is_left_out_and_said(tmp_path, capsys, content, how) -> None:

@@ -41,7 +41,7 @@ def test_a_run_shows_its_groups(tmp_path, capsys) -> None:
     rows = group_rows(recorded_groups(run.gradient))
     assert [row[0] for row in rows] == ["embed", "deep", "rest"]
     assert len(rows[0]) == len(COLUMNS)
-    page = page_of([run], [])
+    page = page_of([run], [], [None])
     assert "Groups of parameters" in page
     assert "<td>deep</td>" in page
     print_report([tmp_path])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from hf_gradclip.analysis.ready import READY, ready_of
 from hf_gradclip.analysis.replay import difference, outcome_of, replay, strategy_for_replay
 from hf_gradclip.analysis.suggest import misses, suggest
 from hf_gradclip.strategy import SpecError
+from hf_gradclip.types import Layout, NormStats
 from tests.analysis.records import norms_of, record_by_hand, recorded
 from tests.strategies.past import Past
 
@@ -184,3 +187,55 @@ def test_a_suggestion_for_a_long_run_is_what_its_replay_says_and_comes_after_few
             outcome.caught,
             outcome.false_alarms,
         )
+
+
+@pytest.mark.parametrize("spec", ["global_norm:max_norm=0.6", "param_norm:max_norm=0.3", "soft:max_norm=2", "none"])
+def test_steps_that_are_judged_at_once_are_judged_alike(spec) -> None:
+    """By a strategy that remembers nothing: what it says of each step by itself, of a run with NaN and a zero norm."""
+    norms = norms_of()
+    norms[33, 1], norms[40] = np.nan, 0.0
+    record = record_by_hand(norms)
+    strategy = strategy_for_replay(spec)
+    layout = Layout.of_parameters(record.names, record.numel_P.tolist(), torch.device("cpu"))
+    found = replay(record, strategy)
+    for t in range(len(record)):
+        if t == 33:
+            assert (found.scale_TP[t] == 1).all()
+            continue
+        sumsq_P = torch.from_numpy(record.norm_TP[t].astype(np.float64)) ** 2
+        plan, _ = strategy.update(NormStats(sumsq_P, layout), strategy.init(layout))
+        np.testing.assert_allclose(found.scale_TP[t], plan.scale_S.expand(4).numpy(), rtol=1e-6)
+        assert plan.threshold is None or found.threshold_T[t] == float(plan.threshold)
+    assert found.clipped_T.any() == (spec != "none")
+
+
+class TestReady:
+    def test_each_is_what_a_replay_finds(self) -> None:
+        norms = norms_of(300)
+        record = record_by_hand(norms, np.where(np.arange(300) % 9 == 0, 0.5, 1.0)[:, None] * np.ones((1, 4)))
+        found = ready_of(record)
+        assert [outcome.spec for outcome in found.outcomes] == ["as recorded", *READY]
+        assert found.outcomes[0].rate == pytest.approx(34 / 300)
+        for outcome in (*found.outcomes[1:], *found.fixed[::7]):
+            again = outcome_of(record, replay(record, strategy_for_replay(outcome.spec)), outcome.spec)
+            assert again.rate == outcome.rate
+            assert again.mean_scale == pytest.approx(outcome.mean_scale, rel=1e-5)
+            assert (again.caught, again.false_alarms) == (outcome.caught, outcome.false_alarms)
+
+    @pytest.mark.parametrize("level", [1.0, 1e-3, 1e6])
+    def test_thresholds_lie_where_they_change_something(self, level) -> None:
+        """From all steps to none, one step in 20 among them, and no two neighbours far apart."""
+        rates = [outcome.rate for outcome in ready_of(record_by_hand(norms_of(300) * level)).fixed]
+        assert (rates[0], rates[-1]) == (1.0, 0.0)
+        assert rates == sorted(rates, reverse=True)
+        assert max(np.diff(rates[::-1])) <= 0.12
+        assert min(abs(rate - 0.05) for rate in rates) < 0.01
+
+    def test_nothing_finite_is_no_replay(self) -> None:
+        assert ready_of(record_by_hand(np.full((5, 4), np.nan))) is None
+
+    def test_a_long_run_has_fixed_thresholds_alone(self, monkeypatch) -> None:
+        monkeypatch.setattr("hf_gradclip.analysis.ready.MOST_STEPS", 100)
+        found = ready_of(record_by_hand(norms_of(120)))
+        assert found.replays == ()
+        assert len(found.fixed) > 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -11,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_gradclip.analysis.figures import BINS, MOST_ROWS, POINTS, heat_of, rolling_rate, rows_of, thin
+from hf_gradclip.analysis.curves import POINTS, rolling_rate, smooth, thin
 from hf_gradclip.analysis.findings import findings, tensors_of
+from hf_gradclip.analysis.heat import BINS, MOST_ROWS, heat_of, rows_of
 from hf_gradclip.analysis.report import print_report, write_report
 from hf_gradclip.analysis.run import Run, load_run
 from hf_gradclip.analysis.tables import spike_rows, summary_rows
 from hf_gradclip.cli import main
 from hf_gradclip.record.files import FOLDER, Record
-from tests.analysis.records import NAMES, norms_of, record_by_hand, save
+from tests.analysis.records import LORA_NAMES, NAMES, norms_of, record_by_hand, save
 
 
 def run_of(record: Record, spikes: list[dict] | None = None, update: Record | None = None) -> Run:
@@ -35,6 +37,12 @@ def spike(step: int, **changes) -> dict:
     made = {"step": step, "norm": 7.5, "z": 12.0, "loss": 5.0, "learning_rate": 1e-3, "threshold": 1.0, "rank": 0}
     tensors = [{"name": NAMES[1], "norm": 7.0, "share": 0.87}]
     return {**made, "tensors": tensors, "examples": [3, 1, 4], "other_ranks": {}, **changes}
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """A page without pictures, which take most of its time."""
+    monkeypatch.setattr("hf_gradclip.analysis.report.pictures_of", lambda *_: [])
 
 
 class TestFindings:
@@ -167,10 +175,32 @@ class TestCurves:
     def test_the_heat_map_holds_the_largest_norm_of_a_bin(self) -> None:
         norms = norms_of(3000)
         norms[5, 2] = 0.0
-        names, heat, starts = heat_of(record_by_hand(norms))
-        assert (list(names), heat.shape, len(starts)) == (list(NAMES), (4, BINS), BINS)
-        np.testing.assert_allclose(heat[1], norms[:, 1].reshape(BINS, 10).max(axis=1), rtol=1e-6)
-        assert np.isnan(heat_of(record_by_hand(norms[:20]))[1][2, 5])
+        heat = heat_of(record_by_hand(norms))
+        assert (heat.names, heat.norm_RB.shape, len(heat.first_B)) == (list(NAMES), (4, BINS), BINS)
+        np.testing.assert_allclose(heat.norm_RB[1], norms[:, 1].reshape(BINS, 10).max(axis=1), rtol=1e-6)
+        assert (heat.first_B[:2].tolist(), heat.last_B[:2].tolist()) == ([1, 11], [10, 20])
+        assert np.isnan(heat_of(record_by_hand(norms[:20])).norm_RB[2, 5])
+
+    def test_a_step_that_is_not_finite_is_broken_where_it_was(self) -> None:
+        """The other tensors show their norms; a step that a loss scaler dropped is broken nowhere."""
+        norms = norms_of()[:40]
+        norms[7, 1] = np.nan
+        norms[8, 2] = np.inf
+        norms[9] = np.nan
+        norms[20] = np.nan
+        totals = np.where(np.arange(40) == 20, np.inf, np.nan_to_num(np.sqrt((norms**2).sum(axis=1)), nan=np.nan))
+        heat = heat_of(record_by_hand(norms, norm_T=totals))
+        assert [np.flatnonzero(row).tolist() for row in heat.broken_RB] == [[9], [7, 9], [8, 9], [9]]
+        assert heat.norm_RB[0, 7] == pytest.approx(norms[7, 0])
+        assert np.isnan(heat.norm_RB[:, 20]).all()
+
+    def test_a_curve_among_others_has_its_medians(self) -> None:
+        values = np.random.default_rng(0).standard_normal(400)
+        values[[50, 51]] = np.nan
+        found = smooth(values)
+        assert found[200] == np.median(values[195:206])
+        assert found[50] == np.nanmedian(values[45:56])
+        assert np.isnan(smooth(np.full(30, np.nan))).all()
 
 
 def test_the_files_of_a_page(tmp_path) -> None:
@@ -183,14 +213,128 @@ def test_the_files_of_a_page(tmp_path) -> None:
         (tmp_path / "one" / FOLDER / "spikes" / f"{name}.json").write_text(json.dumps(found))
     page, *pictures = write_report([tmp_path / "one"])
     text = page.read_text("utf-8")
-    assert [path.name for path in pictures] == ["loss.png", "norm.png", "rate.png", "heat.png", "update.png"]
+    assert [path.name for path in pictures] == [
+        "loss.png",
+        "learning_rate.png",
+        "norm.png",
+        "rate.png",
+        "heat.png",
+        "update.png",
+        "strategies.png",
+    ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    inside = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="[^"]+"', text)
-    assert [base64.b64decode(data) for data in inside] == [path.read_bytes() for path in pictures]
-    assert not re.search(r'(?:src|href|srcset)="(?!data:)', text)
-    assert "<script" not in text
+    assert re.findall(r'<figure id="([a-z_]+)"', text) == [path.stem for path in pictures]
+    assert text.count("<svg ") == 2 * len(pictures), "one for a wide page and one for a phone"
+    assert not re.search(r'(?:src|href|srcset)="(?!data:|#)', text)
+    ids = re.findall(r'<[^>]* id="([^"]+)"', text)
+    assert len(ids) > 100
+    referred = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert referred <= set(ids)
     assert "rank 0: 3, 1, 4; rank 1: unknown" in text
     assert findings(load_run(tmp_path / "one"))[0] in text
+
+
+def test_only_the_scripts_of_the_page_run(tmp_path) -> None:
+    """By the policy that is in it; a name in a record closes no element."""
+    evil = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a&b", '"><b>')
+    save(record_by_hand(norms_of(), names=evil), tmp_path)
+    text = write_report([tmp_path], tmp_path / "x.html")[0].read_text("utf-8")
+    (allowed,) = re.findall(r"script-src 'sha256-([^']+)'", text)
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL)
+    assert [kind for kind, _ in scripts] == [' type="application/json" id="data"', ""]
+    assert base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode() == allowed
+    assert json.loads(scripts[0][1])[0]["heat"][0]["names"] == [*evil]
+    assert "<img" not in text
+    assert "<b>" not in text
+
+
+@pytest.mark.parametrize("name", ["x.html", "below/x.HTM"])
+def test_one_file(tmp_path, name, capsys, undrawn) -> None:
+    save(record_by_hand(norms_of()), tmp_path / "a")
+    assert main(["report", str(tmp_path / "a"), "--out", str(tmp_path / name)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name)]
+    assert (tmp_path / name).is_file()
+    assert not (tmp_path / "a" / FOLDER / "report.html").exists()
+
+
+def test_a_comparison_leaves_the_page_of_its_first_run_alone(tmp_path, undrawn) -> None:
+    for name in "ab":
+        save(record_by_hand(norms_of()), tmp_path / name)
+    (own,) = (path for path in write_report([tmp_path / "a"]) if path.suffix == ".html")
+    before = own.read_bytes()
+    (page,) = write_report([tmp_path / "a", tmp_path / "b"])
+    assert page == tmp_path / "a" / FOLDER / "with_b" / "report.html"
+    assert own.read_bytes() == before
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys) -> None:
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: is not there." in capsys.readouterr().err
+
+
+class TestLora:
+    """Of the two factors of an adapter one begins at 0, and until it moves the other's gradient is exactly 0."""
+
+    def record(self, zeros: int, rates: int, **changes) -> Record:
+        norms = norms_of()
+        norms[:zeros, ::2] = 0.0
+        return record_by_hand(norms, names=LORA_NAMES, learning_rate_T=np.arange(120) >= rates, **changes)
+
+    @pytest.mark.parametrize(("zeros", "rates"), [(1, 0), (2, 1)])
+    def test_its_beginning_is_no_news(self, zeros, rates) -> None:
+        """With a warm-up the rate is 0 in the first step, so that nothing has moved in the second."""
+        assert not [said for said in findings(run_of(self.record(zeros, rates))) if "exactly 0" in said]
+
+    @pytest.mark.parametrize(("zeros", "rates"), [(2, 0), (40, 1)])
+    def test_what_is_still_0_later_is(self, zeros, rates) -> None:
+        said = [said for said in findings(run_of(self.record(zeros, rates))) if "exactly 0" in said]
+        name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+        assert said[0] == f"Norm exactly 0 for {name} in {zeros} of 120 steps."
+
+    def test_a_skipped_first_step_moves_nothing(self) -> None:
+        record = self.record(2, 0, skipped_T=np.arange(120) == 0)
+        assert not [said for said in findings(run_of(record)) if "exactly 0" in said]
+
+    def test_another_tensor_is_named_from_the_first_step_on(self) -> None:
+        norms = norms_of()
+        norms[0, 1] = 0.0
+        assert f"Norm exactly 0 for {NAMES[1]} in 1 of 120 steps." in findings(run_of(record_by_hand(norms)))
+
+    def test_what_peft_puts_before_all_names_is_left_out(self, tmp_path) -> None:
+        save(self.record(1, 0), tmp_path)
+        page = write_report([tmp_path], tmp_path / "x.html")[0].read_text("utf-8")
+        assert "base_model" not in page
+        assert "lora_A" in page
+
+
+def test_where_a_nan_was_is_said() -> None:
+    norms = norms_of()
+    norms[[7, 50]] = np.nan
+    assert not [said for said in findings(run_of(record_by_hand(norms))) if "it was in" in said]
+    norms[50] = 1.0
+    norms[50, 2] = np.inf
+    said = findings(run_of(record_by_hand(norms)))
+    assert f"In step 51 it was in 1 of 4 tensors: {NAMES[2]}." in said
+
+
+def test_the_text_of_a_spike_is_shown(tmp_path, capsys, monkeypatch, undrawn) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    save(record_by_hand(norms_of()), tmp_path)
+    folder = tmp_path / FOLDER / "spikes"
+    folder.mkdir()
+    first = {**spike(61), "text": ["<i>one</i>\ntwo", "x" * 3000, "three"]}
+    other = {**spike(61, rank=1, examples=[8]), "text": ["of rank one"]}
+    for name, found in (("step_61", first), ("step_61_rank1", other)):
+        found.pop("other_ranks")
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    text = write_report([tmp_path], tmp_path / "x.html")[0].read_text("utf-8")
+    assert "<summary>Step 61: 4 examples</summary>" in text
+    assert "<li><b>rank 0, 3</b> &lt;i&gt;one&lt;/i&gt;\ntwo</li>" in text
+    assert f"<b>rank 0, 1</b> {'x' * 1000} ... (3,000 letters)</li>" in text
+    assert "<li><b>rank 1, 8</b> of rank one</li>" in text
+    print_report([tmp_path])
+    said = capsys.readouterr().out
+    assert "- rank 0, 3: <i>one</i> two" in said
 
 
 @pytest.mark.filterwarnings("error")
@@ -207,10 +351,13 @@ def test_runs_side_by_side(tmp_path, monkeypatch, capsys) -> None:
     assert {path.name for path in files} == {
         "report.html",
         "loss.png",
+        "learning_rate.png",
         "norm.png",
         "rate.png",
         "heat_a.png",
         "heat_b.png",
+        "strategies_a.png",
+        "strategies_b.png",
     }
     rows = summary_rows([load_run(tmp_path / "a"), load_run(tmp_path / "b")])
     medians = [float(row[4]) for row in rows]
