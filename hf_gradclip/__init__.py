@@ -9,13 +9,12 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.flags import ClipArguments
 from hf_gradclip.functional import clip_grad_norm_
 from hf_gradclip.strategy import Strategy
+from hf_gradclip.version import __version__
 
 if TYPE_CHECKING:
     from hf_gradclip.integrations.accelerate import attach
     from hf_gradclip.integrations.patch import patch, patch_all
     from hf_gradclip.integrations.trainer import GradClipMixin, GradClipTrainer
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "ClipArguments",
@@ -24,6 +23,7 @@ __all__ = [
     "GradClipMixin",
     "GradClipTrainer",
     "Strategy",
+    "__version__",
     "attach",
     "clip_grad_norm_",
     "patch",

@@ -1,4 +1,4 @@
-"""`hf-gradclip`: run a script with clipping; report, replay or suggest from a recorded run; list and explain."""
+"""`hf-gradclip`: run a script with clipping; report, replay, suggest or watch from a record; list and explain."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hf_gradclip import __version__
 from hf_gradclip.say import printable
 from hf_gradclip.strategy import SpecError
+from hf_gradclip.version import __version__
 
 DONE, BAD_INPUT = 0, 2
 _RUN = "[-h] [--clip SPEC] [--record true|text|false] -- (FILE.py | -m MODULE | COMMAND) [ARGUMENT ...]"
@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     suggest.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run")
     suggest.add_argument("--rate", type=float, default=0.05, help="wanted share of clipped steps (default 0.05)")
     suggest.set_defaults(run_command=_suggest)
+
+    watch = commands.add_parser("watch", help="a run in the terminal while it goes on, from its record")
+    watch.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run, which may not have begun")
+    watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between looks (default 2)")
+    watch.add_argument("--once", action="store_true", help="look once, print it and end; needs no rich")
+    watch.set_defaults(run_command=_watch)
 
     commands.add_parser("list", help="strategies and presets, with their fields").set_defaults(run_command=_list)
 
@@ -138,6 +144,12 @@ def _suggest(args: argparse.Namespace) -> None:
     outcomes = suggest(read_record(args.run), args.rate)
     show_table(COLUMNS, outcome_rows(outcomes), f"To clip {args.rate:.1%} of the steps:")
     say("", *misses(outcomes, args.rate), LIMIT_OF_REPLAY)
+
+
+def _watch(args: argparse.Namespace) -> None:
+    from hf_gradclip.analysis.watch import watch
+
+    watch(args.run, args.every, args.once)
 
 
 def _explain(args: argparse.Namespace) -> None:

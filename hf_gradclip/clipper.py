@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_gradclip import kernels
-from hf_gradclip.config import ClipConfig
+from hf_gradclip.config import Clip, ClipConfig
 from hf_gradclip.decision import CLIP, LEAVE, NONFINITE, SKIP, Decision, Measure, Outcome, Taker, as_loss, judge
-from hf_gradclip.events import KINDS
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
 from hf_gradclip.guard import Guard, NonFiniteError
@@ -20,6 +19,7 @@ from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
 from hf_gradclip.say import logger
 from hf_gradclip.seat import brought, seen_by
+from hf_gradclip.settings import LoopSettings, split
 from hf_gradclip.state import packed, unpacked
 from hf_gradclip.strategy import State, name_of, parts_of
 from hf_gradclip.suits import refuse_in_a_loop, refuse_unsuited
@@ -27,6 +27,9 @@ from hf_gradclip.types import Layout
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import View
 from hf_gradclip.watching import Events
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["CLIP", "LEAVE", "NONFINITE", "SKIP", "Clipper", "Decision", "NonFiniteError", "Outcome"]
 
@@ -75,7 +78,13 @@ class Clipper:
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, spec: Any = "adaptive", *, optimizer: Any = None, scaler: Any = None, **settings: Any
+        cls,
+        model: nn.Module | list[tuple[str, nn.Parameter]],
+        spec: Clip = "adaptive",
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: Any = None,
+        **settings: Unpack[LoopSettings],
     ) -> Clipper:
         """A clipper for the `.grad` of a model's trainable parameters.
 
@@ -88,14 +97,14 @@ class Clipper:
                 spec; `on_spike`, `on_skip` and `on_nonfinite`, functions of an Event.
 
         Raises:
-            TypeError: for something else than a model, or than a function.
+            TypeError: for something else than a model, or than a function; for an unknown keyword.
             SpecError: for a wrong spec; for one with an `update`, which only the optimizer can clip.
             UnsupportedBackendError: where `fold=True` or `skip_sync=False` cannot be exact.
             ValueError: if nothing is trainable.
         """
         insist_on_model(model)
-        handlers = {kind: settings.pop(kind, None) for kind in KINDS}
-        config = ClipConfig.parse(spec, **settings)
+        of_config, handlers = split(settings)
+        config = ClipConfig.parse(spec, **of_config)
         refuse_in_a_loop(config, optimizer)
         clipper = cls(config, view_of(model, guarded=is_scaling(scaler)))
         clipper.events.hear(handlers)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hf_gradclip.grouped import is_grouped
 from hf_gradclip.logged import WORDS, read_words
@@ -232,6 +232,10 @@ class ClipConfig:
             "console": console,
         }
         return cls(**settings | {key: value for key, value in given_apart.items() if value is not None})
+
+
+Clip: TypeAlias = str | float | Mapping[Any, Any] | ClipConfig | Strategy | None
+"""What a person writes as `clip`."""
 
 
 def _settings(spec: Any) -> dict[str, Any]:

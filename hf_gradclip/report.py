@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable
@@ -200,18 +201,46 @@ class ClipReport:
 
     def summary(self) -> dict[str, float]:
         """The whole run on this process: steps, clipped, rate, skipped, nonfinite, norm_median, norm_max, threshold."""
-        self._drain()
-        shown: dict[str, float] = dict(self._run)
-        shown["rate"] = self._run["clipped"] / max(self._run["steps"], 1)
-        if self._all_norms:
-            shown["norm_median"] = statistics.median(self._all_norms)
-            shown["norm_max"] = max(self._all_norms)
-        if "threshold" in self._last:
-            shown["threshold"] = self._last["threshold"]
+        twin = self._read_copy()
+        shown: dict[str, float] = dict(twin._run)
+        shown["rate"] = twin._run["clipped"] / max(twin._run["steps"], 1)
+        if twin._all_norms:
+            shown["norm_median"] = statistics.median(twin._all_norms)
+            shown["norm_max"] = max(twin._all_norms)
+        if "threshold" in twin._last:
+            shown["threshold"] = twin._last["threshold"]
         return shown
 
+    def norms(self) -> list[float]:
+        """The finite norms of the whole run on this process, in their order."""
+        return self._read_copy()._all_norms
+
+    @property
+    def steps(self) -> int:
+        """How many were counted in the whole run."""
+        return self._run["steps"] + self._steps
+
+    def __repr__(self) -> str:
+        return (
+            f"ClipReport({self.prefix}, {self.steps} steps; summary() is of all, scalars() of those since the last log)"
+        )
+
+    def _read_copy(self) -> ClipReport:
+        """A copy that has read everything, so that what is logged next is what it would have been."""
+        twin = copy.copy(self)
+        vars(twin).update({name: held.copy() for name, held in vars(self).items() if isinstance(held, (list, dict))})
+        twin._warned_zero = True
+        twin._drain()
+        return twin
+
     def closing_line(self) -> str:
-        """The whole run on this process, in words."""
+        """`in_words` at the end of a run; what comes is counted anew."""
+        for report in (self, *self._groups.values()):
+            report._drain()
+        return self.in_words()
+
+    def in_words(self) -> str:
+        """The whole run on this process."""
         run = self.summary()
         text = (
             f"{self.prefix}: steps {run['steps']:.0f}, clipped {run['clipped']:.0f} ({run['rate']:.1%}), "

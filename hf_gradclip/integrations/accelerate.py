@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.config import Clip
 from hf_gradclip.events import Handler
 from hf_gradclip.integrations.arguments import insist_on_accelerator, insist_on_switches, record_folder
 from hf_gradclip.integrations.attachment import Attachment
@@ -28,7 +29,7 @@ from hf_gradclip.strategy import name_of
 
 def attach(
     accelerator: Accelerator,
-    clip: Any = "adaptive",
+    clip: Clip = "adaptive",
     *,
     auto: bool = False,
     joint: bool = False,

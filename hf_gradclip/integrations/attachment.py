@@ -86,6 +86,10 @@ class Attachment:
         self._steps, self._finished = 0, False
         self._follow(accelerator)
 
+    def __repr__(self) -> str:
+        made = ", ".join(f"{clipper!r} after {clipper.report.steps} steps" for clipper in self._clippers.made)
+        return f"{type(self).__name__}({made or f'{self.models.config}, no model is prepared'})"
+
     def paused(self) -> AbstractContextManager[None]:
         """While optimizer state is saved or loaded: torch may step once with zero gradients to make the state."""
         return self._steps_of.paused()

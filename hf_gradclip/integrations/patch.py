@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from transformers import Trainer
 
-from hf_gradclip.config import ClipConfig
+from hf_gradclip.config import Clip, ClipConfig
 from hf_gradclip.integrations.console import restore
 from hf_gradclip.integrations.trainer import GradClipMixin
 from hf_gradclip.integrations.trainer_recording import RecordCallback
@@ -26,7 +26,7 @@ SEAMS = ("_clip_grad_norm", "_get_grad_norm")
 """The Trainer's methods that GradClipMixin takes over."""
 
 
-def patch(trainer: Trainer, clip: Any = "adaptive") -> Patch:
+def patch(trainer: Trainer, clip: Clip = "adaptive") -> Patch:
     """Let a Trainer that is there already clip by a strategy, before its `train()`.
 
     It gets what GradClipMixin gives to a subclass: the strategy, its logs, the record, its state in checkpoints, which
@@ -67,7 +67,7 @@ def patch(trainer: Trainer, clip: Any = "adaptive") -> Patch:
     return Patch(trainer, clip)
 
 
-def patch_all(clip: Any = "adaptive") -> PatchAll:
+def patch_all(clip: Clip = "adaptive") -> PatchAll:
     """Let every Trainer that is made from now on clip by a strategy, whatever its class and whoever makes it.
 
     A Trainer with a `clip=` of its own keeps it. One whose class has a `_clip_grad_norm` of its own is named in a

@@ -6,7 +6,7 @@ import os
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import Tensor, nn
@@ -19,15 +19,26 @@ from hf_gradclip.integrations.arguments import insist_on_order, limit_of
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_optimizer, refuse_unsupported
+from hf_gradclip.integrations.signature import signature_of
 from hf_gradclip.integrations.trainer_events import hearing_of
 from hf_gradclip.integrations.trainer_recording import RecordCallback, RecordingMixin
 from hf_gradclip.run.examples import take_indices
-from hf_gradclip.run.startup import check_run
+from hf_gradclip.run.startup import check_run, world_size
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, save_state, save_updates
 from hf_gradclip.run.tested import insist_on_hooks
 from hf_gradclip.run.updates import innermost
 from hf_gradclip.say import announce, logger
 from hf_gradclip.views.view import UnsupportedBackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
+
+    from hf_gradclip.analysis.inline import RunReport
+    from hf_gradclip.config import Clip
 
 
 class GradClipMixin(RecordingMixin):
@@ -61,6 +72,7 @@ class GradClipMixin(RecordingMixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         insist_on_order(cls, GradClipMixin, Trainer)
+        cls.__signature__ = signature_of(cls, GradClipMixin)  # type: ignore[attr-defined]
 
     _clip_spec: Any = None
     _clip_config: ClipConfig | None = None
@@ -69,7 +81,7 @@ class GradClipMixin(RecordingMixin):
     _clip_limit: Any = None
     _clip_untold = False
 
-    def __init__(self, *args: Any, clip: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, clip: Clip = None, **kwargs: Any) -> None:
         if clip is not None:
             insist_on_hooks("transformers", transformers.__version__, Trainer)
         self._clip_spec = clip
@@ -90,6 +102,24 @@ class GradClipMixin(RecordingMixin):
         """The clipper of the updates; None before `train()`, or where updates are not clipped."""
         clippers = self._clip_attachment.updates.clippers if self._clip_attachment is not None else []
         return clippers[0] if clippers else None
+
+    def clip_report(self) -> RunReport:
+        """What clipping has done in this run, in sentences, in a notebook with a picture; of this process.
+
+        Of a recorded run it has what `hf-gradclip report` says, of any other the numbers of `clipper.report.summary()`.
+
+        Raises:
+            RuntimeError: before the first step, or where the backend clips.
+        """
+        from hf_gradclip.analysis.inline import report_of
+
+        if self.clipper is None or not self.clipper.report.steps:
+            raise RuntimeError(f"{type(self).__name__}.clip_report(): no step was clipped yet. Call train() first.")
+        clippers = [self.clipper, *([self.update_clipper] if self.update_clipper is not None else [])]
+        recording = self._clip_recording
+        if recording is not None and world_size() == 1:
+            recording.flush(force=True)
+        return report_of(clippers, None if recording is None else recording.folder)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Check the spec and the backend as soon as there is an accelerator."""
@@ -254,3 +284,24 @@ class GradClipMixin(RecordingMixin):
 
 class GradClipTrainer(GradClipMixin, Trainer):
     """`transformers.Trainer` with `clip=`: see GradClipMixin."""
+
+    if TYPE_CHECKING:  # the Trainer's arguments, so that a wrong one is an error in an editor
+
+        def __init__(
+            self,
+            model: PreTrainedModel | nn.Module | None = None,
+            args: TrainingArguments | None = None,
+            data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+            train_dataset: Any = None,
+            eval_dataset: Any = None,
+            processing_class: Any = None,
+            model_init: Callable[..., PreTrainedModel] | None = None,
+            compute_loss_func: Callable[..., Any] | None = None,
+            compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+            callbacks: list[TrainerCallback] | None = None,
+            optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+            optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+            preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+            *,
+            clip: Clip = None,
+        ) -> None: ...
