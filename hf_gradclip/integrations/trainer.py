@@ -23,7 +23,7 @@ from hf_gradclip.integrations.signature import signature_of
 from hf_gradclip.integrations.trainer_events import hearing_of
 from hf_gradclip.integrations.trainer_recording import RecordCallback, RecordingMixin
 from hf_gradclip.run.examples import take_indices
-from hf_gradclip.run.startup import check_run, world_size
+from hf_gradclip.run.startup import check_run
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, save_state, save_updates
 from hf_gradclip.run.tested import insist_on_hooks
 from hf_gradclip.run.updates import innermost
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
 
-    from hf_gradclip.analysis.inline import RunReport
     from hf_gradclip.config import Clip
 
 
@@ -102,24 +101,6 @@ class GradClipMixin(RecordingMixin):
         """The clipper of the updates; None before `train()`, or where updates are not clipped."""
         clippers = self._clip_attachment.updates.clippers if self._clip_attachment is not None else []
         return clippers[0] if clippers else None
-
-    def clip_report(self) -> RunReport:
-        """What clipping has done in this run, in sentences, in a notebook with a picture; of this process.
-
-        Of a recorded run it has what `hf-gradclip report` says, of any other the numbers of `clipper.report.summary()`.
-
-        Raises:
-            RuntimeError: before the first step, or where the backend clips.
-        """
-        from hf_gradclip.analysis.inline import report_of
-
-        if self.clipper is None or not self.clipper.report.steps:
-            raise RuntimeError(f"{type(self).__name__}.clip_report(): no step was clipped yet. Call train() first.")
-        clippers = [self.clipper, *([self.update_clipper] if self.update_clipper is not None else [])]
-        recording = self._clip_recording
-        if recording is not None and world_size() == 1:
-            recording.flush(force=True)
-        return report_of(clippers, None if recording is None else recording.folder)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Check the spec and the backend as soon as there is an accelerator."""

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from transformers import TrainerCallback
 
+from hf_gradclip.analysis.inline import RunReport, report_of
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.console import shorten
@@ -19,6 +20,7 @@ from hf_gradclip.record.files import FOLDER
 from hf_gradclip.record.options import read_record_options
 from hf_gradclip.run.examples import Collate, Indexed, has_indices, text_of
 from hf_gradclip.run.recording import Recording
+from hf_gradclip.run.startup import world_size
 from hf_gradclip.say import announce, logger
 
 
@@ -30,6 +32,8 @@ class RecordingMixin:
     _clip_config: ClipConfig | None
     _clip_said_kept = False
     _attach: Any
+    clipper: Any
+    update_clipper: Any
     callback_handler: Any
     accelerator: Any
     args: Any
@@ -94,6 +98,22 @@ class RecordingMixin:
             lost = f"{type(self).__name__}._get_dataloader lost them ({why})"
             logger.warning("record: the examples of a spike are not known: %s.", lost)
         return None
+
+    def clip_report(self) -> RunReport:
+        """What clipping has done in this run, in sentences, in a notebook with a picture; of this process.
+
+        Of a recorded run it has what `hf-gradclip report` says, of any other the numbers of `clipper.report.summary()`.
+
+        Raises:
+            RuntimeError: before the first step, or where the backend clips.
+        """
+        if self.clipper is None or not self.clipper.report.steps:
+            raise RuntimeError(f"{type(self).__name__}.clip_report(): no step was clipped yet. Call train() first.")
+        clippers = [self.clipper, *([self.update_clipper] if self.update_clipper is not None else [])]
+        recording = self._clip_recording
+        if recording is not None and world_size() == 1:
+            recording.flush(force=True)
+        return report_of(clippers, None if recording is None else recording.folder)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; what was not yet recorded is written however it ends."""

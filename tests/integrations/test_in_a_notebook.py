@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
@@ -23,6 +24,7 @@ from hf_gradclip.integrations import trainer as module
 from tests.tiny import counting_data, tiny_llama, training_args
 
 ROOT = Path(__file__).parents[2]
+RECORDED = {"gradient": "global_norm:max_norm=0.5", "record": True}
 
 
 def test_every_name_is_listed() -> None:
@@ -131,7 +133,7 @@ def test_the_report_of_a_run(tmp_path) -> None:
 
 
 def test_the_report_of_a_recorded_run_says_what_its_page_says(tmp_path) -> None:
-    report = trained(tmp_path, {"gradient": "global_norm:max_norm=0.5", "record": True}).clip_report()
+    report = trained(tmp_path, RECORDED).clip_report()
     assert "The gradient was clipped in 3 of 6 steps (50%)" in repr(report)
     assert [len(report.run.gradient), report.run.gradient.meta["spec"]] == [6, "global_norm:max_norm=0.5,norm_type=2"]
     assert len(images(report._repr_html_())) == 2
@@ -142,3 +144,20 @@ def test_a_notebook_without_matplotlib_shows_the_words(tmp_path, monkeypatch) ->
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "clip: steps 6" in report._repr_html_()
     assert images(report._repr_html_()) == []
+
+
+def test_the_report_of_a_run_of_peft_has_no_news_of_its_first_steps(tmp_path) -> None:
+    """B is 0 until the rate rises, so that the gradient of A is exactly 0 in two steps: that is how LoRA begins."""
+    args = training_args(str(tmp_path), max_steps=12, warmup_steps=4, learning_rate=1e-2)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trainer = GradClipTrainer(model=model, args=args, train_dataset=counting_data(48), clip=RECORDED)
+    trainer.train()
+    report = trainer.clip_report()
+    record = report.run.gradient
+    zeros_P = (record.norm_TP == 0).sum(axis=0)
+    assert {name.split(".")[-3]: int(count) for name, count in zip(record.names, zeros_P, strict=True)} == {
+        "lora_A": 2,
+        "lora_B": 0,
+    }
+    assert "exactly 0" not in repr(report)
+    assert "base_model" not in repr(report)
