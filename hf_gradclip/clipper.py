@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from hf_gradclip.config import Clip, ClipConfig
 from hf_gradclip.decision import CLIP, LEAVE, NONFINITE, SKIP, Decision, Measure, Outcome, Taker, as_loss, judge
 from hf_gradclip.exempt import exempt, idle, refuse_idle
 from hf_gradclip.fold import Fold
-from hf_gradclip.guard import Guard, NonFiniteError
+from hf_gradclip.guard import Guard, NonFiniteError, largest_of
 from hf_gradclip.misuse import insist_on_model, insist_on_parts, is_scaling
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
@@ -51,6 +52,7 @@ class Clipper:
         config: what to do; of it `update` is not looked at, see `ClipConfig.of_update`.
         view: where the gradients are.
         prefix: of the keys of a report; an attribute too.
+        squared: whether somebody may keep squares of what is clipped, as Adam does of gradients; an attribute too.
 
     Attributes:
         steps: how many were decided on since this was made or reset.
@@ -61,7 +63,13 @@ class Clipper:
         UnsupportedBackendError, SpecError: see `refuse_unsuited` and `refuse_idle`.
     """
 
-    def __init__(self, config: ClipConfig, view: View = None, prefix: str = "clip") -> None:  # type: ignore[assignment]
+    def __init__(
+        self,
+        config: ClipConfig,
+        view: View = None,  # type: ignore[assignment]
+        prefix: str = "clip",
+        squared: bool = True,
+    ) -> None:
         insist_on_parts(config, view)
         refuse_unsuited(config.gradient, view)
         if (units := config.gradient.needs.units) is not None:
@@ -73,7 +81,7 @@ class Clipper:
         self.recorder: Recorder | None = None
         self._fold: Fold | None = None
         self.events = Events(config)
-        self.prefix = prefix
+        self.prefix, self.squared = prefix, squared
         self.reset()
 
     @classmethod
@@ -143,7 +151,8 @@ class Clipper:
     def _start_anew(self, layout: Layout) -> None:
         """Forget what was learnt of other parameters; what the run has done so far stays in the report."""
         self._measured = layout
-        self.guard = Guard(self.config, layout.device, self.view.guarded)
+        largest = largest_of(self.view.watched()) if self.squared else math.inf
+        self.guard = Guard(self.config, layout.device, self.view.guarded, largest)
         self._layout = self.seen(layout)
         self.state: State = self.config.gradient.init(self._layout)
         self._skipped: bool | Tensor = False
@@ -212,7 +221,7 @@ class Clipper:
         if strategy.needs.loss:
             stats = replace(stats, loss=as_loss(loss, layout, strategy))
         stats = brought(strategy, stats, self._layout)
-        plan, found, self.state = judge(strategy, stats, self.state, void)
+        plan, found, self.state = judge(strategy, stats, self.state, void, self.guard.largest)
         return Decision(stats, plan, found, measure, layout.device, void)
 
     def settle(self, decision: Decision) -> Outcome:
@@ -226,7 +235,7 @@ class Clipper:
             self._skipped = False
             return decision.outcome(decision.plan)
         action = int(decision.action)  # the one host read of a step, unless `brought` was it
-        if action == NONFINITE and not bool(decision.stats.total.isnan()):  # only the squares may have overflowed
+        if action == NONFINITE and bool(decision.stats.total.isinf()):  # only the squares may have overflowed
             again = self.decide(decision.stats.loss, decision.measure, rescale=True)
             if int(again.action) != NONFINITE:
                 decision, action = again, int(again.action)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,12 +14,18 @@ from torch import Tensor
 from hf_gradclip.device import number_on
 from hf_gradclip.misuse import shown
 from hf_gradclip.seat import handed
-from hf_gradclip.strategy import Needs, State, Strategy, describe, where
-from hf_gradclip.types import ClipPlan, Layout, NormStats, cached, is_one
+from hf_gradclip.strategy import Needs, State, Strategy, describe, parts_of, where
+from hf_gradclip.types import ClipPlan, Layout, NormStats, cached, is_one, norm_after
 from hf_gradclip.views.view import View
 
 LEAVE, CLIP, SKIP, NONFINITE = range(4)
 """What a step does: nothing to its gradients, scale or bound them, leave the step out, meet a NaN or inf."""
+
+LARGEST = math.sqrt(torch.finfo(torch.float32).max)
+"""A gradient whose norm is above it may hold an element whose square float32, and so a second moment, cannot."""
+
+FACTOR = float(torch.finfo(torch.float32).max)
+"""The largest factor that can be applied: kernels multiply in float32."""
 
 Measure = Callable[[Needs, bool], NormStats]
 """Gives the statistics of what is to be clipped, reduced over ranks; see the `measure` of a view."""
@@ -123,10 +130,21 @@ Judged = tuple[ClipPlan, Tensor | int, State]
 """A step's plan, what was found of it (see Decision), and the state to keep."""
 
 
-def judge_on_device(strategy: Strategy, stats: NormStats, state: State) -> Judged:
-    """Ask the strategy, and leave everything as it is where the norm is not finite. Pure, without a host read."""
+def asked(strategy: Strategy, stats: NormStats, state: State) -> tuple[ClipPlan, State]:
+    """What a strategy says of a step; a factor without a limit of its own, of a subnormal gradient, stays a number."""
     plan, new = strategy.update(stats, state)
+    if any(getattr(part, "max_scale", 1.0) > FACTOR for part in parts_of(strategy)):
+        plan = replace(plan, scale_S=plan.scale_S.clamp(max=FACTOR))
+    return plan, new
+
+
+def judge_on_device(strategy: Strategy, stats: NormStats, state: State, largest: float = math.inf) -> Judged:
+    """Ask the strategy, and leave everything as it is where the norm is not finite. Pure, without a host read."""
+    plan, new = asked(strategy, stats, state)
     finite = stats.total < float("inf")  # a norm is not negative, and NaN is below nothing; isfinite is four launches
+    if largest < math.inf:
+        held = norm_after(stats, plan) <= largest
+        finite = finite & (held if plan.skip is None else held | plan.skip)
     if not is_one(plan.scale_S):
         plan = replace(plan, scale_S=torch.where(finite, plan.scale_S, 1.0))
     if plan.bound_S is not None:
@@ -134,19 +152,33 @@ def judge_on_device(strategy: Strategy, stats: NormStats, state: State) -> Judge
     return plan, finite, where(finite, new, state)
 
 
-def judge(strategy: Strategy, stats: NormStats, state: State, void: Tensor | None = None) -> Judged:
-    """One step, where its statistics are, or at least its total norm; see Decision for `void`."""
-    plan, found, new = (judge_on_host if stats.total.is_cpu else judge_on_device)(strategy, stats, state)
+def judge(
+    strategy: Strategy, stats: NormStats, state: State, void: Tensor | None = None, largest: float = math.inf
+) -> Judged:
+    """One step, where its statistics are, or at least its total norm.
+
+    Args:
+        strategy: asked for a plan.
+        stats: as measured.
+        state: of the strategy.
+        void: see Decision.
+        largest: a norm that is above it after clipping counts as not finite.
+    """
+    plan, found, new = (judge_on_host if stats.total.is_cpu else judge_on_device)(strategy, stats, state, largest)
     return plan, found, new if void is None else where(void, state, new)
 
 
-def judge_on_host(strategy: Strategy, stats: NormStats, state: State) -> Judged:
+def judge_on_host(strategy: Strategy, stats: NormStats, state: State, largest: float = math.inf) -> Judged:
     """The same where the total norm is on the host; scales by unit may be on a device, which then decides on them."""
-    plan, new = strategy.update(stats, state)
-    if not float(stats.total) < float("inf"):
+    plan, new = asked(strategy, stats, state)
+    skips, total = plan.skip is not None and bool(plan.skip), float(stats.total)
+    finite = total < math.inf
+    if total > largest and finite and not skips:
+        finite = float(norm_after(stats, plan)) <= largest
+    if not finite:
         bound_S = None if plan.bound_S is None else torch.full_like(plan.bound_S, float("inf"))
         return replace(plan, scale_S=torch.ones_like(plan.scale_S), bound_S=bound_S), NONFINITE, state
-    if plan.skip is not None and bool(plan.skip):
+    if skips:
         return plan, SKIP, new
     if plan.scale_S.ndim == 0 and plan.bound_S is None:
         return plan, LEAVE if float(plan.scale_S) == 1 else CLIP, new

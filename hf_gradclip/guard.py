@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.decision import NONFINITE, SKIP, Decision
+from hf_gradclip.decision import LARGEST, NONFINITE, SKIP, Decision
 from hf_gradclip.say import logger, now_and_then
 from hf_gradclip.types import NormStats
 
@@ -26,13 +29,17 @@ class Guard:
         config: with `nonfinite`, `max_consecutive_skips` and `skip_sync`.
         device: where the statistics are.
         guarded: whether somebody else skips a step with a non-finite gradient, a loss scaler.
+        largest: see `largest_of`.
 
     Attributes:
+        largest: a norm that is above it after clipping counts as not finite; inf where nobody here leaves such a step
+            out.
         must_read: whether a step's action must come to the host, whatever the strategy wants.
         skips_in_a_row: on the host; a checkpoint keeps it. A step that is not skipped sets it to 0.
     """
 
-    def __init__(self, config: ClipConfig, device: torch.device, guarded: bool) -> None:
+    def __init__(self, config: ClipConfig, device: torch.device, guarded: bool, largest: float) -> None:
+        self._largest = largest
         self.adopt(config, guarded)
         self.skips_in_a_row = self._skipped = 0
         self._since_look = 0
@@ -42,6 +49,7 @@ class Guard:
         """Go on with another configuration; the counts go on."""
         self.config = config
         self.must_read = config.nonfinite != "pass" and not guarded
+        self.largest = self._largest if self.must_read else math.inf
 
     def skips(self, action: int) -> bool:
         """Whether a step is left out that is SKIP or NONFINITE; counts it."""
@@ -138,11 +146,16 @@ class Guard:
             )
 
 
+def largest_of(params: Sequence[Tensor]) -> float:
+    """The largest norm of a gradient whose square the second moments of these parameters hold; inf for float64."""
+    return math.inf if params and all(p.dtype == torch.float64 for p in params) else LARGEST
+
+
 def _culprits(stats: NormStats) -> str:
     """Which parameters hold a NaN or inf; reads to the host, on the way to an error."""
     broken = stats.layout.param_S[~stats.sumsq_S.isfinite()].unique().tolist()
     bad = [stats.layout.names[i] for i in broken]
     if not bad:
-        return ""
+        return "Its square is more than the float32 of a second moment holds." if float(stats.total) > LARGEST else ""
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     return f"Not finite: {', '.join(bad[:5])}{more}."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from hf_gradclip.types import ClipPlan, Layout, NormStats, is_one
+from hf_gradclip.types import ClipPlan, Layout, NormStats, is_one, norm_after
 
 Meters = dict[str, Tensor]
 
@@ -58,8 +60,5 @@ def applied(stats: NormStats, plan: ClipPlan) -> Meters:
 
 def _post(stats: NormStats, plan: ClipPlan) -> Tensor:
     """The norm after; NaN where elements were bounded."""
-    if plan.scale_S.ndim == 0:
-        post = stats.total if is_one(plan.scale_S) else stats.total * plan.scale_S
-    else:
-        post = torch.dot(stats.sumsq_S, plan.scale_S.to(stats.sumsq_S).square()).sqrt()
+    post = norm_after(stats, plan if plan.bound_S is None else replace(plan, bound_S=None))
     return post if plan.bound_S is None else torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)

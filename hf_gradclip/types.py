@@ -218,6 +218,16 @@ class NormStats:
         return new
 
 
+def norm_after(stats: NormStats, plan: ClipPlan) -> Tensor:
+    """The 2-norm of the whole after a plan, 0-d; where elements are bounded the most that it can be."""
+    if plan.bound_S is not None:
+        most_S = torch.minimum(stats.norm_S * plan.scale_S, plan.bound_S * stats.layout.numel_S.sqrt())
+        return most_S.square().sum().sqrt()
+    if plan.scale_S.ndim == 0:
+        return stats.total if is_one(plan.scale_S) else stats.total * plan.scale_S
+    return torch.dot(stats.sumsq_S, plan.scale_S.to(stats.sumsq_S).square()).sqrt()
+
+
 def is_one(scale: Tensor) -> bool:
     """Whether this is one number that the host knows to be 1, so that a multiplication by it is left out."""
     return scale.ndim == 0 and scale.is_cpu and float(scale) == 1.0

@@ -127,7 +127,10 @@ class ClippedOptimizer(Optimizer, ABC):
         named = named_of(self.param_groups)
         self._watched = [p for _, p in named]
         self._jobs, self._counters = Jobs(), Counters()
-        made = {place: Clipper(config, view_of(named), PLACES[place]) for place, config in self._specs.items()}
+        made = {
+            place: Clipper(config, view_of(named), PLACES[place], squared=place == "gradient")
+            for place, config in self._specs.items()
+        }
         self.clipper = made.get("gradient", self.clipper)
         self.update_clipper = made.get("update", self.update_clipper)
 

@@ -11,6 +11,7 @@ import torch
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.decision import LARGEST
 from hf_gradclip.device import local
 from hf_gradclip.say import logger, now_and_then
 from hf_gradclip.strategies.none import NoClip
@@ -18,8 +19,6 @@ from hf_gradclip.strategy import describe, parts_of
 
 SIGNS = ("Lion", "SignSGD", "Signum", "Tiger")
 """Optimizers of which each element of an update is -1 or 1, by what their names contain."""
-LARGEST = math.sqrt(torch.finfo(torch.float32).max)
-"""A gradient with an element above it has a square that float32 cannot hold."""
 
 
 def about(optimizer: Any, config: ClipConfig) -> Iterator[str]:

@@ -108,7 +108,7 @@ class Updates:
         number = order.index(optimizer) if optimizer in self._of else len(order)
         prefix = PLACES["update"] + (f"_{number}" if number else "")
         config = self._config.of_update(self._config.skip_sync or not isinstance(optimizer, ClippedOptimizer))
-        clipper, hook = Clipper(config, view_of(named), prefix), None
+        clipper, hook = Clipper(config, view_of(named), prefix, squared=False), None
         if isinstance(optimizer, ClippedOptimizer):
             optimizer.update_clipper = clipper
         else:

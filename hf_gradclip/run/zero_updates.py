@@ -36,7 +36,7 @@ class ZeroUpdates:
         self._segments = torch.tensor(segments, dtype=torch.int64, device=view.layout.device)
         weights = [self._gradients.weights(part) for part in range(self._parts)]
         refuse_recovery(self._optimizer, [weight.dtype for weight in weights])
-        self.clipper = Clipper(config.of_update(), seen, PLACES["update"])
+        self.clipper = Clipper(config.of_update(), seen, PLACES["update"], squared=False)
         updates.add(self._optimizer, self.clipper)
         updates.say_cost(type(self._optimizer).__name__, sum(4 * weight.numel() for weight in weights))
 

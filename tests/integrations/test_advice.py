@@ -116,13 +116,14 @@ class TestStuck:
     """A finite gradient whose square is none in float32."""
 
     def test_a_second_moment_that_became_inf_is_said_by_name(self, caplog) -> None:
-        fit(adamw, "none", loss=1e30)
+        fit(adamw, {"gradient": "none", "nonfinite": "pass"}, loss=1e30)
         assert "a step had a gradient of norm" in caplog.text
         assert "What AdamW keeps of 1 parameters is not finite by now (exp_avg_sq of weight)" in caplog.text
         assert STUCK in caplog.text
 
-    def test_a_clip_that_kept_it_away_says_nothing(self, caplog) -> None:
-        fit(adamw, "global_norm:max_norm=1", loss=1e30)
+    @pytest.mark.parametrize("clip", ["global_norm:max_norm=1", "none"])
+    def test_a_clip_or_a_skip_that_kept_it_away_says_nothing(self, clip, caplog) -> None:
+        fit(adamw, clip, loss=1e30)
         assert STUCK not in caplog.text
 
     def test_moments_of_8_bits_are_not_asked(self, caplog) -> None:
@@ -136,7 +137,7 @@ class TestStuck:
                         "other": torch.tensor([float("inf")]),
                     }
 
-        fit(lambda params: Eight(params, lr=0.1), "none", loss=1e30)
+        fit(lambda params: Eight(params, lr=0.1), {"gradient": "none", "nonfinite": "pass"}, loss=1e30)
         assert "not finite by now (other of weight)" in caplog.text
 
 
