@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import statistics
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hf_gradclip.meters import Meters, applied, read_rows, row_of, tensors_in
+from hf_gradclip.meters import ZERO_STEPS, Meters, Norms, applied, read_rows, row_of, tensors_in
 from hf_gradclip.say import logger
 from hf_gradclip.types import ClipPlan, NormStats
 
-ZERO_STEPS = 10
 _FOLD = 512
+MOST_UNREAD = 1000
+"""Steps that wait to be read at most: a loop that asks for nothing shall not fill the memory."""
 OF_THE_STEP = ("skipped", "nonfinite")
 """What is of a step, and of no group of parameters."""
+SUMS = ("steps", "tensor_steps", "clipped", "tensors", "skipped", "nonfinite", "norms", "norm_sum")
+"""What is added up from one read to the next."""
 LAST = ("threshold", "norm_in", "norm_post", "scale_max")
 """What is known of the last step alone."""
 
@@ -53,7 +54,7 @@ class ClipReport:
         self._before_read = before_read
         self.prefix = prefix
         self._at: Meters = {}
-        self._all_norms: list[float] = []
+        self._norms_of_run = Norms()
         self._run = dict.fromkeys(("steps", "clipped", "skipped", "nonfinite"), 0)
         self._last: dict[str, float] = {}
         self._warned_zero = False
@@ -61,6 +62,7 @@ class ClipReport:
         self._groups: dict[str, ClipReport] = {}
         self._place(device, dtype)
         self._clear()
+        self._held = _nothing()
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
@@ -126,6 +128,8 @@ class ClipReport:
             self._norms = [torch.cat([norm.view(-1) for norm in self._norms])]
         for label, (part, decided) in plan.by_group.items():
             self._group(label).add(part, decided, finite, skipped)
+        if self._steps >= MOST_UNREAD:
+            self._absorb()
 
     def _add_known(self, stats: NormStats, plan: ClipPlan, finite: bool, skipped: bool, clipped: bool | None) -> None:
         """The same on the host: what only the last step is asked for waits until somebody asks."""
@@ -184,36 +188,40 @@ class ClipReport:
 
     def _since(self) -> dict[str, float]:
         """What was counted since the last read, without prefix."""
-        steps, tensor_steps = self._steps, self._tensor_steps
         sums = self._drain()
-        if not steps:
+        if not (steps := sums["steps"]):
             return {}
-        shown = {"norm_mean": sums["norm_mean"], "norm_max": sums["norm_max"], "norm_post": sums.get("norm_post")}
+        mean = sums["norm_sum"] / sums["norms"] if sums["norms"] else None
+        shown = {"norm_mean": mean, "norm_max": sums.get("norm_max"), "norm_post": sums.get("norm_post")}
         if sums.get("norm_in"):
             shown["scale"] = sums["norm_post"] / sums["norm_in"]
         if sums.get("scale_max", 1.0) > 1:
             shown["scale_max"] = sums["scale_max"]
         shown["threshold"] = sums.get("threshold")
         shown["rate"] = sums["clipped"] / steps
-        shown["tensor_rate"] = sums["tensors"] / max(tensor_steps, 1)
+        shown["tensor_rate"] = sums["tensors"] / max(sums["tensor_steps"], 1)
         shown["skipped"], shown["nonfinite"] = float(sums["skipped"]), float(sums["nonfinite"])
         return {key: value for key, value in shown.items() if value is not None and value == value}
 
     def summary(self) -> dict[str, float]:
-        """The whole run on this process: steps, clipped, rate, skipped, nonfinite, norm_median, norm_max, threshold."""
-        twin = self._read_copy()
-        shown: dict[str, float] = dict(twin._run)
-        shown["rate"] = twin._run["clipped"] / max(twin._run["steps"], 1)
-        if twin._all_norms:
-            shown["norm_median"] = statistics.median(twin._all_norms)
-            shown["norm_max"] = max(twin._all_norms)
-        if "threshold" in twin._last:
-            shown["threshold"] = twin._last["threshold"]
+        """The whole run on this process: steps, clipped, rate, skipped, nonfinite, norm_median, norm_max, threshold.
+
+        The median is of all norms, or in a long run of every second, fourth, eighth ... of them. What is logged next
+        is what it would have been.
+        """
+        self._absorb()
+        shown: dict[str, float] = dict(self._run)
+        shown["rate"] = self._run["clipped"] / max(self._run["steps"], 1)
+        if self._norms_of_run:
+            shown["norm_median"], shown["norm_max"] = self._norms_of_run.median(), self._norms_of_run.largest
+        if "threshold" in self._last:
+            shown["threshold"] = self._last["threshold"]
         return shown
 
     def norms(self) -> list[float]:
-        """The finite norms of the whole run on this process, in their order."""
-        return self._read_copy()._all_norms
+        """The finite norms of the run on this process, in their order; in a long run as many as the median is of."""
+        self._absorb()
+        return self._norms_of_run.kept
 
     @property
     def steps(self) -> int:
@@ -224,14 +232,6 @@ class ClipReport:
         return (
             f"ClipReport({self.prefix}, {self.steps} steps; summary() is of all, scalars() of those since the last log)"
         )
-
-    def _read_copy(self) -> ClipReport:
-        """A copy that has read everything, so that what is logged next is what it would have been."""
-        twin = copy.copy(self)
-        vars(twin).update({name: held.copy() for name, held in vars(self).items() if isinstance(held, (list, dict))})
-        twin._warned_zero = True
-        twin._drain()
-        return twin
 
     def closing_line(self) -> str:
         """`in_words` at the end of a run; what comes is counted anew."""
@@ -255,9 +255,15 @@ class ClipReport:
         return text
 
     def _drain(self) -> dict[str, float]:
-        """Read everything to the host at once, add it to the run, start anew."""
+        """What was counted since the last call, which is forgotten."""
+        self._absorb()
+        held, self._held = self._held, _nothing()
+        return held
+
+    def _absorb(self) -> None:
+        """Read everything to the host at once, and add it to the run and to what is held for the next read."""
         if not self._steps:
-            return {}
+            return
         self._settle_unsure()
         self._fold_unread()
         if self._applied is not None:
@@ -271,22 +277,27 @@ class ClipReport:
         values = values[len(self._at) :]
         count = sum(norm.numel() for norm in self._norms)
         finite = [norm for norm in values[:count] if norm == norm] + read_rows(values[count:], read)
-        for key in ("clipped", "skipped", "nonfinite"):
+        read |= {"steps": self._steps, "tensor_steps": self._tensor_steps, "norms": len(finite)}
+        read["norm_sum"] = sum(finite)
+        for key in self._run:
             self._run[key] += int(read[key])
-        self._run["steps"] += self._steps
-        self._last |= {key: read[key] for key in LAST if read.get(key, math.nan) == read.get(key)}
+        last = {key: read[key] for key in LAST if read.get(key, math.nan) == read.get(key)}
+        self._last |= last
+        held = {key: self._held[key] + read[key] for key in SUMS} | last
+        if "norm_in" in last:  # a step was made: what is not known of it is not that of an earlier one
+            held |= {key: read.get(key, math.nan) for key in LAST if key != "threshold"}
+        if finite:
+            held["norm_max"] = max(*finite, self._held.get("norm_max", -math.inf))
+        self._held |= held
         self._check_zero(finite)
-        self._all_norms += finite
-        read["norm_mean"] = sum(finite) / len(finite) if finite else float("nan")
-        read["norm_max"] = max(finite, default=float("nan"))
+        self._norms_of_run.add(finite)
         self._clear()
-        return read
 
     def _check_zero(self, new: list[float]) -> None:
         if self._warned_zero:
             return
         run = 0
-        for norm in self._all_norms[-ZERO_STEPS:] + new:
+        for norm in [*self._norms_of_run.last, *new]:
             run = run + 1 if norm == 0.0 else 0
             if run >= ZERO_STEPS:
                 self._warned_zero = True
@@ -296,3 +307,7 @@ class ClipReport:
                     ZERO_STEPS,
                 )
                 return
+
+
+def _nothing() -> dict[str, float]:
+    return dict.fromkeys(SUMS, 0.0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class ClippedOptimizer(Optimizer, ABC):
     Attributes:
         clipper: of the gradients, with state and report; None without `clip`.
         update_clipper: of the updates; None without `update_clip`. GradClipTrainer and `attach` set it.
+        squares: whether a moment holds squares of the gradient.
         taken: what `take` was given for the coming step.
         heeded: what `heed` was given for it.
 
@@ -81,6 +82,7 @@ class ClippedOptimizer(Optimizer, ABC):
             SGD's dampening with `skip_sync=False`.
     """
 
+    squares: ClassVar[bool] = True
     clipper: Clipper | None = None
     update_clipper: Clipper | None = None
     taken: Taken | None = None
@@ -128,7 +130,7 @@ class ClippedOptimizer(Optimizer, ABC):
         self._watched = [p for _, p in named]
         self._jobs, self._counters = Jobs(), Counters()
         made = {
-            place: Clipper(config, view_of(named), PLACES[place], squared=place == "gradient")
+            place: Clipper(config, view_of(named), PLACES[place], self.squares and place == "gradient")
             for place, config in self._specs.items()
         }
         self.clipper = made.get("gradient", self.clipper)

@@ -38,6 +38,8 @@ class SGD(ClippedOptimizer):
         Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep learning", 2013.
     """
 
+    squares = False  # momentum is of the gradient itself
+
     def __init__(
         self,
         params: ParamsT,
