@@ -12,7 +12,8 @@ from hf_gradclip.analysis.curves import DARK, label, place
 from hf_gradclip.analysis.names import plain
 from hf_gradclip.record.files import Record
 
-BINS = 300
+BINS, BINS_NARROW = 300, 100
+"""No more than there are dots on a screen: a bin between two of them would not be seen."""
 MOST_ROWS, MOST_ROWS_NARROW = 48, 20
 BROKEN = "#e8112d"
 
@@ -74,13 +75,13 @@ def broken_tensors(record: Record) -> np.ndarray:
     return np.asarray(broken_TP & ~unmeasured_T[:, None])
 
 
-def heat_of(record: Record, most: int = MOST_ROWS) -> Heat:
-    """The norms of a record in at most `most` rows and BINS bins."""
-    rows = rows_of(record.names, most)
+def heat_of(record: Record, narrow: bool = False) -> Heat:
+    """The norms of a record, in fewer rows and bins on a narrow page."""
+    rows = rows_of(record.names, MOST_ROWS_NARROW if narrow else MOST_ROWS)
     measured_TP = np.isfinite(record.norm_TP)
     squares_TP = np.where(measured_TP, record.norm_TP, 0.0).astype(np.float64) ** 2
     broken_TP = broken_tensors(record)
-    every = -(-len(record) // BINS)
+    every = -(-len(record) // (BINS_NARROW if narrow else BINS))
     starts = np.arange(0, len(record), every)
     norms_RT = np.stack([np.sqrt(squares_TP[:, members].sum(axis=1)) for _, members in rows])
     broken_RT = np.stack([broken_TP[:, members].any(axis=1) for _, members in rows])
@@ -101,7 +102,7 @@ def draw_heat(figure: Any, record: Record, narrow: bool) -> None:
     from matplotlib.colors import LogNorm, to_rgba
     from matplotlib.ticker import StrMethodFormatter
 
-    heat = heat_of(record, MOST_ROWS_NARROW if narrow else MOST_ROWS)
+    heat = heat_of(record, narrow)
     axes = figure.subplots()
     known = heat.norm_RB[np.isfinite(heat.norm_RB)]
     low, high = (np.quantile(known, 0.01), known.max()) if len(known) else (1.0, 10.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradclip.analysis.heat import MOST_ROWS, MOST_ROWS_NARROW, heat_of
+from hf_gradclip.analysis.heat import heat_of
 from hf_gradclip.analysis.ready import Ready
 from hf_gradclip.analysis.run import Run, clipped_steps, total_scale
 from hf_gradclip.analysis.tables import outcome_rows
@@ -27,7 +27,7 @@ def data_of(runs: Sequence[Run], ready: Sequence[Ready | None]) -> str:
             "name": run.name,
             "gradient": steps_of(run.gradient),
             "update": None if run.update is None else steps_of(run.update),
-            "heat": [_heat(run.gradient, most) for most in (MOST_ROWS, MOST_ROWS_NARROW)],
+            "heat": [_heat(run.gradient, narrow) for narrow in (False, True)],
             "fixed": [] if more is None else outcome_rows(more.fixed),
         }
         for run, more in zip(runs, ready, strict=True)
@@ -58,8 +58,8 @@ def steps_of(record: Record) -> dict[str, list[Any]]:
     return {"step": record.step_T[rows].tolist(), **found, "flags": flags[rows].astype(int).tolist()}
 
 
-def _heat(record: Record, most: int) -> dict[str, list[Any]]:
-    heat = heat_of(record, most)
+def _heat(record: Record, narrow: bool) -> dict[str, list[Any]]:
+    heat = heat_of(record, narrow)
     return {
         "names": heat.names,
         "first": heat.first_B.tolist(),

@@ -3,6 +3,7 @@ the pointer and at the slider is what the Parquet files and `hf-gradclip replay`
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from PIL import Image
 
 from hf_gradclip.analysis.report import write_report
 from hf_gradclip.cli import main
 from hf_gradclip.record.files import FOLDER
-from tests.analysis.records import norms_of, recorded
+from tests.analysis.records import norms_of, record_by_hand, recorded, save
 
 pytestmark = pytest.mark.browser
 
@@ -65,6 +67,16 @@ def point(page: Any, kind: str, step: int, y: float = 0.5) -> str:
     )
     page.mouse.move(box[0] + (step - first) / (last - first) * box[2], box[1] + y * box[3])
     return str(page.inner_text(f'figure[data-kind="{kind}"] .values'))
+
+
+def assert_cell(said: str, rows: dict[int, dict[str, Any]], names: list[str], place: int) -> None:
+    """What is said of a cell of the heat map is the largest finite norm of the tensor in those steps."""
+    first, last, name, words = re.fullmatch(r"steps? (\d+)(?: to (\d+))?, (.*?): (.*)", said).groups()
+    assert name == names[place]
+    norms = np.array([rows[step]["norms"][place] for step in range(int(first), int(last or first) + 1)])
+    found = re.match(r"norm ([-+.e\d]+)", words)
+    assert (float(found[1]) if found else 0.0) == pytest.approx(np.nan_to_num(norms).max(), rel=1e-3)
+    assert words.endswith("NaN or inf") == bool(np.isnan(norms).any())
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -123,23 +135,35 @@ def test_the_pointer_says_what_the_files_hold(browser, run, width) -> None:
         assert float(re.search(r"loss ([.\d]+)", said)[1]) == pytest.approx(row["loss"], rel=1e-4)
         said = point(page, "learning_rate", step)
         assert float(re.search(r"rate ([.\d]+)", said)[1]) == pytest.approx(row["learning_rate"], rel=1e-4)
-        for place, name in enumerate(names):
-            said = point(page, "heat", step, (place + 0.5) / len(names))
-            step = int(re.match(r"step (\d+), ", said)[1])
-            assert said.split(": ")[0] == f"step {step}, {name}"
-            assert float(said.split()[-1]) == pytest.approx(rows[step]["norms"][place], rel=1e-3)
+        for place in range(len(names)):
+            assert_cell(point(page, "heat", step, (place + 0.5) / len(names)), rows, names, place)
     assert seen == {True, False}
     (broken,) = np.flatnonzero(np.isnan(rows[34]["norms"])).tolist()
     said = point(page, "norm", 34)
     assert said.startswith("step 34:")
     assert said.endswith("NaN or inf, left out")
-    for place, name in enumerate(names):
+    for place in range(len(names)):
         said = point(page, "heat", 34, (place + 0.5) / len(names))
-        if place == broken:
-            assert said == f"step 34, {name}: NaN or inf"
-        else:
-            assert float(said.split()[-1]) == pytest.approx(rows[34]["norms"][place], rel=1e-3)
+        assert_cell(said, rows, names, place)
+        assert ("NaN or inf" in said) == (place == broken)
     page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_bin_of_the_heat_map_is_seen(browser, tmp_path, width) -> None:
+    """A NaN of one step in a run of 3,000: wherever it is, some dots of its row are red."""
+    norms = norms_of(3000)
+    places = [17, 900, 1501, 2222, 2999]
+    norms[places, 1] = np.nan
+    save(record_by_hand(norms), tmp_path)
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(write_report([tmp_path], tmp_path / "x.html")[0].as_uri())
+    image = page.locator('figure[data-kind="heat"] svg image:visible').first.screenshot()
+    page.close()
+    dots = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).astype(int)
+    line = dots[int(dots.shape[0] * 1.5 / 4)]
+    red = (line[:, 0] > 200) & (line[:, 1] < 60)
+    assert ((red[1:] & ~red[:-1]).sum() + red[0]) == len(places)
 
 
 def test_the_slider_says_what_a_replay_says(browser, run, capsys, monkeypatch) -> None:

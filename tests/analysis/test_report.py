@@ -180,6 +180,7 @@ class TestCurves:
         np.testing.assert_allclose(heat.norm_RB[1], norms[:, 1].reshape(BINS, 10).max(axis=1), rtol=1e-6)
         assert (heat.first_B[:2].tolist(), heat.last_B[:2].tolist()) == ([1, 11], [10, 20])
         assert np.isnan(heat_of(record_by_hand(norms[:20])).norm_RB[2, 5])
+        assert heat_of(record_by_hand(norms), narrow=True).norm_RB.shape == (4, 100)
 
     def test_a_step_that_is_not_finite_is_broken_where_it_was(self) -> None:
         """The other tensors show their norms; a step that a loss scaler dropped is broken nowhere."""
