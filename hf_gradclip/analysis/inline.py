@@ -27,7 +27,7 @@ class RunReport:
         config: what it was clipped by.
         sentences: what is known of it.
         summary: its numbers, see `ClipReport.summary`; those of the updates begin with `update_`.
-        norms: before clipping, those that were finite.
+        norms: before clipping, those that were finite; of a long run every second, fourth, ... of them.
         run: its record; None where it was not recorded.
     """
 
@@ -67,9 +67,8 @@ class RunReport:
         place(figure)
         plainly(axes)
         norms = np.array(self.norms)
-        axes.plot(
-            *thin(np.arange(1, len(norms) + 1), np.where(norms > 0, norms, np.nan)), color=COLORS[0], linewidth=1.0
-        )
+        steps = np.linspace(1, self.summary["steps"] - self.summary["nonfinite"], len(norms))
+        axes.plot(*thin(steps, np.where(norms > 0, norms, np.nan)), color=COLORS[0], linewidth=1.0)
         logarithmic(axes)
         axes.set_xlabel("finite step", color=DARK)
         axes.set_ylabel("norm (log)", color=DARK)
