@@ -156,6 +156,7 @@ def test_the_main_job_under_deepspeed(tmp_path, stage, monkeypatch) -> None:
     said = done.stdout + done.stderr
     assert (tmp_path / "metrics.json").exists(), said
     assert f"ZeRO-{'3' if stage == 'zero3' else '1/2'} partitions, 2 part(s) to step, cpu, DEEPSPEED x 2" in said
+    assert ("\nafter training: " in said) == (stage == "zero2"), "no process has all weights of ZeRO-3"
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
     assert metrics["clip/clipped"] > 0
@@ -176,6 +177,7 @@ def test_the_main_job_under_fsdp2(tmp_path) -> None:
     assert (tmp_path / "metrics.json").exists(), said
     assert "every parameter is a DTensor" in said
     assert "DTensor shards on a 2 mesh, cpu, FSDP x 2" in said
+    assert "training: " not in said, "text that no process could write alone"
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
     assert metrics["clip/clipped"] > 0
