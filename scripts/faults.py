@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 case = next(case for case in some if case.number == line["number"])
                 print(f"  {case}: {line['wrong']}", flush=True)
             found += lines
-    words = " ".join(["python", "scripts/faults.py", *(sys.argv[1:] if argv is None else argv)])
+    words = shlex.join(["python", "scripts/faults.py", *(sys.argv[1:] if argv is None else argv)])
     text = table(given, found, args.seed, words)
     print(text)
     if args.out is not None:

@@ -29,6 +29,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def loop(name: str, folder: str) -> Callable[[], None]:
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     asked: Callable[[], Any] = dict
+    backward: Callable[..., Any]
+    clip: Callable[[], Any]
     if name == "plain":
         clipper = hf_gradclip.Clipper.for_model(model, "adaptive")
         backward, clip = torch.Tensor.backward, clipper.step
@@ -63,9 +66,7 @@ def loop(name: str, folder: str) -> Callable[[], None]:
         attachment = hf_gradclip.attach(accelerator, "adaptive", record=folder)
         model, optimizer = accelerator.prepare(model, optimizer)
         backward, asked = accelerator.backward, attachment.scalars
-
-        def clip() -> Any:
-            return accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        clip = partial(_clip, accelerator, model)
 
     steps = 0
 
@@ -82,6 +83,10 @@ def loop(name: str, folder: str) -> Callable[[], None]:
             asked()
 
     return step
+
+
+def _clip(accelerator: Accelerator, model: nn.Module) -> Any:
+    return accelerator.clip_grad_norm_(model.parameters(), 1.0)
 
 
 def held() -> dict[str, int]:

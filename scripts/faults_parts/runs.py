@@ -143,7 +143,7 @@ def _trainer(watched: Watched) -> Iterator[None]:
     """The Trainer has the loop: it is run to its end, and looks by callbacks."""
     trainers = importlib.import_module("transformers")
 
-    class Look(trainers.TrainerCallback):  # type: ignore[name-defined, misc]
+    class Look(trainers.TrainerCallback):  # type: ignore[name-defined]
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watched.optimizer = trainer.optimizer
             watched.clippers = [c for c in (trainer.clipper, trainer.update_clipper) if c is not None]

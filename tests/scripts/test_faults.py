@@ -55,10 +55,10 @@ def test_the_same_seed_gives_the_same_cases(parts) -> None:
 @pytest.mark.parametrize("backend", ["plain", "trainer"])
 def test_a_sample_is_right(parts, backend) -> None:
     given = [case for case in parts.cases.cases(SEED, 3000) if case.backend == backend]
-    some = random.Random(SEED).sample(given, {"plain": 24, "trainer": 4}[backend])
+    some = random.Random(SEED).sample(given, {"plain": 10, "trainer": 2}[backend])
     found = [(case, line["wrong"]) for case in some if (line := parts.worker.judged(case))["wrong"]]
     assert not found, f"seed {SEED}"
-    assert len({case.fault for case in some}) > 2
+    assert len({case.fault for case in some}) > 1
 
 
 def judge(parts, watched) -> str:

@@ -1,0 +1,113 @@
+"""The run that is killed: a Trainer with a record, which goes on from its newest whole checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_gradclip import GradClipTrainer
+from hf_gradclip.strategy import flatten
+from kills_parts.points import EVERY, STEPS, Killer
+
+
+def train(folder: Path, backend: str, killer: Killer | None) -> None:
+    """The whole run, or what is left of it; `final.RANK.pt` holds what it came to.
+
+    Args:
+        folder: of the run.
+        backend: "one process", "ddp" or "zero2".
+        killer: where it dies; None lets it live.
+    """
+    tiny: Any = importlib.import_module("tests.tiny")
+    transformers: Any = importlib.import_module("transformers")
+    rank = int(os.environ.get("RANK", "0"))
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if killer is not None:
+                killer.step = int(state.global_step) + 1
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if killer is not None:
+                killer.at(2)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if killer is not None:
+                killer.at(3)
+
+    def passed(module: Any, inputs: Any, output: Any) -> None:
+        if killer is not None:
+            killer.at(0)
+            output.loss.register_hook(lambda _: killer.at(1))
+
+    model = tiny.tiny_llama()
+    model.register_forward_hook(passed)
+    more: dict[str, Any] = {}
+    if backend == "zero2":
+        sharded: Any = importlib.import_module("tests.integrations.sharded")
+        sharded.without_shared_memory()
+        more["deepspeed"] = sharded.deepspeed_config(2, train_micro_batch_size_per_gpu="auto")
+    args = tiny.training_args(
+        str(folder), max_steps=STEPS, save_strategy="steps", save_steps=EVERY, save_total_limit=3, logging_steps=2,
+        optim="adamw_torch", ddp_backend="gloo" if backend != "one process" else None, **more,
+    )  # fmt: skip
+    trainer = GradClipTrainer(
+        model, args, train_dataset=tiny.counting_data(), callbacks=[Watch()],
+        clip={"gradient": "adaptive_norm+zclip:warmup_steps=4,z_threshold=0.5", "record": True},
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    if killer is not None:
+        killer.patch()
+    found = newest_whole(folder, int(os.environ.get("WORLD_SIZE", "1")))
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    clipper: Any = trainer.clipper
+    state = {key: value.clone() for key, value in flatten(clipper.state).items()}
+    left = {"weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, "state": state}
+    torch.save({**left, "moments": moments(trainer)}, folder / f"final.{rank}.pt")
+
+
+def moments(trainer: Any) -> list[torch.Tensor]:
+    """Whatever the innermost optimizer keeps."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return [v.clone() for entry in optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
+
+
+def newest_whole(folder: Path, ranks: int) -> Path | None:
+    """The checkpoint with the highest number of which every file can be read, and names what it passes over."""
+    numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.partition("-")[2]))
+    for path in numbered:
+        if not (why := what_lacks(path, ranks)):
+            return path
+        print(f"{path.name} is passed over: {why}", flush=True)
+    return None
+
+
+def what_lacks(checkpoint: Path, ranks: int) -> str:
+    """In words what a checkpoint lacks; "" if it is whole."""
+    rngs = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    sharded = (checkpoint / "latest").exists() or any(checkpoint.glob("global_step*"))
+    names = [*rngs, "gradclip.pt", "model.safetensors", *([] if sharded else ["optimizer.pt", "scheduler.pt"])]
+    if sharded:
+        step = f"global_step{checkpoint.name.partition('-')[2]}"
+        names.append("latest")
+        if len(list(checkpoint.glob(f"{step}/*zero_pp_rank_*_optim_states.pt"))) != ranks:
+            return f"{step} has not the states of {ranks} ranks"
+    for name in names:
+        if not (checkpoint / name).exists():
+            return f"{name} is missing"
+    for file in checkpoint.rglob("*.pt*"):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is cut off"
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "trainer_state.json is missing or cut off"
+    return ""
