@@ -30,7 +30,7 @@ from hf_gradclip.views.view import UnsupportedBackendError
 
 sys.path.append(str(Path(__file__).parent))  # where this file is imported from the root of the checkout
 
-from finetune_parts.checkpoints import checkpoint_for, states_of
+from finetune_parts.checkpoints import checkpoint_for, end_of_run, states_of
 from finetune_parts.command_line import parse
 from finetune_parts.examples import to_blocks
 from finetune_parts.flags import RunArguments
@@ -59,7 +59,7 @@ def optimizer_of(args: RunArguments) -> tuple[type[torch.optim.Optimizer], dict[
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, evaluate, save; the metrics of the run.
+    """Train, evaluate, save; the metrics of the run, none where it had ended before.
 
     Raises:
         InputError, SpecError, UnsupportedBackendError: for input that cannot be served, in one line.
@@ -94,6 +94,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         optimizer_cls_and_kwargs=optimizer_of(args),
     )
     checkpoint = checkpoint_for(args.resume_from_checkpoint, args.output_dir, states_of(clip, model))
+    if ended := end_of_run(checkpoint, args.max_steps, args.num_train_epochs):
+        tell(ended)
+        return {}
     beginning = asked_for(data_args, tokenizer, kind) or beginning_of(held_out[0])
     if checkpoint is None:
         tell_sample("before training", trainer, beginning, data_args.sample_tokens)

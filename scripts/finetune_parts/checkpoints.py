@@ -110,6 +110,26 @@ def checkpoint_for(asked: str | None, output_dir: str, states: Iterable[str] = (
     return found[0]
 
 
+def end_of_run(checkpoint: str | None, max_steps: int, epochs: float) -> str:
+    """Words for a checkpoint after which nothing is left to train, "" for any other.
+
+    The Trainer itself would make one more step.
+
+    Args:
+        checkpoint: to go on from.
+        max_steps: of the run; where it is not above 0, `epochs` counts.
+        epochs: of the run.
+    """
+    if checkpoint is None:
+        return ""
+    state = json.loads(Path(checkpoint, STATE).read_text("utf-8"))
+    step, epoch = state["global_step"], float(state.get("epoch") or 0)
+    if step < max_steps or (max_steps <= 0 and epoch < epochs):
+        return ""
+    flag, given = ("--max_steps", max_steps) if max_steps > 0 else ("--num_train_epochs", epochs)
+    return f"{checkpoint} is of step {step}, where a run of {flag} {given:g} has ended. Raise it to train on."
+
+
 def _newest_whole(output_dir: Path, states: list[str]) -> str | None:
     """Look from the newest on, and say what is passed over and what is taken."""
     every = checkpoints_in(output_dir)

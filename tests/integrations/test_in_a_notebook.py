@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import importlib.metadata
 import inspect
 import pydoc
 import re
@@ -33,7 +34,7 @@ def test_every_name_is_listed() -> None:
 
 
 def test_the_version_is_that_of_the_package(capsys) -> None:
-    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    version = importlib.metadata.version("hf-gradclip")
     assert hf_gradclip.__version__ == version
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_parts.checkpoints import checkpoint_for, fault_of, keeps_state
+from finetune_parts.checkpoints import checkpoint_for, end_of_run, fault_of, keeps_state
 from finetune_parts.words import InputError
 from safetensors.torch import save_file
 from torch import nn
@@ -153,3 +153,22 @@ def test_which_strategies_keep_a_state() -> None:
         assert keeps_state(read_strategy(name + written.get(name, "")), model) == (name not in without), name
     assert keeps_state(read_strategy("0*=zclip;*=none"), model)
     assert keeps_state(None, model) is False
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "epochs", "word"),
+    [
+        (10, 3.0, "--max_steps 10"),
+        (9, 3.0, "--max_steps 9"),
+        (-1, 2.0, "--num_train_epochs 2"),
+        (11, 1.0, ""),
+        (-1, 3.0, ""),
+    ],
+)
+def test_a_run_that_has_ended_is_not_gone_on_with(tmp_path, max_steps, epochs, word) -> None:
+    path = checkpoint(tmp_path, 10)
+    state = json.loads((path / "trainer_state.json").read_text())
+    (path / "trainer_state.json").write_text(json.dumps({**state, "epoch": 2.0}))
+    said = end_of_run(str(path), max_steps, epochs)
+    assert (word in said, bool(said)) == (True, bool(word))
+    assert end_of_run(None, max_steps, epochs) == ""
