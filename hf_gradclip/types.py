@@ -221,7 +221,8 @@ class NormStats:
 def norm_after(stats: NormStats, plan: ClipPlan) -> Tensor:
     """The 2-norm of the whole after a plan, 0-d; where elements are bounded the most that it can be."""
     if plan.bound_S is not None:
-        most_S = torch.minimum(stats.norm_S * plan.scale_S, plan.bound_S * stats.layout.numel_S.sqrt())
+        most_S = plan.bound_S * stats.layout.numel_S.clamp(min=1).sqrt()  # no bound, inf, times 0 elements were NaN
+        most_S = torch.minimum(stats.norm_S * plan.scale_S, most_S)
         return most_S.square().sum().sqrt()
     if plan.scale_S.ndim == 0:
         return stats.total if is_one(plan.scale_S) else stats.total * plan.scale_S

@@ -107,6 +107,17 @@ def test_where_it_begins(spec, after, share) -> None:
 
 
 @pytest.mark.usefixtures("judged")
+@pytest.mark.parametrize("spec", ["value:max_value=1", "deep=value:max_value=1;*=none"])
+def test_a_parameter_without_elements_has_a_norm(spec) -> None:
+    """Of 0, whatever bounds it: a sound step is made."""
+    model = Pair()
+    model.empty = nn.Parameter(torch.ones(0))
+    clipper = Clipper.for_model(model, spec)
+    assert run(clipper, model, torch.optim.AdamW(model.parameters(), lr=1e-2), [0.2, 3.0, 0.3]) == [True] * 3
+    assert [clipper.report.summary()[key] for key in ("clipped", "skipped", "nonfinite")] == [1, 0, 0]
+
+
+@pytest.mark.usefixtures("judged")
 def test_the_policies(caplog) -> None:
     caplog.set_level(logging.WARNING, logger="hf_gradclip")
     model = Pair()
