@@ -237,7 +237,7 @@ class Clipper:
         action = int(decision.action)  # the one host read of a step, unless `brought` was it
         if action == NONFINITE and bool(decision.stats.total.isinf()):  # only the squares may have overflowed
             again = self.decide(decision.stats.loss, decision.measure, rescale=True)
-            if int(again.action) != NONFINITE:
+            if bool(again.stats.total < math.inf):
                 decision, action = again, int(again.action)
         told = self.events.judged(action, decision.stats, self.view) if self.events.kinds else action
         if told in (SKIP, NONFINITE):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +133,27 @@ def test_the_policies(caplog) -> None:
             model.set(1e30)
             clipper.step()
     assert "step 1 is skipped, its norm is 1e+30. Its square is more than the float32 of a second moment" in caplog.text
+
+
+@pytest.mark.usefixtures("judged")
+def test_where_squares_overflow_it_is_still_a_number(monkeypatch) -> None:
+    """A device that adds up squares in float32 says inf first; what is said in the end is the norm."""
+    model, told = Pair(), []
+    clipper = Clipper.for_model(model, "none", nonfinite="raise", on_nonfinite=told.append)
+    measure = clipper.view.measure
+
+    def in_float32(needs, rescale=False):
+        stats = measure(needs, rescale)
+        return stats if rescale else replace(stats, sumsq_S=stats.sumsq_S.float().double())
+
+    monkeypatch.setattr(clipper.view, "measure", in_float32)
+    model.set(1e30)
+    with pytest.raises(NonFiniteError, match=r"norm is 1\.0\d*e\+30 in step 1.*more than the float32 of a"):
+        clipper.step()
+    assert [event.norm for event in told] == [pytest.approx(1e30)]
+    model.set(math.inf)
+    with pytest.raises(NonFiniteError, match=r"norm is inf in step 2.*Not finite: deep"):
+        clipper.step()
 
 
 @pytest.mark.usefixtures("judged")
