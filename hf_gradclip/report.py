@@ -83,7 +83,7 @@ class ClipReport:
     def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Go on with the run on another device. One host read."""
         if device != self.device or dtype != self._zero.dtype:
-            self._drain()
+            self._absorb()
             self._place(device, dtype)
             self._at = {}
             self._clear()

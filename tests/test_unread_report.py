@@ -80,3 +80,22 @@ def test_nothing_grows_where_nobody_asks(monkeypatch) -> None:
             sizes.append(sum(len(value) for value in lists if isinstance(value, list)))
     assert max(sizes[1:]) <= 25 * 3 + 64
     assert clipper.report.summary()["steps"] == 600
+
+
+def test_a_report_that_moves_loses_no_step() -> None:
+    """To another dtype, as to another device: what was counted before is in the next read, once."""
+    found = []
+    for moves in (False, True):
+        model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(3)) for name in ("a", "b")})
+        clipper = Clipper.for_model(model, "a*=none;b=soft:max_norm=1")
+        for size in (0.1, 3.0, float("nan"), 0.2):
+            for p in model.values():
+                p.grad = torch.full_like(p, size)
+            clipper.step()
+            if moves and size == 3.0:
+                clipper.report.move_to(torch.device("cpu"), torch.float32)
+        found.append([clipper.report.scalars(), clipper.report.scalars(), clipper.report.summary()])
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert found[1][0]["clip/nonfinite"] == 1
+    assert found[1][1] == {}
+    assert found[1][2] == pytest.approx(found[0][2], rel=1e-6)
