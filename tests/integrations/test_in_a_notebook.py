@@ -56,6 +56,14 @@ def test_a_trainer_shows_the_arguments_of_its_own_kind() -> None:
             super().__init__()
 
     assert [*inspect.signature(Clipped).parameters] == ["args", "strength", "clip", "kwargs"]
+
+    class Taken(Trainer):
+        def __init__(self, model=None, clip: float = 1.0) -> None:
+            super().__init__(model)
+
+    class Both(GradClipMixin, Taken): ...
+
+    assert [*inspect.signature(Both).parameters] == ["model", "clip"]
     assert [*inspect.signature(Below).parameters] == ["wide"]
 
 
