@@ -1,6 +1,6 @@
 """The versions of other packages that the tests pass with, and where hf_gradclip hooks into each.
 
-A version outside the range is no error: it is said once, together with whether the hooks are there. A hook that is
+A version outside the range is no error: it is said once, together with the hooks that were found. A hook that is
 missing is one, in any version, since nothing would be clipped.
 """
 
@@ -88,5 +88,6 @@ def untested(package: str, version: str, owner: Any) -> str:
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or row.first <= (int(numbers[1]), int(numbers[2])) <= row.last:
         return ""
-    probed = f"Its hooks are there ({', '.join(row.hooks)})." if row.hooks else "Its hooks are there."
-    return f"{what}: hf_gradclip was tested with {oldest} to {newest}. {probed} Compare a few steps with your own clip."
+    probed = f" Its hooks are there ({', '.join(row.hooks)})." if row.hooks else ""
+    those = oldest if oldest == newest else f"{oldest} to {newest}"
+    return f"{what}: hf_gradclip was tested with {those}.{probed} Compare a few steps with your own clip."

@@ -52,6 +52,11 @@ def test_another_version_is_said_with_what_was_probed(version) -> None:
     assert "clip_grad_norm_, unscale_gradients, prepare" in words
 
 
+def test_where_nothing_was_probed_nothing_is_said_to_be_there() -> None:
+    words = untested("deepspeed", "0.20.1", Hooked)
+    assert words == "deepspeed 0.20.1: hf_gradclip was tested with 0.19. Compare a few steps with your own clip."
+
+
 @pytest.mark.parametrize("version", ["git", ""])
 def test_a_version_without_a_number_is_left_in_peace(version) -> None:
     assert untested("accelerate", version, Hooked) == ""
