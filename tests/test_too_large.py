@@ -17,6 +17,8 @@ from torch import nn
 from hf_gradclip import Clipper, optim
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.decision import judge_on_device
+from hf_gradclip.record.buffer import Recorder
+from hf_gradclip.run.spikes import SpikeWatch
 from hf_gradclip.strategy import flatten
 
 ROOT = float(np.sqrt(np.float64(np.finfo(np.float32).max)))
@@ -154,6 +156,22 @@ def test_where_squares_overflow_it_is_still_a_number(monkeypatch) -> None:
     model.set(math.inf)
     with pytest.raises(NonFiniteError, match=r"norm is inf in step 2.*Not finite: deep"):
         clipper.step()
+
+
+def test_a_record_judges_no_later_norm_by_it(tmp_path) -> None:
+    """What the coming norms of the run are judged by is what it is in a run without these steps."""
+    sound, watched = np.random.default_rng(0).uniform(0.1, 3, 40).tolist(), []
+    for elements in (sound, [*sound[:20], *[1e30] * 15, *sound[20:]]):
+        model = Pair()
+        clipper = Clipper.for_model(model, "none")
+        clipper.recorder = Recorder()
+        for element in elements:
+            model.set(element)
+            clipper.step()
+        watched.append(SpikeWatch(tmp_path, 0, None))
+        watched[-1].look(clipper.recorder.drain(), clipper.view.layout.names)
+    assert watched[0].norms == watched[1].norms
+    assert max(watched[1].norms) < 4
 
 
 @pytest.mark.usefixtures("judged")

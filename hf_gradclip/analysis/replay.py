@@ -14,7 +14,7 @@ import torch
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import Record
-from hf_gradclip.record.spikes import find_spikes
+from hf_gradclip.record.spikes import find_spikes, judged
 from hf_gradclip.spec import is_own
 from hf_gradclip.strategy import SpecError, State, Stateless, Strategy, describe, name_of, parts_of
 from hf_gradclip.types import ClipPlan, Layout, NormStats
@@ -180,7 +180,7 @@ def _skips(plan: ClipPlan) -> bool:
 def spikes_of(record: Record) -> np.ndarray:
     """Which finite steps stand out by their norm, bool, shape (T,)."""
     spikes_T = np.zeros(len(record), dtype=bool)
-    spikes_T[[spike.row for spike in find_spikes(record.norm_T.tolist(), [])]] = True
+    spikes_T[[spike.row for spike in find_spikes(judged(record.norm_T, record.finite_T), [])]] = True
     return spikes_T & record.finite_T
 
 

@@ -17,7 +17,7 @@ from hf_gradclip.analysis.run import Run, clipped_steps, configs_of, load_run, t
 from hf_gradclip.analysis.terminal import columns_of_terminal, show
 from hf_gradclip.record.files import folder_of
 from hf_gradclip.record.parts import DamagedPartError
-from hf_gradclip.record.spikes import find_spikes
+from hf_gradclip.record.spikes import find_spikes, judged
 from hf_gradclip.say import printable
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -158,7 +158,7 @@ def _curve(name: str, values: np.ndarray, width: int, log: bool = False) -> list
 def _spikes(run: Run) -> list[str]:
     """The last steps that stand out, the latest first, each with the tensor that has most of it."""
     record = run.gradient
-    found = find_spikes(record.norm_T.tolist(), [])
+    found = find_spikes(judged(record.norm_T, record.finite_T), [])
     if not found:
         return ["no step stands out by its norm"]
     said = [f"{len(found)} steps stand out by their norm; the last:"]

@@ -34,6 +34,12 @@ def known(norms: Iterable[float]) -> list[float]:
     return [norm for norm in norms if 0 < norm < math.inf]
 
 
+def judged(norms: np.ndarray, finite: np.ndarray) -> list[float]:
+    """Norms of a record as `find_spikes` and `known` take them: inf for each that counted as not finite."""
+    found: list[float] = np.where(finite, norms, np.inf).tolist()
+    return found
+
+
 def find_spikes(norms: Sequence[float], before: Sequence[float]) -> list[Spike]:
     """The new norms that stand out among the last ones before each.
 

@@ -24,7 +24,7 @@ from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.record.files import FOLDER, read_record
 from hf_gradclip.record.keeping import drop_after, is_taken, join_small, put_damaged_aside, take
 from hf_gradclip.record.parts import parts_of, write_part
-from hf_gradclip.record.spikes import drop_spikes_after
+from hf_gradclip.record.spikes import drop_spikes_after, judged
 from hf_gradclip.run.spikes import SpikeWatch, indices_of
 from hf_gradclip.run.startup import world_size
 from hf_gradclip.run.state import numbered
@@ -131,7 +131,8 @@ class Recording:
                 announce(f"record: {dropped} steps past the resumed step {step} are dropped; they are trained again.")
         drop_spikes_after(self.folder, step)
         if parts_of(self.folder, GRADIENT):
-            self._spikes.start(read_record(self.folder).norm_T.tolist())
+            record = read_record(self.folder)
+            self._spikes.start(judged(record.norm_T, record.finite_T))
 
     def _put_aside(self) -> None:
         """A new run in an old folder: the old record stays, under another name."""

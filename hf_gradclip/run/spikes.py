@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_gradclip.outlier import WINDOW
-from hf_gradclip.record.spikes import describe_spike, find_spikes, known, write_spike
+from hf_gradclip.record.spikes import describe_spike, find_spikes, judged, known, write_spike
 
 UNKNOWN = "unknown"
 
@@ -54,7 +54,7 @@ class SpikeWatch:
 
     def look(self, rows: dict[str, np.ndarray], names: Sequence[str]) -> None:
         """Judge the norms of a record's rows, write the spikes, and hold the examples of these steps no longer."""
-        norms, last = rows["norm"].tolist(), rows["step"][-1]
+        norms, last = judged(rows["norm"], rows["finite"]), rows["step"][-1]
         try:
             for spike in find_spikes(norms, self.norms):
                 cause = self._cause(int(rows["step"][spike.row]))
