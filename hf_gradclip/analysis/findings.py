@@ -193,12 +193,16 @@ def _unread(run: Run) -> list[str]:
 
 
 def _lost(record: Record) -> list[str]:
-    broken, skipped = int((~record.finite_T).sum()), int(record.skipped_T.sum())
+    large_T, skipped = ~record.finite_T & np.isfinite(record.norm_T), int(record.skipped_T.sum())
     said = []
-    if broken:
-        first = int(record.step_T[~record.finite_T][0])
-        said.append(f"The norm was NaN or inf in {broken:,} step{'s'[: broken != 1]}, first in step {first}.")
-        said += _where(record)
+    for rows_T, what in (
+        (~record.finite_T & ~large_T, "NaN or inf"),
+        (large_T, "a number whose square float32 cannot hold"),
+    ):
+        if count := int(rows_T.sum()):
+            first = int(record.step_T[rows_T][0])
+            said.append(f"The norm was {what} in {count:,} step{'s'[: count != 1]}, first in step {first}.")
+    said += _where(record)
     if skipped == 1:
         said.append("1 step was left out: no weight moved in it.")
     elif skipped:

@@ -94,6 +94,16 @@ class TestFindings:
         assert "The norm was NaN or inf in 2 steps, first in step 8." in said
         assert "2 steps were left out: no weight moved in them." in said
 
+    def test_steps_that_were_too_large_are_no_nan(self) -> None:
+        norms = norms_of()
+        norms[[7, 50], 1] = 1e30
+        norms[60, 1] = np.nan
+        finite = norms.max(axis=1) < 1e19
+        said = findings(run_of(record_by_hand(norms, finite_T=finite, skipped_T=~finite)))
+        assert "The norm was NaN or inf in 1 step, first in step 61." in said
+        assert "The norm was a number whose square float32 cannot hold in 2 steps, first in step 8." in said
+        assert "3 steps were left out: no weight moved in them." in said
+
     def test_the_level_of_the_norm(self) -> None:
         rising = np.linspace(1, 4, 100)[:, None] * np.ones((1, 4))
         (said,) = [s for s in findings(run_of(record_by_hand(rising))) if s.startswith("The norm rose")]
