@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from hf_gradclip import ClipArguments, yaml_file
+from hf_gradclip import ClipArguments
+from hf_gradclip.spec import read_yaml
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
@@ -40,10 +41,14 @@ class ClipFlags(ClipArguments):
 
 
 def _names_record(clip: str | None) -> bool:
-    """Whether a spec is a YAML file with a key `record`."""
+    """Whether a spec is a YAML file with a key `record`.
+
+    Raises:
+        SpecError: for one that cannot be read.
+    """
     if not isinstance(clip, str) or not clip.endswith((".yaml", ".yml")) or not Path(clip).is_file():
         return False
-    content = yaml_file.load(Path(clip).read_text("utf-8"))
+    content = read_yaml(Path(clip))
     return isinstance(content, dict) and "record" in content
 
 

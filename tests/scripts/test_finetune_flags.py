@@ -67,6 +67,17 @@ def test_the_record_of_a_clip_file_counts(parsed, tmp_path, content, flags, reco
     assert parsed(*flags)[0].clip_config().record == record
 
 
+@pytest.mark.parametrize("content", ["gradient: [zclip\n", "- zclip\n"])
+def test_a_clip_file_that_is_none_is_answered_in_one_line(tmp_path, capsys, content) -> None:
+    (tmp_path / "clip.yaml").write_text(content)
+    with pytest.raises(SystemExit) as left:
+        script().command(["--clip", str(tmp_path / "clip.yaml"), *at(tmp_path)])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "|" not in line]
+    assert left.value.code == 2
+    assert line.startswith("finetune.py: error: ")
+    assert "clip.yaml" in line
+
+
 def test_help_is_in_groups_with_ours_first_and_every_flag_once(capsys) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
