@@ -196,13 +196,13 @@ def _lost(record: Record) -> list[str]:
     large_T, skipped = ~record.finite_T & np.isfinite(record.norm_T), int(record.skipped_T.sum())
     said = []
     for rows_T, what in (
-        (~record.finite_T & ~large_T, "NaN or inf"),
         (large_T, "a number whose square float32 cannot hold"),
+        (~record.finite_T & ~large_T, "NaN or inf"),
     ):
         if count := int(rows_T.sum()):
             first = int(record.step_T[rows_T][0])
             said.append(f"The norm was {what} in {count:,} step{'s'[: count != 1]}, first in step {first}.")
-    said += _where(record)
+    said += _where(record)  # of a NaN or inf
     if skipped == 1:
         said.append("1 step was left out: no weight moved in it.")
     elif skipped:
