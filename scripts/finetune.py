@@ -59,7 +59,7 @@ def optimizer_of(args: RunArguments) -> tuple[type[torch.optim.Optimizer], dict[
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, evaluate, save; the metrics of the run, none where it had ended before.
+    """Train, evaluate, save; the metrics of the run.
 
     Raises:
         InputError, SpecError, UnsupportedBackendError: for input that cannot be served, in one line.
@@ -94,9 +94,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         optimizer_cls_and_kwargs=optimizer_of(args),
     )
     checkpoint = checkpoint_for(args.resume_from_checkpoint, args.output_dir, states_of(clip, model))
-    if ended := end_of_run(checkpoint, args.max_steps, args.num_train_epochs):
+    if checkpoint and (ended := end_of_run(checkpoint, args.max_steps, args.num_train_epochs)):
         tell(ended)
-        return {}
+        return saved_again(trainer, checkpoint)
     beginning = asked_for(data_args, tokenizer, kind) or beginning_of(held_out[0])
     if checkpoint is None:
         tell_sample("before training", trainer, beginning, data_args.sample_tokens)
@@ -119,6 +119,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if clip is not None and clip.record:
         tell(f"what clipping did: hf-gradclip report {args.output_dir}")
     return metrics
+
+
+def saved_again(trainer: GradClipTrainer, checkpoint: str) -> dict[str, float]:
+    """What a run that was ended after its last checkpoint may not have come to: save the model, and evaluate it.
+
+    FSDP and DeepSpeed load their checkpoints only as a training begins, so that nothing is done there.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        tell(f"The weights are in {checkpoint}.")
+        return {}
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.save_model()
+    after = float(trainer.evaluate()["eval_loss"])
+    tell(f"eval loss {after:.3f}; saved to {trainer.args.output_dir}")
+    return {"eval_loss": after}
 
 
 def last_loss(trainer: GradClipTrainer) -> float:

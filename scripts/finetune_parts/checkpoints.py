@@ -110,7 +110,7 @@ def checkpoint_for(asked: str | None, output_dir: str, states: Iterable[str] = (
     return found[0]
 
 
-def end_of_run(checkpoint: str | None, max_steps: int, epochs: float) -> str:
+def end_of_run(checkpoint: str, max_steps: int, epochs: float) -> str:
     """Words for a checkpoint after which nothing is left to train, "" for any other.
 
     The Trainer itself would make one more step.
@@ -120,8 +120,6 @@ def end_of_run(checkpoint: str | None, max_steps: int, epochs: float) -> str:
         max_steps: of the run; where it is not above 0, `epochs` counts.
         epochs: of the run.
     """
-    if checkpoint is None:
-        return ""
     state = json.loads(Path(checkpoint, STATE).read_text("utf-8"))
     step, epoch = state["global_step"], float(state.get("epoch") or 0)
     if step < max_steps or (max_steps <= 0 and epoch < epochs):

@@ -62,6 +62,14 @@ def test_the_main_job_and_its_resume(tmp_path, caplog, capsys) -> None:
     assert "starts anew" not in caplog.text
     assert "steps 2, clipped" in caplog.text
 
+    ended = json.loads((tmp_path / "metrics.json").read_text())["eval_loss"]
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()  # as if it had been killed before it was saved
+    again = script().main([*SMALL.split(), *flags, "--max_steps", "14", "--resume_from_checkpoint", "true"])
+    assert "checkpoint-14 is of step 14, where a run of --max_steps 14 has ended" in capsys.readouterr().out
+    assert again["eval_loss"] == pytest.approx(ended, rel=1e-6)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
 
 def test_files_lora_and_a_run_file(tmp_path, caplog) -> None:
     text = tmp_path / "text.txt"

@@ -171,4 +171,3 @@ def test_a_run_that_has_ended_is_not_gone_on_with(tmp_path, max_steps, epochs, w
     (path / "trainer_state.json").write_text(json.dumps({**state, "epoch": 2.0}))
     said = end_of_run(str(path), max_steps, epochs)
     assert (word in said, bool(said)) == (True, bool(word))
-    assert end_of_run(None, max_steps, epochs) == ""
