@@ -66,7 +66,7 @@ class Watch:
         return self._seen
 
 
-def lines_of(seen: Seen | None, path: Path, now: float, width: int) -> list[str]:
+def lines_of(seen: Seen | None, path: Path, now: float, width: int, once: bool = False) -> list[str]:
     """A look in words, no line wider than `width`.
 
     Args:
@@ -74,11 +74,11 @@ def lines_of(seen: Seen | None, path: Path, now: float, width: int) -> list[str]
         path: where.
         now: in seconds since the epoch.
         width: in characters, at least 40.
+        once: whether this is the only look, after which nothing is waited for.
     """
     if seen is None:
-        return [
-            line[:width] for line in (f"{printable(str(path))}: holds no record yet.", "Waiting; Ctrl-C ends this.")
-        ]
+        waiting = [] if once else ["Waiting; Ctrl-C ends this."]
+        return [line[:width] for line in (f"{printable(str(path))}: holds no record yet.", *waiting)]
     record = seen.run.gradient
     clipped, scales = clipped_steps(record), total_scale(record)
     last = len(record) - 1
@@ -119,7 +119,7 @@ def watch(path: Path, every: float, once: bool, rounds: Iterator[Any] | None = N
     looks = Watch(path)
 
     def lines() -> list[str]:
-        return lines_of(looks.look(), path, time.time(), columns_of_terminal())
+        return lines_of(looks.look(), path, time.time(), columns_of_terminal(), once)
 
     if once:
         show(*lines())

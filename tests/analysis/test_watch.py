@@ -101,7 +101,9 @@ def test_the_command(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setitem(sys.modules, "rich.live", None)
     assert main(["watch", str(tmp_path), "--once"]) == 0
-    assert "holds no record yet." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "holds no record yet." in said
+    assert "Waiting" not in said
     grow(tmp_path, made(), 1, 50)
     assert main(["watch", str(tmp_path), "--once"]) == 0
     assert "step 50, written 0 s ago" in capsys.readouterr().out
