@@ -58,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--text", action="store_true", help="print tables instead")
     report.set_defaults(run_command=_report)
 
+    help_of_clip = "a strategy; may be repeated; the run's own if left out"
     replay = commands.add_parser("replay", help="what other strategies would have done with the recorded norms")
     replay.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run")
-    replay.add_argument("--clip", action="append", default=[], metavar="SPEC", help="a strategy; may be repeated")
+    replay.add_argument("--clip", action="append", default=[], metavar="SPEC", help=help_of_clip)
     replay.add_argument("--place", choices=["gradient", "update"], default="gradient", help="which norms")
     replay.add_argument("--out", type=Path, default=None, help="the picture; RUN/gradclip/replay.png if left out")
     replay.set_defaults(run_command=_replay)
@@ -119,7 +120,12 @@ def _replay(args: argparse.Namespace) -> None:
     if not record.finite_T.any():
         raise ValueError(f"{args.run}: no recorded step has a finite norm.")
     specs = args.clip or [spec_recorded(record)]
-    strategies = [strategy_for_replay(spec) for spec in specs]
+    try:
+        strategies = [strategy_for_replay(spec) for spec in specs]
+    except SpecError as error:
+        if args.clip:
+            raise
+        raise SpecError(f"without --clip the run's own strategy is taken, and {error}") from None
     found = [replay(record, strategy) for strategy in strategies]
     show_table(COLUMNS, outcome_rows(map(functools.partial(outcome_of, record), found, specs)))
     for spec, strategy, of_spec in zip(specs, strategies, found, strict=True):

@@ -59,6 +59,16 @@ def test_list_has_everything(capsys) -> None:
     assert "z_threshold=2.5" in said
 
 
+def test_a_replay_without_a_strategy_says_whose_it_took(tmp_path, capsys) -> None:
+    record = record_by_hand(norms_of())
+    save(record_by_hand(norms_of(), meta={**record.meta, "spec": "adaptive"}), tmp_path)
+    assert main(["replay", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "without --clip the run's own strategy is taken, and agc cannot be replayed" in said
+    assert main(["replay", str(tmp_path), "--clip", "agc"]) == 2
+    assert capsys.readouterr().err.startswith("hf-gradclip replay: agc cannot be replayed")
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
