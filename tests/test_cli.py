@@ -77,12 +77,14 @@ def test_a_replay_without_a_strategy_says_whose_it_took(tmp_path, capsys) -> Non
         (["replay", "RUN", "--place", "update"], "holds no record of the update"),
         (["replay", "NOTHING"], "holds no record"),
         (["report", "NOTHING"], "holds no record"),
+        (["report", "EMPTY"], "Train with clip={'gradient': 'adaptive', 'record': True}, --record true"),
         (["suggest", "RUN", "--rate", "2"], "must be a share between 0 and 1"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words, reason, tmp_path, capsys) -> None:
     save(record_by_hand(norms_of()), tmp_path / "run")
-    places = {"RUN": str(tmp_path / "run"), "NOTHING": str(tmp_path)}
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": str(tmp_path / "run"), "NOTHING": str(tmp_path), "EMPTY": str(tmp_path / "empty")}
     assert main([places.get(word, word) for word in words]) == 2
     said = capsys.readouterr()
     assert reason in said.err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +32,24 @@ def insist_on_accelerator(accelerator: Any) -> None:
         "parameters": f"Write {ATTACH}.",
     }.get(kind, f"Write {ATTACH}.")
     raise TypeError(f"attach({shown(accelerator)}): must be an accelerate.Accelerator. {instead}")
+
+
+def refuse_settings(trainer: type, clip: Any, given: Mapping[str, Any]) -> None:
+    """Stop where a Trainer is given a word of the clip configuration beside `clip`, and no class of it takes the word.
+
+    Raises:
+        TypeError: with the clip to write.
+    """
+    own = [*inspect.signature(ClipConfig.parse).parameters][1:]
+    found = {name: given[name] for name in own if name in given}
+    if not found:
+        return
+    made_by = [vars(cls)["__init__"] for cls in trainer.__mro__ if "__init__" in vars(cls)]
+    taken = {name for init in made_by for name in inspect.signature(init).parameters}
+    if found := {name: value for name, value in found.items() if name not in taken}:
+        spec = dict(clip) if isinstance(clip, Mapping) else {"gradient": "adaptive" if clip is None else clip}
+        words = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        raise TypeError(f"{trainer.__name__}({words}): is a part of clip. Write clip={spec | found!r}.")
 
 
 def insist_on_switches(**switches: Any) -> None:

@@ -15,7 +15,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.integrations.arguments import insist_on_order, limit_of
+from hf_gradclip.integrations.arguments import insist_on_order, limit_of, refuse_settings
 from hf_gradclip.integrations.attachment import Attachment
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_optimizer, refuse_unsupported
@@ -83,6 +83,7 @@ class GradClipMixin(RecordingMixin):
     def __init__(self, *args: Any, clip: Clip = None, **kwargs: Any) -> None:
         if clip is not None:
             insist_on_hooks("transformers", transformers.__version__, Trainer)
+        refuse_settings(type(self), clip, kwargs)
         self._clip_spec = clip
         super().__init__(*args, **kwargs)
 

@@ -74,7 +74,8 @@ def folder_of(run: str | Path) -> Path:
     if below := sorted(str(path.parent) for path in run.glob(f"*/{FOLDER}") if any(path.glob("*-*.parquet"))):
         raise FileNotFoundError(f"{run}: holds no record ({FOLDER}/*.parquet), but these do: {' '.join(below)}")
     raise FileNotFoundError(
-        f"{run}: holds no record ({FOLDER}/*.parquet). Train with record=True, or --clip_record true in finetune.py."
+        f"{run}: holds no record ({FOLDER}/*.parquet). Train with clip={{'gradient': 'adaptive', 'record': True}}, "
+        "--record true of hf-gradclip run, or --clip_record true of finetune.py."
     )
 
 

@@ -230,6 +230,29 @@ class TestWordsForSmallThings:
         with pytest.raises(TypeError, match=r"scaler=True\): must be your torch.amp.GradScaler"):
             Clipper.for_model(MODEL, "adaptive", scaler=True)
 
+    @pytest.mark.parametrize(
+        ("clip", "instead"),
+        [
+            ({}, "{'gradient': 'adaptive', 'record': True}"),
+            ({"clip": "zclip"}, "{'gradient': 'zclip', 'record': True}"),
+            ({"clip": {"gradient": 1.0, "fold": True}}, "{'gradient': 1.0, 'fold': True, 'record': True}"),
+        ],
+    )
+    def test_a_word_of_the_configuration_beside_clip(self, clip, instead) -> None:
+        """The report of a run without a record asks for a record, and a Trainer is where one looks for it."""
+        with pytest.raises(TypeError) as error:
+            hf_gradclip.GradClipTrainer(**clip, record=True)
+        assert str(error.value) == f"GradClipTrainer(record=True): is a part of clip. Write clip={instead}."
+
+    def test_a_word_that_a_trainer_takes_itself(self) -> None:
+        class Recording(Trainer):
+            def __init__(self, record: bool, **rest) -> None:
+                self.own = record
+
+        class Both(hf_gradclip.GradClipMixin, Recording): ...
+
+        assert Both(clip="adaptive", record=True).own is True
+
     @pytest.mark.parametrize("word", [{"record": True}, {"histogram_every": 3}])
     def test_an_optimizer_records_nothing(self, word) -> None:
         with pytest.raises(SpecError, match=r"AdamW\(clip=..., .*there is no run here"):
