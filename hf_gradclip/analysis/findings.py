@@ -12,7 +12,7 @@ from hf_gradclip.analysis.replay import spec_recorded
 from hf_gradclip.analysis.run import Run, by_config, by_parameter, clipped_steps, total_scale
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import Record
-from hf_gradclip.strategy import SpecError, warmup_of
+from hf_gradclip.strategy import SpecError, parts_of, warmup_of
 
 OFTEN, SELDOM = 0.5, 0.1
 MOST_NAMES = 5
@@ -121,12 +121,26 @@ def _rate(record: Record, what: str) -> str:
         above = (record.norm_T > record.threshold_T)[finite].sum()
         known = np.isfinite(record.threshold_T[finite]).any()
         whole = f" The norm of the whole was above its threshold in {above:,} steps." if known else ""
-        return f"{count}, {mean}; of all tensors in all steps {share:.0%} were scaled.{whole}"
+        usual = (
+            " Many clipped steps are usual with agc: it limits single rows, some in most steps."
+            if _limits_rows(record, rate)
+            else ""
+        )
+        return f"{count}, {mean}; of all tensors in all steps {share:.0%} were scaled.{whole}{usual}"
     if rate >= OFTEN:
         return f"{count}, {mean}: the threshold acts as a learning-rate cut, to {scale.mean():.2f} of it over the run."
     if rate >= SELDOM:
         return f"{count}, {mean}: more than a safety net, less than a learning-rate cut."
     return f"{count}, {mean}: a safety net."
+
+
+def _limits_rows(record: Record, rate: float) -> bool:
+    """Whether it was clipped often by rows, as `agc` does on a sound run."""
+    try:
+        parts = parts_of(ClipConfig.parse(spec_recorded(record)).gradient)
+    except SpecError:
+        return False
+    return rate >= OFTEN and any(part.needs.units is not None for part in parts)
 
 
 def _raised(record: Record, what: str) -> str:

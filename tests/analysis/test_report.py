@@ -81,6 +81,17 @@ class TestFindings:
         assert "60 of 120 steps" in said
         assert "of all tensors in all steps 12% were scaled" in said
 
+    @pytest.mark.parametrize(
+        ("spec", "every", "usual"), [("adaptive", 1, True), ("adaptive", 4, False), ("adagc", 1, False)]
+    )
+    def test_many_steps_that_were_clipped_are_usual_by_rows_only(self, spec, every, usual) -> None:
+        scales = np.ones((120, 4))
+        scales[::every, 1] = 0.25
+        meta = {**record_by_hand(norms_of()).meta, "spec": spec}
+        said = findings(run_of(record_by_hand(norms_of(), scales, meta=meta)))[0]
+        assert f"clipped in {120 // every} of 120 steps" in said
+        assert said.endswith("usual with agc: it limits single rows, some in most steps.") is usual
+
     def test_zero_norms_are_counted_by_name(self) -> None:
         norms = norms_of()
         norms[:12, 2] = 0.0
