@@ -183,8 +183,10 @@ def _import(path: str) -> type[Strategy]:
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        own = " For a class of your own put the folder of its file on PYTHONPATH." if missing else ""
         raise SpecError(
-            f"{path!r} is no strategy, no preset, and cannot be imported ({error}). Known: {_known()}."
+            f"{path!r} is no strategy, no preset, and cannot be imported ({error}).{own} Known: {_known()}."
         ) from None
     if not (isinstance(cls, type) and issubclass(cls, Strategy)):
         raise SpecError(f"{path!r} is not a subclass of hf_gradclip.Strategy.")

@@ -363,6 +363,7 @@ class TestDottedPath:
         [
             ("my_clips.Halv", "'my_clips.Halv' is no strategy, no preset, and cannot be imported"),
             ("my_clip.Halve", "'my_clip.Halve' is no strategy, no preset, and cannot be imported"),
+            ("my_clip.Halve", "put the folder of its file on PYTHONPATH"),
             ("my_clips.number", "'my_clips.number' is not a subclass of hf_gradclip.Strategy"),
             ("my_clips.Halve:facto=1", "my_clips.Halve has no field 'facto'. Did you mean factor? It has factor."),
             ("my_clips.NoDataclass", "dataclass"),
