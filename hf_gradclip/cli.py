@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.script = command
     try:
         then: Callable[[], int] | None = args.run_command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it, `head` say, has seen enough; the rest, flushed at the exit, goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (SpecError, ValueError, OSError, ImportError) as error:
         print(printable(f"hf-gradclip {args.command}: {error}"), file=sys.stderr)
         return BAD_INPUT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,15 @@ def test_a_replay_without_a_strategy_says_whose_it_took(tmp_path, capsys) -> Non
     assert "without --clip the run's own strategy is taken, and agc cannot be replayed" in said
     assert main(["replay", str(tmp_path), "--clip", "agc"]) == 2
     assert capsys.readouterr().err.startswith("hf-gradclip replay: agc cannot be replayed")
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hf_gradclip", "list"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
