@@ -65,13 +65,13 @@ def pictures_of(runs: Sequence[Run], ready: Sequence[Ready | None]) -> list[Pict
 
     spikes = "; steps whose norm stands out are marked" if any(run.spikes for run in runs) else ""
     pictures = [of_all("loss", "Loss", f"Loss over steps of {names}{spikes}.", 3.2, draw_loss)]
-    if any(np.isfinite(run.gradient.learning_rate_T).any() for run in runs):
-        text = f"Learning rate of the first parameter group over steps of {names}."
-        pictures.append(of_all("learning_rate", "Learning rate", text, 2.2, draw_learning_rate))
     text = f"Norm over steps of {names} on a logarithmic scale{', with the threshold' * (len(runs) == 1)}."
     pictures.append(of_all("norm", "Norm before clipping", text, 3.2, draw_norm))
     text = f"Share of clipped steps of {names}, over a window of steps."
     pictures.append(of_all("rate", "Share of steps clipped", text, 2.2, draw_rate))
+    if any(np.isfinite(run.gradient.learning_rate_T).any() for run in runs):
+        text = f"Learning rate of the first parameter group over steps of {names}."
+        pictures.append(of_all("learning_rate", "Learning rate", text, 2.2, draw_learning_rate))
     for i, (run, more) in enumerate(zip(runs, ready, strict=True)):
         pictures += _of_one(i, run, more, many=len(runs) > 1)
     return pictures

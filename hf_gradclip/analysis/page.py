@@ -44,7 +44,7 @@ def page_of(runs: Sequence[Run], pictures: Sequence[Picture], ready: Sequence[Re
         parts.append('<ul class="findings">' + "".join(f"<li>{_text(said)}</li>" for said in findings(run)) + "</ul>")
     if many:
         parts += ["<h2>Side by side</h2>", _table(SUMMARY_COLUMNS, summary_rows(runs))]
-    shared = [picture for picture in pictures if picture.kind in ("loss", "learning_rate", "norm", "rate")]
+    shared = [picture for picture in pictures if picture.kind in ("loss", "norm", "rate", "learning_rate")]
     for picture in shared:
         parts.append(_figure(picture))
         if picture.kind == "norm":

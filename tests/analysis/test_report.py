@@ -238,9 +238,9 @@ def test_the_files_of_a_page(tmp_path) -> None:
     text = page.read_text("utf-8")
     assert [path.name for path in pictures] == [
         "loss.png",
-        "learning_rate.png",
         "norm.png",
         "rate.png",
+        "learning_rate.png",
         "heat.png",
         "update.png",
         "strategies.png",
