@@ -204,8 +204,17 @@ def assert_is(
                 )
 
 
-@pytest.mark.parametrize("clips", CLIPS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+CASES = [
+    pytest.param(language, name, clips, marks=[pytest.mark.slow] * (language == "Triton" and not few))
+    for language in NAMES
+    for name in OPTIMIZERS
+    for clips in CLIPS
+    for few in (name == "AdamW" or clips == "both",)
+]
+"""The interpreter takes seconds for each: in a plain run every optimizer and every clip once."""
+
+
+@pytest.mark.parametrize(("language", "name", "clips"), CASES, indirect=["language"])
 class TestFloat32:
     def test_is_the_equations(self, name: str, clips: str, language: Language, rules: list[str]) -> None:
         _, _, make, limit = OPTIMIZERS[name]

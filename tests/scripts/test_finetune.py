@@ -152,7 +152,7 @@ def assert_recorded(folder: Path, metrics: dict[str, float], *places: str) -> No
 
 @pytest.mark.deepspeed
 @pytest.mark.dist
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_the_main_job_under_deepspeed(tmp_path, stage, monkeypatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file=configs/accelerate/{stage}.yaml"]
