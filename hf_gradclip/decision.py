@@ -141,10 +141,14 @@ def asked(strategy: Strategy, stats: NormStats, state: State) -> tuple[ClipPlan,
 def judge_on_device(strategy: Strategy, stats: NormStats, state: State, largest: float = math.inf) -> Judged:
     """Ask the strategy, and leave everything as it is where the norm is not finite. Pure, without a host read."""
     plan, new = asked(strategy, stats, state)
-    finite = stats.total < float("inf")  # a norm is not negative, and NaN is below nothing; isfinite is four launches
-    if largest < math.inf:
-        held = norm_after(stats, plan) <= largest
-        finite = finite & (held if plan.skip is None else held | plan.skip)
+    # A norm is not negative, and NaN is below nothing: isfinite is four launches.
+    if largest < math.inf and plan.bound_S is None and plan.skip is None:
+        finite = norm_after(stats, plan) <= largest  # no factor makes a number of a NaN or inf
+    else:
+        finite = stats.total < math.inf
+        if largest < math.inf:
+            held = norm_after(stats, plan) <= largest
+            finite = finite & (held if plan.skip is None else held | plan.skip)
     if not is_one(plan.scale_S):
         plan = replace(plan, scale_S=torch.where(finite, plan.scale_S, 1.0))
     if plan.bound_S is not None:
