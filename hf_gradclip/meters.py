@@ -29,7 +29,7 @@ def row_of(
     """The numbers of ROW, each 0-d, in as few launches as can be."""
     flags = [flag if isinstance(flag, Tensor) else zero + float(flag) if flag else zero for flag in (finite, skipped)]
     threshold = nan if plan.threshold is None else plan.threshold
-    clipped = zero if is_one(plan.scale_S) and plan.bound_S is None else tensors_in(plan.clipped_S, stats.layout)
+    clipped = zero if is_one(plan.scale_S) and plan.bound_S is None else tensors_in(plan, stats.layout)
     return stats.total, *flags, clipped, _post(stats, plan), plan.largest, threshold
 
 
@@ -51,8 +51,11 @@ def read_rows(values: list[float], read: dict[str, float]) -> list[float]:
     return norms
 
 
-def tensors_in(clipped_S: Tensor, layout: Layout) -> Tensor:
-    """How many parameters hold a segment that is clipped, 0-d; `clipped_S` has shape (S,) or is 0-d for all."""
+def tensors_in(plan: ClipPlan, layout: Layout) -> Tensor:
+    """How many parameters hold a segment that is clipped, 0-d."""
+    if plan.bound_S is None and plan.scale_S.ndim and layout.unit_S is not None:
+        return (layout.over_params(plan.scale_S, "min") < 1).sum()
+    clipped_S = plan.clipped_S
     if clipped_S.ndim == 0:
         return clipped_S * len(layout.names)
     if layout.unit_S is not None:

@@ -144,11 +144,11 @@ class ClipReport:
             self._counts["clipped"] += 1  # by its strategy, which left the step out
         if clipped:
             self._counts["clipped"] += 1
-            self._clipped.append(tensors_in(plan.clipped_S, stats.layout))
+            self._clipped.append(tensors_in(plan, stats.layout))
             if len(self._clipped) >= _FOLD:
                 self._clipped = [torch.stack(self._clipped).sum()]
         elif clipped is None and finite and not skipped:
-            self._unsure.append(tensors_in(plan.clipped_S, stats.layout))
+            self._unsure.append(tensors_in(plan, stats.layout))
             if len(self._unsure) >= _FOLD:
                 self._settle_unsure()
 

@@ -112,15 +112,16 @@ class Layout:
         zero_P = torch.zeros(len(self.names), dtype=torch.int64, device=self.device)
         return zero_P.index_add(0, self.param_S, torch.ones_like(self.param_S))
 
-    def over_params(self, vector_S: Tensor, how: Literal["sum", "max"]) -> Tensor:
+    def over_params(self, vector_S: Tensor, how: Literal["sum", "max", "min"]) -> Tensor:
         """Numbers >= 0 per segment as one per parameter, shape (P,).
 
         They are added in the same order every time, so that ranks with the same numbers decide the same.
         """
+        first = float("inf") if how == "min" else 0.0
         if vector_S.device.type in ("cpu", "cuda"):
-            return torch.segment_reduce(vector_S, how, lengths=self.segments_P, initial=0, unsafe=True)
-        zero_P = vector_S.new_zeros(len(self.names))
-        return zero_P.scatter_reduce(0, self.param_S, vector_S, {"sum": "sum", "max": "amax"}[how])
+            return torch.segment_reduce(vector_S, how, lengths=self.segments_P, initial=first, unsafe=True)
+        first_P = vector_S.new_full((len(self.names),), first)
+        return first_P.scatter_reduce(0, self.param_S, vector_S, {"sum": "sum", "max": "amax", "min": "amin"}[how])
 
     def changed_from(self, old: Layout) -> str:
         """In words how these parameters differ from earlier ones; reads sizes to the host."""

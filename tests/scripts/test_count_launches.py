@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 UNREAD = "AdamW clip=global_norm, skip_sync=False"
+BY_ROW = ["agc, record", "adaptive, record"]
+"""With more rows than are judged on the host."""
 ROWS = ["none", "zclip", "value", "adagc", "agc, record", "AdamW clip=zclip", "AdamW clip=zclip, two groups", UNREAD]
 
 SINGLE = """
@@ -64,6 +66,10 @@ for tensors in (40, 120):
         quiet, loud = count_launches.counts(make, tensors)
         kernels = sum(n for launch, n in loud.launches.items() if launch.startswith("kernel"))
         found.setdefault(name, []).append([quiet.total, loud.total, quiet.reads, quiet.clipped, loud.clipped, kernels])
+for tensors in (260, 280):
+    for name, make in {{name: make for name, make in count_launches.rows_of(tensors) if name in {BY_ROW!r}}}.items():
+        pair = count_launches.counts(make, tensors, count_launches.TALL)
+        found.setdefault(f"{{name}} by row", []).append([count.total for count in pair])
 print(json.dumps(found))
 """
 
@@ -139,6 +145,9 @@ def test_no_count_depends_on_how_many_tensors_there_are(steps) -> None:
         few, many = steps[name]
         assert few == many, name
         assert 3 <= many[0] < 200
+    for name in BY_ROW:
+        few, many = steps[f"{name} by row"]
+        assert few == many, name
     few, many = steps["a norm for each"]
     assert many[0] - few[0] == 80
 
@@ -150,6 +159,8 @@ def test_no_count_depends_on_how_many_tensors_there_are(steps) -> None:
         ("zclip", 5),
         ("value", 8),
         ("agc, record", 25),
+        ("agc, record by row", 25),
+        ("adaptive, record by row", 25),
         ("AdamW clip=zclip", 6),
         ("AdamW clip=zclip, two groups", 7),
         (UNREAD, 30),
