@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,11 +10,6 @@ from torch import Tensor
 from hf_gradclip.types import ClipPlan, Layout, NormStats, is_one, norm_after
 
 Meters = dict[str, Tensor]
-
-ZERO_STEPS = 10
-"""Steps with a norm of exactly 0 in a row, after which something is said."""
-MOST_KEPT = 4096
-"""Norms of a run that are kept for its median, or at least half as many."""
 
 ROW = ("norm", "finite", "skipped", "tensors", "norm_post", "scale_max", "threshold")
 """What is kept of a step that nobody reads."""
@@ -73,41 +65,3 @@ def _post(stats: NormStats, plan: ClipPlan) -> Tensor:
     """The norm after; NaN where elements were bounded."""
     post = norm_after(stats, plan if plan.bound_S is None else replace(plan, bound_S=None))
     return post if plan.bound_S is None else torch.where((plan.bound_S < float("inf")).any(), float("nan"), post)
-
-
-class Norms:
-    """The norms of a run in memory of one size: every one, then every second, every fourth ... of them.
-
-    Attributes:
-        largest: of all; -inf of none.
-        last: the last ZERO_STEPS.
-    """
-
-    def __init__(self) -> None:
-        self.largest = float("-inf")
-        self.last: deque[float] = deque(maxlen=ZERO_STEPS)
-        self._kept: list[float] = []
-        self._every, self._seen = 1, 0
-
-    def __bool__(self) -> bool:
-        return self._seen > 0
-
-    def add(self, new: Sequence[float]) -> None:
-        """More of them, in their order."""
-        self.largest = max([self.largest, *new])
-        self.last.extend(new)
-        for norm in new:
-            if self._seen % self._every == 0:
-                self._kept.append(norm)
-                if len(self._kept) > MOST_KEPT:
-                    self._kept, self._every = self._kept[::2], 2 * self._every
-            self._seen += 1
-
-    @property
-    def kept(self) -> list[float]:
-        """A copy of those that are kept, in their order."""
-        return [*self._kept]
-
-    def median(self) -> float:
-        """Of those that are kept."""
-        return statistics.median(self._kept)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hf_gradclip.meters import ZERO_STEPS, Meters, Norms, applied, read_rows, row_of, tensors_in
-from hf_gradclip.say import logger
+from hf_gradclip.meters import Meters, applied, read_rows, row_of, tensors_in
+from hf_gradclip.tally import Tally
 from hf_gradclip.types import ClipPlan, NormStats
 
 _FOLD = 512
@@ -17,10 +16,6 @@ MOST_UNREAD = 1000
 """Steps that wait to be read at most: a loop that asks for nothing shall not fill the memory."""
 OF_THE_STEP = ("skipped", "nonfinite")
 """What is of a step, and of no group of parameters."""
-SUMS = ("steps", "tensor_steps", "clipped", "tensors", "skipped", "nonfinite", "norms", "norm_sum")
-"""What is added up from one read to the next."""
-LAST = ("threshold", "norm_in", "norm_post", "scale_max")
-"""What is known of the last step alone."""
 
 
 class ClipReport:
@@ -54,15 +49,11 @@ class ClipReport:
         self._before_read = before_read
         self.prefix = prefix
         self._at: Meters = {}
-        self._norms_of_run = Norms()
-        self._run = dict.fromkeys(("steps", "clipped", "skipped", "nonfinite"), 0)
-        self._last: dict[str, float] = {}
-        self._warned_zero = False
+        self._tally = Tally()
         self.last: NormStats | None = None
         self._groups: dict[str, ClipReport] = {}
         self._place(device, dtype)
         self._clear()
-        self._held = _nothing()
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
@@ -94,7 +85,7 @@ class ClipReport:
         """The report of a group of parameters, from its first step on."""
         if label not in self._groups:
             report = self._groups[label] = ClipReport(self.device, self._zero.dtype)
-            report._warned_zero = True  # one group may well be still, as LoRA's A is at first
+            report._tally.warned_zero = True  # one group may well be still, as LoRA's A is at first
         return self._groups[label]
 
     def add(
@@ -210,23 +201,17 @@ class ClipReport:
         is what it would have been.
         """
         self._absorb()
-        shown: dict[str, float] = dict(self._run)
-        shown["rate"] = self._run["clipped"] / max(self._run["steps"], 1)
-        if self._norms_of_run:
-            shown["norm_median"], shown["norm_max"] = self._norms_of_run.median(), self._norms_of_run.largest
-        if "threshold" in self._last:
-            shown["threshold"] = self._last["threshold"]
-        return shown
+        return self._tally.summary()
 
     def norms(self) -> list[float]:
         """The finite norms of the run on this process, in their order; in a long run as many as the median is of."""
         self._absorb()
-        return self._norms_of_run.kept
+        return self._tally.norms.kept
 
     @property
     def steps(self) -> int:
         """How many were counted in the whole run."""
-        return self._run["steps"] + self._steps
+        return self._tally.run["steps"] + self._steps
 
     def __repr__(self) -> str:
         return (
@@ -257,11 +242,10 @@ class ClipReport:
     def _drain(self) -> dict[str, float]:
         """What was counted since the last call, which is forgotten."""
         self._absorb()
-        held, self._held = self._held, _nothing()
-        return held
+        return self._tally.since()
 
     def _absorb(self) -> None:
-        """Read everything to the host at once, and add it to the run and to what is held for the next read."""
+        """Read everything to the host at once."""
         if not self._steps:
             return
         self._settle_unsure()
@@ -277,37 +261,5 @@ class ClipReport:
         values = values[len(self._at) :]
         count = sum(norm.numel() for norm in self._norms)
         finite = [norm for norm in values[:count] if norm == norm] + read_rows(values[count:], read)
-        read |= {"steps": self._steps, "tensor_steps": self._tensor_steps, "norms": len(finite)}
-        read["norm_sum"] = sum(finite)
-        for key in self._run:
-            self._run[key] += int(read[key])
-        last = {key: read[key] for key in LAST if read.get(key, math.nan) == read.get(key)}
-        self._last |= last
-        held = {key: self._held[key] + read[key] for key in SUMS} | last
-        if "norm_in" in last:  # a step was made: what is not known of it is not that of an earlier one
-            held |= {key: read.get(key, math.nan) for key in LAST if key != "threshold"}
-        if finite:
-            held["norm_max"] = max(*finite, self._held.get("norm_max", -math.inf))
-        self._held |= held
-        self._check_zero(finite)
-        self._norms_of_run.add(finite)
+        self._tally.add({**read, "steps": self._steps, "tensor_steps": self._tensor_steps}, finite)
         self._clear()
-
-    def _check_zero(self, new: list[float]) -> None:
-        if self._warned_zero:
-            return
-        run = 0
-        for norm in [*self._norms_of_run.last, *new]:
-            run = run + 1 if norm == 0.0 else 0
-            if run >= ZERO_STEPS:
-                self._warned_zero = True
-                logger.warning(
-                    "The gradient norm was exactly 0 for %d steps in a row: nothing is being learnt. Check that the "
-                    "loss depends on the trainable parameters and that the labels are not all masked.",
-                    ZERO_STEPS,
-                )
-                return
-
-
-def _nothing() -> dict[str, float]:
-    return dict.fromkeys(SUMS, 0.0)

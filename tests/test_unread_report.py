@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_gradclip import Clipper
-from hf_gradclip.meters import MOST_KEPT, Norms
+from hf_gradclip.tally import MOST_KEPT, Norms
 
 STEPS = 40
 SPECS = (
@@ -66,7 +66,7 @@ def test_the_median_of_a_long_run() -> None:
 
 def test_nothing_grows_where_nobody_asks(monkeypatch) -> None:
     monkeypatch.setattr("hf_gradclip.report.MOST_UNREAD", 50)
-    monkeypatch.setattr("hf_gradclip.meters.MOST_KEPT", 64)
+    monkeypatch.setattr("hf_gradclip.tally.MOST_KEPT", 64)
     model = torch.nn.Linear(2, 2)
     clipper = Clipper.for_model(model, "adaptive")
     sizes = []
@@ -76,7 +76,7 @@ def test_nothing_grows_where_nobody_asks(monkeypatch) -> None:
         clipper.step()
         if step % 50 == 25:
             report = clipper.report
-            lists = [*vars(report).values(), report._norms_of_run._kept]
+            lists = [*vars(report).values(), report._tally.norms._kept]
             sizes.append(sum(len(value) for value in lists if isinstance(value, list)))
     assert max(sizes[1:]) <= 25 * 3 + 64
     assert clipper.report.summary()["steps"] == 600
