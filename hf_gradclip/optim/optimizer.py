@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,12 +24,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import Decision
-from hf_gradclip.kernels.rule import Memory, Rule
 from hf_gradclip.optim.counters import Counters, on_host
 from hf_gradclip.optim.gradients import settle_
 from hf_gradclip.optim.groups import named_of, stepped_of
 from hf_gradclip.optim.options import insist_on_options
-from hf_gradclip.optim.step import Job, Jobs, Made, measured, step_
+from hf_gradclip.optim.step import Job, Jobs, Motion, measured, step_
 from hf_gradclip.optim.taken import Taken, ids_of
 from hf_gradclip.say import logger
 from hf_gradclip.strategy import Needs, SpecError, describe, flatten
@@ -39,20 +38,6 @@ from hf_gradclip.views import view_of
 from hf_gradclip.views.view import View
 
 PLACES = {"gradient": "clip", "update": "clip_update"}
-
-
-class Motion(NamedTuple):
-    """What an optimizer would do to some parameters; nothing has moved yet.
-
-    Args:
-        rule: the arithmetic.
-        memory: on which tensors.
-        done: called after the step, to advance counters and keep new moments; see Made.
-    """
-
-    rule: Rule
-    memory: Memory
-    done: Callable[[Made], None]
 
 
 class ClippedOptimizer(Optimizer, ABC):

@@ -11,8 +11,8 @@ from torch.optim.optimizer import ParamsT
 from hf_gradclip.kernels.rule import Rule
 from hf_gradclip.optim.counters import count_
 from hf_gradclip.optim.groups import memory_of
-from hf_gradclip.optim.optimizer import ClippedOptimizer, Motion
-from hf_gradclip.optim.step import Made
+from hf_gradclip.optim.optimizer import ClippedOptimizer
+from hf_gradclip.optim.step import Made, Motion
 
 
 class RMSprop(ClippedOptimizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +53,22 @@ class Job:
     done: Callable[[Made], None]
 
 
-RuleOf = Callable[[dict[str, Any], list[Tensor]], tuple[Rule, Memory, Callable[[Made], None]]]
-"""An optimizer's `_rule`: of a group and some of its parameters the arithmetic, its memory, and what counts it."""
+class Motion(NamedTuple):
+    """What an optimizer would do to some parameters; nothing has moved yet.
+
+    Args:
+        rule: the arithmetic.
+        memory: on which tensors.
+        done: called after the step, to advance counters and keep new moments; see Made.
+    """
+
+    rule: Rule
+    memory: Memory
+    done: Callable[[Made], None]
+
+
+RuleOf = Callable[[dict[str, Any], list[Tensor]], Motion]
+"""An optimizer's `_rule`: of a group and some of its parameters."""
 
 
 @dataclass
