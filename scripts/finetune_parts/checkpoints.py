@@ -8,6 +8,7 @@ looked at: that it is there, and that it ends where it says.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ def fault_of(folder: Path, states: Iterable[str] = ()) -> str | None:
         return f"{STATE} cannot be read"
     if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{step}":
         return f"{STATE} is of step {step}"
-    wanted = [*_wanted(folder), *(name for name in states if _was_clipped(folder, name))]
+    wanted = [*_wanted(folder), *(name for name in states if _was_clipped(folder, name)), *_random_numbers(folder)]
     for name in wanted:
         if not (folder / name).exists():
             return f"{name} is missing"
@@ -141,6 +142,15 @@ def _newest_whole(output_dir: Path, states: list[str]) -> str | None:
         f"--resume_from_checkpoint true: {output_dir} has no {'whole ' if every else ''}checkpoint. Starting at step 0."
     )
     return None
+
+
+def _random_numbers(folder: Path) -> list[str]:
+    """The files of random numbers of this job's ranks that an older checkpoint has: every rank writes its own."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    every = checkpoints_in(folder.parent)
+    older = every[every.index(folder) + 1 :] if folder in every else []
+    return [name for name in names if any((other / name).exists() for other in older)]
 
 
 def _was_clipped(folder: Path, name: str) -> bool:

@@ -1,23 +1,24 @@
-"""The run that is killed: a Trainer with a record, which goes on from its newest whole checkpoint."""
+"""The run that is killed: a Trainer with a record. It goes on as finetune.py does, from its newest whole checkpoint."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from finetune_parts.checkpoints import checkpoint_for, end_of_run
+from finetune_parts.words import tell
 
 from hf_gradclip import GradClipTrainer
+from hf_gradclip.run.state import STATE_NAME
 from hf_gradclip.strategy import flatten
 from kills_parts.points import EVERY, STEPS, Killer
 
 
 def train(folder: Path, backend: str, killer: Killer | None) -> None:
-    """The whole run, or what is left of it; `final.RANK.pt` holds what it came to.
+    """The whole run, or what is left of it; `final.RANK.pt` holds what it came to, if anything was left.
 
     Args:
         folder: of the run.
@@ -64,8 +65,11 @@ def train(folder: Path, backend: str, killer: Killer | None) -> None:
     trainer.remove_callback(transformers.PrinterCallback)
     if killer is not None:
         killer.patch()
-    found = newest_whole(folder, int(os.environ.get("WORLD_SIZE", "1")))
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    found = checkpoint_for("true", str(folder), [STATE_NAME])
+    if found is not None and (ended := end_of_run(found, STEPS, 0)):
+        tell(ended)
+        return
+    trainer.train(resume_from_checkpoint=found)
     clipper: Any = trainer.clipper
     state = {key: value.clone() for key, value in flatten(clipper.state).items()}
     left = {"weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, "state": state}
@@ -78,36 +82,3 @@ def moments(trainer: Any) -> list[torch.Tensor]:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return [v.clone() for entry in optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
-
-
-def newest_whole(folder: Path, ranks: int) -> Path | None:
-    """The checkpoint with the highest number of which every file can be read, and names what it passes over."""
-    numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.partition("-")[2]))
-    for path in numbered:
-        if not (why := what_lacks(path, ranks)):
-            return path
-        print(f"{path.name} is passed over: {why}", flush=True)
-    return None
-
-
-def what_lacks(checkpoint: Path, ranks: int) -> str:
-    """In words what a checkpoint lacks; "" if it is whole."""
-    rngs = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    sharded = (checkpoint / "latest").exists() or any(checkpoint.glob("global_step*"))
-    names = [*rngs, "gradclip.pt", "model.safetensors", *([] if sharded else ["optimizer.pt", "scheduler.pt"])]
-    if sharded:
-        step = f"global_step{checkpoint.name.partition('-')[2]}"
-        names.append("latest")
-        if len(list(checkpoint.glob(f"{step}/*zero_pp_rank_*_optim_states.pt"))) != ranks:
-            return f"{step} has not the states of {ranks} ranks"
-    for name in names:
-        if not (checkpoint / name).exists():
-            return f"{name} is missing"
-    for file in checkpoint.rglob("*.pt*"):
-        if not zipfile.is_zipfile(file):
-            return f"{file.name} is cut off"
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return "trainer_state.json is missing or cut off"
-    return ""

@@ -53,11 +53,21 @@ def test_every_file_is_missed_or_found_cut(tmp_path, name, harm) -> None:
     path = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 5)
     harm(path / name)
-    if (name, harm) == ("rng_state.pth", Path.unlink):
-        return  # the Trainer goes on without it, with a word
     said = str(fault_of(path, [CLIP]))
     assert said.startswith(name)
     assert ("missing" in said) == (harm is Path.unlink)
+
+
+def test_every_rank_left_its_random_numbers(tmp_path, monkeypatch) -> None:
+    """As in an older checkpoint of as many ranks; the first one, and a job of fewer ranks, are not asked for more."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for step, ranks in ((5, 4), (10, 2), (15, 1)):
+        path = checkpoint(tmp_path, step)
+        (path / "rng_state.pth").unlink()
+        for rank in range(ranks):
+            torch.save({}, path / f"rng_state_{rank}.pth")
+    found = [fault_of(tmp_path / f"checkpoint-{step}") for step in (5, 10, 15)]
+    assert found == [None, None, "rng_state_1.pth is missing"]
 
 
 def test_zeros_at_the_end_of_an_archive(tmp_path) -> None:
