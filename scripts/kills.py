@@ -2,12 +2,14 @@
 
     python scripts/kills.py --out benchmarks/reliability_kills_cpu.md
     python scripts/kills.py --backend ddp --only 3 10
+    python scripts/kills.py --backend finetune.py "finetune.py, ddp"
 
 A small Trainer run with a clip that adapts and a record is killed by SIGKILL in a step, while a checkpoint is written,
 and while the record is: see kills_parts/points.py. Where there are two ranks five of the points kill one of them alone;
 the other must end by itself within 60 seconds, with words. The run is then started again with nothing said: it must
 find its newest whole checkpoint (or begin anew, where there is none), end bit for bit as the run that was not killed
-(weights, moments, clip state), and its record must have every step once, with the same numbers.
+(weights, moments, clip state), and its record must have every step once, with the same numbers. The Trainer is one of a
+few lines, or that of `finetune.py --resume_from_checkpoint true`.
 
 Processes are forked from one that has imported everything. The exit status is 1 if anything was not right.
 """
@@ -36,7 +38,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-BACKENDS = {"one process": 1, "ddp": 2, "zero2": 2}
+BACKENDS = {"one process": 1, "ddp": 2, "zero2": 2, "finetune.py": 1, "finetune.py, ddp": 2}
 LIMIT = 60.0
 """Seconds in which a rank must end after another one died."""
 LONGEST = 600.0
@@ -106,7 +108,7 @@ def compared(folder: Path, wanted: Path, ranks: int) -> list[str]:
     files: Any = importlib.import_module("hf_gradclip.record.files")
     words = []
     for rank in range(ranks):
-        if not (folder / f"final.{rank}.pt").exists():  # its last checkpoint was of its last step
+        if not (folder / f"final.{rank}.pt").exists():  # finetune.py, or its last checkpoint was of its last step
             words += _unlike(folder, wanted)
             break
         mine, theirs = (torch.load(path / f"final.{rank}.pt", weights_only=True) for path in (folder, wanted))
@@ -124,9 +126,10 @@ def compared(folder: Path, wanted: Path, ranks: int) -> list[str]:
 
 
 def _unlike(folder: Path, wanted: Path) -> list[str]:
-    """Which files of tensors in the last checkpoint have other bytes."""
+    """Which files of tensors in the last checkpoint, or of the model beside it, have other bytes."""
     last = Path(f"checkpoint-{importlib.import_module('kills_parts.points').STEPS}")
     names = [path.relative_to(wanted) for kind in ("*.safetensors", "*.pt") for path in (wanted / last).rglob(kind)]
+    names += [path.relative_to(wanted) for path in wanted.glob("*.safetensors")]
     return [f"{name} differs" for name in names if (folder / name).read_bytes() != (wanted / name).read_bytes()]
 
 
@@ -163,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch: Any = importlib.import_module("torch")
     torch.set_num_threads(1)
     points: Any = importlib.import_module("kills_parts.points")
-    for name in ("kills_parts.run", "tests.tiny", "transformers.trainer", "accelerate", "pyarrow.parquet"):
+    for name in ("kills_parts.run", "finetune", "tests.tiny", "transformers.trainer", "accelerate", "pyarrow.parquet"):
         importlib.import_module(name)
     if "zero2" in args.backend:
         importlib.import_module("tests.integrations.sharded")
