@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import math
+import re
 import sys
 from dataclasses import replace
 from itertools import product
@@ -16,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from hf_gradclip.strategies import zclip
 from hf_gradclip.strategy import SpecError
@@ -35,34 +37,35 @@ OPTIMIZERS = {
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     threads = torch.get_num_threads()
-    module = importlib.import_module("compare_strategies")
-    yield module
-    module.code_of.cache_clear()
+    names = ("training", "rows", "tables", "pictures", "tasks", "scratch", "smollm2", "sentences")
+    parts = {name: importlib.import_module(f"compare_parts.{name}") for name in names}
+    yield SimpleNamespace(command=importlib.import_module("compare_strategies"), **parts)
+    parts["rows"].code_of.cache_clear()
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def short(script, monkeypatch):
     """Small: of 10 steps 3 are the warm-up and 2 come before anything is broken; 4 examples a step, 32 held out."""
-    monkeypatch.setattr(script, "RAMP", 0.3)
-    monkeypatch.setattr(script, "UNBROKEN", 0.2)
-    monkeypatch.setattr(script, "EVALUATED_AT_ONCE", 16)
-    tasks = {name: replace(task, batch_size=4, evaluated=32) for name, task in script.TASKS.items()}
-    monkeypatch.setattr(script, "TASKS", tasks)
+    monkeypatch.setattr(script.training, "RAMP", 0.3)
+    monkeypatch.setattr(script.training, "UNBROKEN", 0.2)
+    monkeypatch.setattr(script.training, "EVALUATED_AT_ONCE", 16)
+    for name, task in script.tasks.TASKS.items():
+        monkeypatch.setitem(script.tasks.TASKS, name, replace(task, batch_size=4, evaluated=32))
     return script
 
 
 def run_of(script, **fields):
     """A short run; fields win."""
     plain = {"task": "recurrent", "optimizer": "adamw", "clip": "none", "lr": 4e-3, "data": "sound", "seed": 3}
-    return script.Run(**{**plain, "steps": STEPS, **fields})
+    return script.training.Run(**{**plain, "steps": STEPS, **fields})
 
 
 class ByTorch:
     """The same run in a loop of torch: its losses, its norms, and whose gradient was `tensor` times too large."""
 
-    def __init__(self, script, run, max_norm=math.inf, loud=1.0, tensor=1.0, noisy=False) -> None:
-        task, broken = script.TASKS[run.task], script.broken_steps(run)
+    def __init__(self, script, run, max_norm=math.inf, loud=1.0, tensor=1.0, noisy=False, wrong=False) -> None:
+        task, broken = script.tasks.TASKS[run.task], script.training.broken_steps(run)
         self.data = task.data()
         torch.manual_seed(run.seed)
         self.model = task.model()
@@ -78,6 +81,8 @@ class ByTorch:
             noise = task.noise(task.batch_size, drawn)
             place = int(torch.randint(len(parameters), (), generator=drawn))
             batch = noise if step in broken and noisy else {key: value[chosen] for key, value in self.data.items()}
+            if step in broken and wrong:
+                batch["labels"] = torch.stack([batch["labels"][i - 1] for i in range(task.batch_size)])
             loss = self.model(**batch).loss
             (loss * (loud if step in broken else 1.0)).backward()
             if step in broken:
@@ -107,15 +112,15 @@ def assert_same(outcome, expected) -> None:
     ("task", "optimizer"), [*product(SMALL, ["adamw"]), ("recurrent", "rmsprop"), ("recurrent", "momentum")]
 )
 def test_without_clipping_it_is_torch(short, task, optimizer) -> None:
-    run = run_of(short, task=task, optimizer=optimizer, lr=min(short.RATES[optimizer]))
-    outcome = short.train(run)
+    run = run_of(short, task=task, optimizer=optimizer, lr=min(short.training.RATES[optimizer]))
+    outcome = short.training.train(run)
     assert_same(outcome, ByTorch(short, run))
     assert outcome.clipped == outcome.update_clipped == outcome.skipped == 0
 
 
 def test_clipping_is_what_it_says(short) -> None:
     run = run_of(short, task="decoder", optimizer="momentum", clip="global_norm:max_norm=2", lr=0.1)
-    outcome, expected = short.train(run), ByTorch(short, run, max_norm=2)
+    outcome, expected = short.training.train(run), ByTorch(short, run, max_norm=2)
     assert_same(outcome, expected)
     assert outcome.end != pytest.approx(ByTorch(short, run).end, rel=1e-4)
     assert 0 < sum(norm > 2 for norm in expected.norms) < STEPS
@@ -123,12 +128,19 @@ def test_clipping_is_what_it_says(short) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "fault"), [("loud", {"loud": 100.0}), ("tensor", {"tensor": 1000.0}), ("noise", {"noisy": True})]
+    ("data", "fault"),
+    [
+        ("loud", {"loud": 100.0}),
+        ("tensor", {"tensor": 1000.0}),
+        ("noise", {"noisy": True}),
+        ("labels", {"wrong": True}),
+        ("level", {"loud": 5.0}),
+    ],
 )
 def test_broken_data_is_what_it_says(short, monkeypatch, data, fault) -> None:
-    monkeypatch.setattr(short, "BROKEN", 0.4)
+    monkeypatch.setattr(short.training, "BROKEN", 0.4)
     run = run_of(short, data=data)
-    outcome, expected, sound = short.train(run), ByTorch(short, run, **fault), ByTorch(short, run)
+    outcome, expected, sound = short.training.train(run), ByTorch(short, run, **fault), ByTorch(short, run)
     assert_same(outcome, expected)
     assert outcome.end != pytest.approx(sound.end, rel=1e-4)
     assert len(set(expected.loud)) > 1, "not always the same tensor's gradient"
@@ -136,28 +148,30 @@ def test_broken_data_is_what_it_says(short, monkeypatch, data, fault) -> None:
 
 def test_what_is_broken(script) -> None:
     """A twentieth of the batches, none of the first 15 %, elsewhere for another seed."""
-    found = [script.broken_steps(run_of(script, steps=200, seed=seed)) for seed in (1, 1, 2)]
+    found = [script.training.broken_steps(run_of(script, data="loud", steps=200, seed=seed)) for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
     assert {len(steps) for steps in found} == {10}
     assert all(30 <= step < 200 for steps in found for step in steps)
+    assert script.training.broken_steps(run_of(script, steps=200)) == set()
+    assert script.training.broken_steps(run_of(script, data="level", steps=200)) == set(range(100, 200))
 
 
 def test_update_is_clipped_where_it_is_asked_for(short) -> None:
-    outcome = short.train(run_of(short, optimizer="rmsprop", clip="none/value:max_value=1", lr=1e-3))
+    outcome = short.training.train(run_of(short, optimizer="rmsprop", clip="none/value:max_value=1", lr=1e-3))
     assert outcome.clipped == 0 < outcome.update_clipped  # its first update is ten times too large
 
 
 def test_a_loss_that_is_not_finite_is_no_number(short) -> None:
-    outcome = short.train(run_of(short, task="decoder", optimizer="momentum", lr=1e30))
+    outcome = short.training.train(run_of(short, task="decoder", optimizer="momentum", lr=1e30))
     assert outcome.end is None
-    stopped = short.train(run_of(short, task="decoder", optimizer="momentum", lr=1e30, clip="zclip", steps=60))
+    stopped = short.training.train(run_of(short, task="decoder", optimizer="momentum", lr=1e30, clip="zclip", steps=60))
     assert stopped.end is None
     assert stopped.skipped == 20
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_noise_looks_like_the_data(script, name) -> None:
-    task = script.TASKS[name]
+    task = script.tasks.TASKS[name]
     data, noise = task.data(), task.noise(5, torch.Generator().manual_seed(0))
     assert noise.keys() == data.keys()
     for key, value in data.items():
@@ -170,29 +184,66 @@ def test_noise_looks_like_the_data(script, name) -> None:
 @pytest.fixture
 def pretrained(short, monkeypatch):
     """A small model and its bytes in the place of SmolLM2, which is not everywhere."""
-    tasks = importlib.import_module("tasks")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
     tokenizer = lambda text: SimpleNamespace(input_ids=list(text.encode()[: 96 * 100]))  # noqa: E731
-    monkeypatch.setattr(tasks, "pretrained", functools.cache(lambda: (model, tokenizer)))
-    tasks.prose.cache_clear()
+    monkeypatch.setattr(short.smollm2, "pretrained", functools.cache(lambda: (model, tokenizer)))
+    for data in (short.smollm2.prose, short.smollm2.code):
+        data.cache_clear()
     yield short
-    tasks.prose.cache_clear()
+    for data in (short.smollm2.prose, short.smollm2.code):
+        data.cache_clear()
 
 
-@pytest.mark.parametrize("task", ["lora", "whole"])
+@pytest.mark.parametrize("task", ["lora", "lora_code", "whole"])
 def test_real_weights_are_trained_by_torch_too(pretrained, task) -> None:
     """With LoRA the adapters alone."""
-    run = run_of(pretrained, task=task, lr=pretrained.TASKS[task].lr)
+    run = run_of(pretrained, task=task, lr=pretrained.tasks.TASKS[task].lr)
     expected = ByTorch(pretrained, run)
-    assert_same(pretrained.train(run), expected)
-    assert {p.requires_grad for p in expected.model.parameters()} == ({True, False} if task == "lora" else {True})
+    assert_same(pretrained.training.train(run), expected)
+    assert {p.requires_grad for p in expected.model.parameters()} == ({True, False} if task != "whole" else {True})
+
+
+def test_a_sentence_encoder_learns_pairs(short, monkeypatch) -> None:
+    """A small BERT in the place of MiniLM: the loss of a batch by hand, and a training like torch's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertModel(BertConfig(vocab_size=300, max_position_embeddings=32, **sizes), add_pooling_layer=False)
+
+    def tokenizer(texts, max_length, **fixed):
+        return SimpleNamespace(
+            input_ids=[[*text.encode()[:max_length], *[0] * max_length][:max_length] for text in texts]
+        )
+
+    monkeypatch.setattr(short.sentences, "pretrained", lambda: (bert, tokenizer))
+    short.sentences.pairs.cache_clear()
+    data = {key: value[:5] for key, value in short.sentences.pairs().items()}
+    torch.manual_seed(3)
+    model = short.tasks.TASKS["sentences"].model().eval()
+    vectors = []
+    for key in ("names", "descriptions"):
+        rows = []
+        for ids in data[key]:
+            ids = ids[ids != 0]
+            states = model.encoder(input_ids=ids[None]).last_hidden_state[0]
+            rows.append(states.mean(0) / states.mean(0).norm())
+        vectors.append(torch.stack(rows))
+    logits = 20 * vectors[0] @ vectors[1].T
+    expected = -torch.stack([row.log_softmax(0)[i] for i, row in enumerate(logits)]).mean()
+    assert float(model(**data).loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    swapped = -torch.stack([row.log_softmax(0)[i - 1] for i, row in enumerate(logits)]).mean()
+    wrong = {**data, "labels": data["labels"].roll(1, 0)}
+    assert float(model(**wrong).loss.detach()) == pytest.approx(float(swapped.detach()), rel=1e-5)
+    run = run_of(short, task="sentences", lr=1e-4)
+    monkeypatch.setattr(short.training, "EVALUATED_AT_ONCE", 32)
+    assert_same(short.training.train(run), ByTorch(short, run))
+    short.sentences.pairs.cache_clear()
 
 
 def test_another_process_gives_the_same(script) -> None:
     run = run_of(script, clip="global_norm:max_norm=0.1", steps=4)
-    here, elsewhere = (script.Comparison(None, "", workers) for workers in (1, 2))
+    here, elsewhere = (script.rows.Comparison(None, "", workers) for workers in (1, 2))
     for found in (here, elsewhere):
         found.run([run])
     assert here.outcomes == elsewhere.outcomes
@@ -201,7 +252,7 @@ def test_another_process_gives_the_same(script) -> None:
 
 def test_the_95_percent_of_student(script) -> None:
     """The density of t, integrated from 0 to each number, holds half of 95 %."""
-    for freedom, limit in enumerate(script.T95, start=1):
+    for freedom, limit in enumerate(script.tables.T95, start=1):
         t = torch.linspace(0, limit, 100_001, dtype=torch.float64)
         scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
         area = torch.trapezoid(scale * (1 + t**2 / freedom) ** (-(freedom + 1) / 2), t).item()
@@ -210,20 +261,22 @@ def test_the_95_percent_of_student(script) -> None:
 
 def test_intervals(script) -> None:
     """Worked by hand: the mean, and t times the deviation over the root of the number."""
-    assert script.paired([3.0], [1.0]) == "+2.000"
-    assert script.paired([1.0, 2.0], [1.0, 3.0]) == "-0.500 [-6.853, +5.853]"  # 12.706 (0.7071 / 1.4142) = 6.353
-    assert script.paired([4.0, 7.0, 1.0], [3.0, 3.0, 3.0]) == "+1.000 [-6.453, +8.453]"  # 4.303 (3 / 1.7321) = 7.453
-    five = script.paired([0.0, 1.0, 2.0, 3.0, 4.0], [2.0] * 5)
+    assert script.tables.paired([3.0], [1.0]) == "+2.000"
+    assert script.tables.paired([1.0, 2.0], [1.0, 3.0]) == "-0.500 [-6.853, +5.853]"  # 12.706 (0.7071 / 1.4142) = 6.353
+    assert (
+        script.tables.paired([4.0, 7.0, 1.0], [3.0, 3.0, 3.0]) == "+1.000 [-6.453, +8.453]"
+    )  # 4.303 (3 / 1.7321) = 7.453
+    five = script.tables.paired([0.0, 1.0, 2.0, 3.0, 4.0], [2.0] * 5)
     assert five == "+0.000 [-1.963, +1.963]"  # 2.776 (1.5811 / 2.2361) = 1.963
     lost = "no better than at the start in 1 of 2"
-    assert script.paired([math.inf, 1.0], [1.0, 1.0]) == lost
-    assert script.paired([1.0, 1.0], [1.0, math.inf]) == f"the other: {lost}"
+    assert script.tables.paired([math.inf, 1.0], [1.0, 1.0]) == lost
+    assert script.tables.paired([1.0, 1.0], [1.0, math.inf]) == f"the other: {lost}"
 
 
 def test_numbers_of_a_table(script) -> None:
     """Of runs that began at 20."""
-    found = script.Comparison(None, "", 1)
-    plain, stock = run_of(script, seed=0), script.STOCK
+    found = script.rows.Comparison(None, "", 1)
+    plain, stock = run_of(script, seed=0), script.tables.STOCK
     ends = {
         ("none", "sound"): (3.0, 5.0),
         (stock, "sound"): (2.0, 5.0),
@@ -237,9 +290,9 @@ def test_numbers_of_a_table(script) -> None:
     for (clip, data), by_seed in ends.items():
         for seed, end in enumerate(by_seed):
             run, share = run_of(script, clip=clip, data=data, seed=seed), 0.2 + 0.1 * seed
-            found.outcomes[run] = script.Outcome(run, 20.0, end, [], share, share / 2, 0)
+            found.outcomes[run] = script.training.Outcome(run, 20.0, end, [], share, share / 2, 0)
     clips = ("none", stock, "zclip", "none/zclip")
-    head, _, *rows = script.detail(found, plain, clips, ("sound", "tensor"), (0, 1)).splitlines()
+    head, _, *rows = script.tables.detail(found, plain, clips, ("sound", "tensor"), (0, 1)).splitlines()
     assert cells(head) == [
         *("clip", "sound", "clipped", "less `none`", f"less `{stock}`"),
         *("tensor", "less its own sound", "clipped", f"less `{stock}`, tensor"),
@@ -273,8 +326,8 @@ def cells(row: str) -> list[str]:
 def test_what_a_run_will_take(short, monkeypatch) -> None:
     """Three steps of 4 examples in 6 seconds; five such steps, and 32 examples that are looked at before and after."""
     clock = iter([10.0, 16.0])
-    monkeypatch.setattr(short, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert short.seconds_of([("recurrent", 5)]) == {("recurrent", 5): pytest.approx(6 / 12 * (5 * 4 + 32))}
+    monkeypatch.setattr(short.rows, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert short.rows.seconds_of([("recurrent", 5)]) == {("recurrent", 5): pytest.approx(6 / 12 * (5 * 4 + 32))}
 
 
 @pytest.fixture
@@ -285,13 +338,15 @@ def asked(script, monkeypatch):
     def train(run):
         print("trained", file=sys.stderr)
         runs.append(run)
-        best = 0.004 if run.seed in script.RATE_SEEDS else 0.001
-        return script.Outcome(run, 20.0, 5 + abs(run.lr - best), [5.0], 0.25, 0.0, 0)
+        best = 0.004 if run.seed in script.rows.RATE_SEEDS else 0.001
+        return script.training.Outcome(run, 20.0, 5 + abs(run.lr - best), [5.0], 0.25, 0.0, 0)
 
-    facts = script.circumstances
-    monkeypatch.setattr(script, "circumstances", lambda *given: {**facts(*given), "date": "today", "commit": "one"})
-    monkeypatch.setattr(script, "seconds_of", lambda kinds: dict.fromkeys(kinds, 1800.0))
-    monkeypatch.setattr(script, "train", train)
+    facts = script.command.circumstances
+    monkeypatch.setattr(
+        script.command, "circumstances", lambda *given: {**facts(*given), "date": "today", "commit": "one"}
+    )
+    monkeypatch.setattr(script.rows, "seconds_of", lambda kinds: dict.fromkeys(kinds, 1800.0))
+    monkeypatch.setattr(script.training, "train", train)
     return runs
 
 
@@ -300,38 +355,53 @@ SEARCHED, JUDGED = 2 * 7, 3 * 3 * 2  # seeds and rates; kinds of data, clips and
 
 
 def test_the_rate_is_chosen_on_seeds_that_are_not_judged(script, asked) -> None:
-    text = script.main(WORDS)
+    text = script.command.main(WORDS)
     searched, judged = asked[:SEARCHED], asked[SEARCHED:]
     assert len(judged) == JUDGED
     assert {(run.seed, run.clip, run.data) for run in searched} == {(1000, "none", "sound"), (1001, "none", "sound")}
-    assert sorted({run.lr for run in searched}) == sorted(script.RATES["adamw"])
+    assert sorted({run.lr for run in searched}) == sorted(script.training.RATES["adamw"])
     assert {run.lr for run in judged} == {0.004}, "not 0.001, with which the others end lower"
     assert {run.seed for run in judged} == {0, 1}
     assert "20.000 at the start, lr 0.004\n" in text
 
 
+@pytest.mark.parametrize("given", [(0.016, 0.032), (0.0005, 0.001)])
+def test_rates_are_tried_until_the_best_is_between_two(script, asked, monkeypatch, given) -> None:
+    """From either side of 0.004, twice or half the last one each time."""
+    monkeypatch.setitem(script.training.RATES, "adamw", given)
+    text = script.command.main(WORDS)
+    assert {run.lr for run in asked if run.seed in script.rows.RATE_SEEDS} == {*given, 0.002, 0.004, 0.008}
+    assert "lr 0.004\n" in text
+
+
 def test_a_rate_at_the_edge_is_said(script, asked, monkeypatch) -> None:
-    monkeypatch.setattr(script, "RATES", {"adamw": (0.004, 0.016)})
-    assert "lr 0.004 (edge: none beyond it was tried)" in script.main(WORDS)
+    """Four times twice the highest, and it is still the best."""
+    monkeypatch.setitem(script.training.RATES, "adamw", (0.0001, 0.0002))
+    assert "lr 0.0032 (edge: none beyond it was tried)" in script.command.main(WORDS)
+
+
+def test_a_rate_that_is_given_is_not_searched(script, asked) -> None:
+    assert "lr 0.5\n" in script.command.main([*WORDS, "--lr", "0.5"])
+    assert len(asked) == JUDGED
 
 
 def test_a_task_with_a_rate_of_its_own_is_not_searched(script, asked) -> None:
-    script.main([*WORDS, "--task", "lora"])
+    script.command.main([*WORDS, "--task", "lora"])
     assert len(asked) == JUDGED
     assert {run.lr for run in asked} == {5e-4}
 
 
 def test_how_long_it_takes_is_said_before(script, asked, capsys) -> None:
-    script.main(WORDS)
+    script.command.main(WORDS)
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == [f"{SEARCHED} runs, about 7.0 core-hours", "trained"]
-    assert lines[2].startswith(f"1 of {SEARCHED}: Outcome(")
+    assert re.match(rf"1 of {SEARCHED}, 0\.\d h left: Outcome\(", lines[2])
     assert lines[2 * SEARCHED + 1 :][:2] == [f"{JUDGED} runs, about 9.0 core-hours", "trained"]
 
 
 def test_an_interrupted_comparison_goes_on(script, asked, monkeypatch, tmp_path) -> None:
-    train, whole, stopped = script.train, tmp_path / "whole" / "out", tmp_path / "stopped" / "out"
-    expected = script.main([*WORDS, "--out", str(whole)])
+    train, whole, stopped = script.training.train, tmp_path / "whole" / "out", tmp_path / "stopped" / "out"
+    expected = script.command.main([*WORDS, "--out", str(whole)])
     (path,) = whole.glob("compare_adamw_*.jsonl")
     assert len(path.read_text("utf-8").splitlines()) == SEARCHED + JUDGED
     assert path.with_suffix(".md").read_text("utf-8") == expected
@@ -343,15 +413,15 @@ def test_an_interrupted_comparison_goes_on(script, asked, monkeypatch, tmp_path)
         return train(run)
 
     asked.clear()
-    monkeypatch.setattr(script, "train", interrupted)
+    monkeypatch.setattr(script.training, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        script.main([*WORDS, "--out", str(stopped)])
+        script.command.main([*WORDS, "--out", str(stopped)])
     rows = stopped / path.name
     assert len(rows.read_text("utf-8").splitlines()) == SEARCHED + 5
     rows.write_text(rows.read_text("utf-8")[:-20], "utf-8")  # killed while it wrote the last
     asked.clear()
-    monkeypatch.setattr(script, "train", train)
-    assert script.main([*WORDS, "--out", str(stopped)]) == expected
+    monkeypatch.setattr(script.training, "train", train)
+    assert script.command.main([*WORDS, "--out", str(stopped)]) == expected
     assert len(asked) == JUDGED - 4
     assert sorted(rows.read_text("utf-8").splitlines()) == sorted(path.read_text("utf-8").splitlines())
 
@@ -365,7 +435,7 @@ class TestRowsAreKept:
 
         def trained(*more: str):
             asked.clear()
-            script.main([*WORDS, "--out", str(tmp_path), *more])
+            script.command.main([*WORDS, "--out", str(tmp_path), *more])
             return [(run.clip, run.data) for run in asked]
 
         assert len(trained()) == SEARCHED + JUDGED
@@ -376,16 +446,16 @@ class TestRowsAreKept:
         """Append to the source of a module."""
 
         def edit(module, text: str) -> None:
-            source = script.inspect.getsource
+            source = script.rows.inspect.getsource
             changed = SimpleNamespace(getsource=lambda of: source(of) + (text if of is module else ""))
-            monkeypatch.setattr(script, "inspect", changed)
-            script.code_of.cache_clear()
+            monkeypatch.setattr(script.rows, "inspect", changed)
+            script.rows.code_of.cache_clear()
 
         return edit
 
     def test_after_a_change_elsewhere(self, script, trained, edit, monkeypatch) -> None:
-        facts = script.circumstances
-        monkeypatch.setattr(script, "circumstances", lambda *given: {**facts(*given), "commit": "other-dirty"})
+        facts = script.command.circumstances
+        monkeypatch.setattr(script.command, "circumstances", lambda *given: {**facts(*given), "commit": "other-dirty"})
         edit(importlib.import_module("hf_gradclip.strategies.agc"), "\nclass Another: ...\n")
         assert trained() == []
         edit(zclip, '\n"""Words."""\n# and more of them\n')
@@ -402,8 +472,10 @@ class TestRowsAreKept:
         default = ["--clip", "zclip", "global_norm:max_norm=1.0,norm_type=2"]
         assert trained(*default) == [], "the same fields in other words"
 
-    def test_not_after_a_change_of_a_task(self, trained, edit) -> None:
-        edit(importlib.import_module("tasks"), "\nclass Another: ...\n")
+    def test_not_after_a_change_of_a_task(self, script, trained, edit) -> None:
+        edit(script.smollm2, "\nclass Another: ...\n")
+        assert trained() == [], "another kind of task"
+        edit(script.scratch, "\nclass Another: ...\n")
         assert len(trained()) == SEARCHED + JUDGED
 
     def test_not_after_a_change_of_the_rule_for_outliers_where_a_strategy_goes_by_it(self, trained, edit) -> None:
@@ -414,8 +486,12 @@ class TestRowsAreKept:
         assert {data for _, data in trained("--data", "noise")} == {"noise"}
         assert len(trained("--steps", "199")) == SEARCHED + JUDGED
         assert len(trained("--seeds", "3")) == JUDGED // 2
-        monkeypatch.setattr(script, "TENSOR", 999.0)
-        assert len(trained()) == SEARCHED + JUDGED
+        assert len(trained("--beta2", "0.95")) == SEARCHED + JUDGED
+        assert len(trained("--weight_decay", "1")) == SEARCHED + JUDGED
+        monkeypatch.setitem(script.training.FAULTS, "tensor", 999.0)
+        assert {data for _, data in trained()} == {"tensor"}
+        monkeypatch.setattr(script.training, "BROKEN", 0.04)
+        assert {data for _, data in trained()} == {"tensor", "loud"}
 
 
 @pytest.mark.parametrize(
@@ -429,7 +505,65 @@ class TestRowsAreKept:
 )
 def test_a_wrong_word_is_refused_before_anything_runs(script, asked, capsys, words, error) -> None:
     with pytest.raises(error) as raised:
-        script.main([*WORDS, *words])
+        script.command.main([*WORDS, *words])
     said = f"{raised.value} {capsys.readouterr().err}"
     assert "Did you mean zclip" in said or "invalid choice" in said
     assert asked == []
+
+
+def test_a_comparison_from_end_to_end(script, tmp_path, monkeypatch) -> None:
+    """Two ways of clipping, two seeds, 20 steps: trained, kept, and the table has the differences of the rows."""
+    words = (
+        "--task decoder --clip adaptive --data loud --seeds 2 --steps 20 --lr 0.004 --workers 1 --name smoke".split()
+    )
+    for name, task in script.tasks.TASKS.items():
+        monkeypatch.setitem(script.tasks.TASKS, name, replace(task, evaluated=32))
+    text = script.command.main([*words, "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("compare_smoke_*.jsonl")
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    ends = {(row["run"]["clip"], row["run"]["data"], row["run"]["seed"]): row["end"] for row in rows}
+    assert len(rows) == len(ends) == 8
+    assert all(end < row["start"] for end, row in zip(ends.values(), rows, strict=True))
+    a, b = (ends["adaptive", "sound", seed] - ends["none", "sound", seed] for seed in (0, 1))
+    mean, reach = (a + b) / 2, 12.706 * abs(a - b) / 2  # t of one degree of freedom; the deviation is |a - b| / sqrt 2
+    table = [cells(line) for line in text.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in table] == ["`none`", "`adaptive`"]
+    assert table[1][3] == f"{mean:+.3f} [{mean - reach:+.3f}, {mean + reach:+.3f}]"
+    assert {file.name for file in tmp_path.glob("*.png")} == {
+        f"{path.stem}_decoder_{kind}.png" for kind in ("curves", "intervals")
+    }
+
+
+class TestPictures:
+    """Of two ways of clipping whose outcomes are made up."""
+
+    @pytest.fixture
+    def found(self, script):
+        found = script.rows.Comparison(None, "", 1)
+        ends = {("none", "sound"): (3.0, 5.0), ("zclip", "sound"): (1.0, 4.0)}
+        ends |= {("none", "loud"): (None, 6.0), ("zclip", "loud"): (2.0, 4.5)}
+        for (clip, data), by_seed in ends.items():
+            for seed, end in enumerate(by_seed):
+                run = run_of(script, clip=clip, data=data, seed=seed, steps=40)
+                found.outcomes[run] = script.training.Outcome(run, 20.0, end, [9.0, 7.0, 5.0, end or 9], 0.0, 0.0, 0)
+        return found
+
+    def test_curves(self, script, found) -> None:
+        plain = run_of(script, seed=0, steps=40)
+        sound, loud = script.pictures.curves(found, plain, ("none", "zclip"), ("sound", "loud"), 1).axes
+        lines = {line.get_label(): line for line in loud.get_lines()}
+        assert lines["zclip"].get_xdata().tolist() == [5, 15, 25, 35], "of stretches of ten steps the middles"
+        assert lines["zclip"].get_ydata().tolist() == [9, 7, 5, 4.5]
+        assert set(lines["broken"].get_xdata()) == script.training.broken_steps(replace(plain, data="loud", seed=1))
+        assert {line.get_label() for line in sound.get_lines()} == {"none", "zclip"}
+
+    def test_intervals(self, script, found) -> None:
+        """Against the same clip on sound data: +1 and +0.5, t = 12.706; without a clip one of two learnt nothing."""
+        plain = run_of(script, seed=0, steps=40)
+        sound, loud = script.pictures.intervals(found, plain, ("none", "zclip"), ("sound", "loud"), (0, 1)).axes
+        (bar,) = loud.containers
+        assert bar.lines[0].get_xdata().tolist() == [0.75]
+        (ends,) = bar.lines[2][0].get_segments()
+        assert ends[:, 0].tolist() == pytest.approx([0.75 - 12.706 * 0.25, 0.75 + 12.706 * 0.25])
+        assert [text.get_text() for text in loud.texts] == ["lost in 1 of 2"]
+        assert [bar.lines[0].get_xdata().tolist() for bar in sound.containers] == [[0.0], [-1.5]]

@@ -1,0 +1,104 @@
+"""The tables of a comparison: means over seeds, and intervals of paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from compare_parts.rows import RATE_SEEDS, Comparison
+from compare_parts.training import BETA1, BROKEN, FAULTS, NOTHING, UNBROKEN, Run
+
+STOCK = "global_norm:max_norm=1"
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t for a two-sided interval of 95 %, by degrees of freedom from 1."""
+
+
+def paired(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    """Mean of the differences and its 95 % interval; or which of the two learnt nothing."""
+    if words := lost(mine, theirs):
+        return words
+    mean, reach = interval(mine, theirs)
+    return f"{mean:+.3f} [{mean - reach:+.3f}, {mean + reach:+.3f}]" if len(mine) > 1 else f"{mean:+.3f}"
+
+
+def lost(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    """Which of the two learnt nothing in how many runs; "" for none."""
+    for whose, ends in (("", mine), ("the other: ", theirs)):
+        if count := sum(map(math.isinf, ends)):
+            return f"{whose}no better than at the start in {count} of {len(ends)}"
+    return ""
+
+
+def interval(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Mean of the paired differences, and how far its 95 % interval reaches to either side; nan for one pair."""
+    differences = [a - b for a, b in zip(mine, theirs, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) == 1:
+        return mean, math.nan
+    return mean, T95[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def number(values: Sequence[float]) -> str:
+    """The mean, or a dash where one of them learnt nothing."""
+    mean = statistics.fmean(values)
+    return f"{mean:.3f}" if math.isfinite(mean) else "-"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def detail(
+    found: Comparison,
+    plain: Run,
+    clips: Sequence[str],
+    data: Sequence[str],
+    seeds: Sequence[int],
+    others: Sequence[str] = (STOCK,),
+) -> str:
+    """The table of one task and one optimizer.
+
+    Args:
+        found: all outcomes.
+        plain: of the task, the optimizer and the learning rate, without clipping, on sound data.
+        clips: the rows.
+        data: the columns; "sound" first.
+        seeds: what is averaged over.
+        others: of the rows, those that all are compared with, beside `none`.
+    """
+    against = [clip for clip in (NOTHING, *others) if clip in clips]
+    rows = []
+    for clip in clips:
+        mine = replace(plain, clip=clip)
+        sound = found.ends(mine, seeds)
+        row = [f"`{clip}`", number(sound), found.clipped(mine, seeds)]
+        row += ["" if clip == c else paired(sound, found.ends(replace(plain, clip=c), seeds)) for c in against]
+        for kind in data[1:]:
+            broken = replace(mine, data=kind)
+            ends = found.ends(broken, seeds)
+            row += [number(ends), paired(ends, sound), found.clipped(broken, seeds)]
+            theirs = [found.ends(replace(broken, clip=c), seeds) for c in against[1:]]
+            row += ["" if clip == c else paired(ends, end) for c, end in zip(against[1:], theirs, strict=True)]
+        rows.append(row)
+    head = ["clip", "sound", "clipped", *(f"less `{c}`" for c in against)]
+    for kind in data[1:]:
+        head += [kind, "less its own sound", "clipped", *(f"less `{c}`, {kind}" for c in against[1:])]
+    return markdown(head, rows)
+
+
+LEGEND = f"""\
+- Losses are of evaluation, on examples held out, at the end of the run: a mean over the seeds, or a dash where a run \
+ends no better than it began.
+- less ...: the difference of the losses, seed by seed: mean and 95 % interval (Student's t). Below 0 is better.
+- The learning rate is the one that is best for `{NOTHING}` on sound data, on the seeds {RATE_SEEDS}, which are not \
+judged; or the task's own.
+- Of broken data so many batches as are {BROKEN:.0%} of the run are broken, after its first {UNBROKEN:.0%}. loud: \
+their loss is {FAULTS["loud"]:g} times too large. tensor: the gradient of one tensor is {FAULTS["tensor"]:g} times too \
+large. noise: random inputs with random labels. one: the gradient of the first parameter is {FAULTS["one"]:g} times \
+too large. labels: each example has another one's. level: from the middle of the run on all losses are \
+{FAULTS["level"]:g} times too large.
+- clipped: share of the steps; gradient / update. AdamW has beta1 {BETA1:g}."""
