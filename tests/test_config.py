@@ -330,6 +330,19 @@ class TestYaml:
         assert done.returncode == 1
         assert "with every alias written out it holds more than 1000 values" in done.stderr
 
+    @pytest.mark.parametrize("tag", ["object/apply:builtins.open", "object/new:builtins.open", "name:os.system"])
+    def test_a_file_with_code_in_it(self, tmp_path, tag):
+        path, made = tmp_path / "clip.yaml", tmp_path / "made"
+        path.write_text(f"gradient: !!python/{tag} [{made}, w]\n")
+        with pytest.raises(
+            SpecError,
+            match=re.escape(
+                f"clip.yaml' is not YAML (could not determine a constructor for the tag 'tag:yaml.org,2002:python/{tag}'"
+            ),
+        ):
+            ClipConfig.parse(str(path))
+        assert not made.exists()
+
     def test_a_file_that_refers_to_itself_or_is_deep(self, tmp_path):
         path = tmp_path / "clip.yaml"
         for text, words in (("gradient: &a [*a]", "it refers to itself"), ("[" * 5000, "it is nested too deep")):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_gradclip import GradClipTrainer
+from hf_gradclip import Clipper, GradClipTrainer
+from hf_gradclip.run.state import load_state, save_state
 from hf_gradclip.strategy import flatten
 from tests.integrations.loops import StopAt
 from tests.tiny import logged, tiny_llama, train, weights_of
@@ -105,6 +106,33 @@ def test_words_for_a_file_that_is_none_of_ours(tmp_path, caplog, content) -> Non
     resumed = train(GradClipTrainer, resume=str(path.parent), **settings)
     assert "gradclip.pt: The saved clip state cannot be read, so zclip starts anew." in caplog.text
     assert int(resumed.clipper.state.seen) == 10
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("kind", ["code in it", "half of it"])
+def test_a_state_that_is_hostile_or_cut_short_is_said_and_not_executed(tmp_path, caplog, kind) -> None:
+    clipper = Clipper.for_model(tiny_llama(), "zclip")
+    state, made = tmp_path / "gradclip.pt", tmp_path / "made"
+    save_state(clipper, str(state))
+    if kind == "code in it":
+        torch.save({**clipper.state_dict(), "spec": Bomb(made)}, state)
+        torch.load(state, weights_only=False)["spec"].close()
+        assert made.exists(), "it goes off where a file is trusted"
+        made.unlink()
+    else:
+        state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    load_state(clipper, str(state))
+    assert not made.exists()
+    assert "gradclip.pt: The saved clip state cannot be read, so zclip starts anew." in caplog.text
 
 
 def test_save_only_model_keeps_no_state_and_says_so_on_resume(tmp_path, caplog) -> None:
