@@ -513,24 +513,8 @@ def test_a_wrong_word_is_refused_before_anything_runs(script, asked, capsys, wor
 
 def test_a_comparison_from_end_to_end(script, tmp_path, monkeypatch) -> None:
     """Two ways of clipping, two seeds, 20 steps: trained, kept, and the table has the differences of the rows."""
-    words = [
-        "--task",
-        "decoder",
-        "--clip",
-        "adaptive",
-        "--data",
-        "loud",
-        "--seeds",
-        "2",
-        "--steps",
-        "20",
-        "--lr",
-        "0.004",
-        "--workers",
-        "1",
-        "--name",
-        "smoke",
-    ]
+    words = ["--task", "decoder", "--clip", "adaptive", "--data", "loud", "--seeds", "2", "--steps", "20"]
+    words += ["--lr", "0.004", "--workers", "1", "--name", "smoke"]
     for name, task in script.tasks.TASKS.items():
         monkeypatch.setitem(script.tasks.TASKS, name, replace(task, evaluated=32))
     text = script.command.main([*words, "--out", str(tmp_path)])
