@@ -38,6 +38,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import hf_gradclip
+from hf_gradclip.record.spikes import KEPT
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = ("logs", "silent", "plain")
@@ -106,9 +107,10 @@ def held() -> dict[str, int]:
 
 
 def files(folder: str) -> dict[str, int]:
-    """How many files there are, and of how many bytes."""
-    sizes = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
-    return {"files": len(sizes), "on disk": sum(sizes)}
+    """How many files there are, how many of them are of spikes, and of how many bytes all are."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    spikes = sum(path.parent.name == "spikes" for path in paths)
+    return {"files": len(paths) - spikes, "spikes": spikes, "on disk": sum(path.stat().st_size for path in paths)}
 
 
 def watched(name: str, steps: int) -> list[dict[str, int]]:
@@ -150,6 +152,8 @@ def wrong(looks: Sequence[dict[str, int]], times: Sequence[float]) -> list[str]:
     ]
     if last["files"] > first["files"] + (last["steps"] - first["steps"]) / 1000 + 20:
         words.append(f"{first['files']} files become {last['files']}")
+    if last["spikes"] > KEPT:
+        words.append(f"there are {last['spikes']} files of spikes")
     rate = [look["on disk"] / look["steps"] for look in looks]
     if rate[-1] > 1.1 * rate[0]:
         words.append(f"bytes per step on disk grow from {rate[0]:.0f} to {rate[-1]:.0f}")
@@ -180,14 +184,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "",
         f"`python scripts/long_run.py --steps {args.steps}`",
         "",
-        "| loop | steps | bytes of hf_gradclip | blocks | bytes of tensors | files | disk, bytes a step | us a step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| loop | steps | bytes of hf_gradclip | blocks | bytes of tensors | files | of spikes | disk, bytes a step "
+        "| us a step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     bad = []
     for name in args.only:
         looks, times = (inside(call, name, args.steps) for call in ("watched", "timed"))
         for look, taken in zip(looks, times, strict=True):
-            cells = [name, *(look[key] for key in ("steps", "bytes", "blocks", "tensors", "files"))]
+            cells = [name, *(look[key] for key in ("steps", "bytes", "blocks", "tensors", "files", "spikes"))]
             cells += [f"{look['on disk'] / look['steps']:.0f}", f"{taken:.0f}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
             print(lines[-1], flush=True)

@@ -33,6 +33,8 @@ SPECS = {  # limits that the norms are above, so that the test fails where nothi
     "agc of the head too": "agc:clip_factor=0.02,include_1d=true,include_head=true+value:max_value=0.01",
 }
 WORDS = sorted({*strategy_names(), *preset_names(), *SPECS})
+BY_INTERPRETER = ("adaptive", "adagc", "agc of the head too", "block_rms", "value", "zclip")
+"""In a plain run, one for each way in which a plan is applied: Triton's interpreter takes seconds for each word."""
 SIZES = (VOCAB, VOCAB + 43, VOCAB + 40_000, VOCAB - 20, VOCAB)
 
 
@@ -50,8 +52,14 @@ def backward(model: nn.Module, step: int) -> None:
     model(**batch(step)).loss.backward()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        pytest.param(word, name, marks=[pytest.mark.slow] * (name == "Triton" and word not in BY_INTERPRETER))
+        for word in WORDS
+        for name in NAMES
+    ],
+)
 def test_a_clipper(word: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """The norm is torch's at every size, it is brought down, and the statistics start anew with words."""
     sizes, model = SIZES, tiny_llama()

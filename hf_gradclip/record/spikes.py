@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from hf_gradclip.outlier import DEVIATIONS, WINDOW, ordinary
 
 TOP = 10
 AT_ONCE = 10_000
+KEPT = 1000
+"""Files of spikes that a rank keeps, the latest; the record itself has the norms of all."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,17 @@ def describe_spike(spike: Spike, rows: dict[str, np.ndarray], names: Sequence[st
 
 
 def write_spike(folder: Path, found: dict[str, Any], rank: int) -> None:
-    """One file per spike and rank: `spikes/step_N.json` of rank 0, `step_N_rank1.json` of the others."""
+    """One file per spike and rank: `spikes/step_N.json` of rank 0, `step_N_rank1.json` of the others; KEPT of each."""
     folder = folder / "spikes"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"step_{found['step']}.json" if rank == 0 else f"step_{found['step']}_rank{rank}.json")
+    ending = "" if rank == 0 else f"_rank{rank}"
+    path = folder / f"step_{found['step']}{ending}.json"
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     aside.replace(path)
+    named = (re.fullmatch(rf"step_(\d+){ending}\.json", other.name) for other in folder.iterdir())
+    for step in sorted(int(match[1]) for match in named if match)[:-KEPT]:
+        (folder / f"step_{step}{ending}.json").unlink(missing_ok=True)
 
 
 def read_spike(path: Path) -> dict[str, Any]:

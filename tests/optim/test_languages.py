@@ -237,8 +237,11 @@ class TestFloat32:
         assert len(rules) == (STEPS if served else 0 if language.name != "torch" else 2 * STEPS - 2)
 
 
-@pytest.mark.parametrize("clips", ["update", "gradient", "both"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("language", "name", "clips"),
+    [case for case in CASES if case.values[2] in ("update", "gradient", "both")],
+    indirect=["language"],
+)
 def test_a_skipped_step_moves_nothing(name: str, clips: str, language: Language) -> None:
     """Because of its update where only that is clipped, else because of its gradient; the first step among them."""
     _, _, make, limit = OPTIMIZERS[name]

@@ -75,13 +75,17 @@ def wanted(name: str, clips: str, skipped: tuple[int, ...]) -> Any:
     return expected(make, clips, limit, skipped)
 
 
-@pytest.mark.parametrize("when", SKIPPED)
-@pytest.mark.parametrize(
-    ("language", "clips"),
-    [("C", "both"), ("torch", "both"), ("torch", "by unit"), ("Triton", "both")],
-    indirect=["language"],
-)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+CASES = [
+    pytest.param(language, name, clips, when, marks=[pytest.mark.slow] * (language == "Triton" and not few))
+    for language, clips in (("C", "both"), ("torch", "both"), ("torch", "by unit"), ("Triton", "both"))
+    for name in OPTIMIZERS
+    for when in SKIPPED
+    for few in (name == "AdamW" or when == next(iter(SKIPPED)),)
+]
+"""The interpreter takes seconds for each: in a plain run every optimizer once, and AdamW with every place of a skip."""
+
+
+@pytest.mark.parametrize(("language", "name", "clips", "when"), CASES, indirect=["language"])
 def test_is_the_equations_without_the_skipped_steps(name: str, clips: str, when: str, language: Language) -> None:
     skipped = SKIPPED[when]
     w, rules, clipped = wanted(name, clips, skipped)

@@ -115,3 +115,14 @@ def test_the_file_of_a_spike(tmp_path) -> None:
     assert nan["tensors"][0] == {"name": "p0", "norm": None, "share": 1.0}, "the tensor with the NaN has all of it"
     write_spike(tmp_path, nan, rank=3)
     assert "NaN" not in (tmp_path / "spikes" / "step_42_rank3.json").read_text(), "NaN is no JSON"
+
+
+def test_the_latest_files_are_kept_of_each_rank(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("hf_gradclip.record.spikes.KEPT", 3)
+    (tmp_path / "spikes").mkdir()
+    (tmp_path / "spikes" / "step_1_notes.json").write_text("{}")
+    for step in (7, 9, 10, 100, 98):
+        for rank in (0, 1, 11):
+            write_spike(tmp_path, {"step": step}, rank)
+    kept = {"step_1_notes.json"} | {f"step_{s}{end}.json" for s in (10, 98, 100) for end in ("", "_rank1", "_rank11")}
+    assert {path.name for path in (tmp_path / "spikes").iterdir()} == kept
