@@ -373,6 +373,8 @@ class TestNoHostRead:
     @pytest.fixture(autouse=True)
     def _judged_there(self, monkeypatch):
         monkeypatch.setattr("hf_gradclip.clipper.seen_by", lambda strategy, layout, read: layout)
+        # from torch 2.15 on it is an error where torch is built for CUDA and no driver is there
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def test_decide_reads_nothing(self, strategy):
         assert decide_on_a_device(strategy) == []
