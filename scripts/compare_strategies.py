@@ -23,6 +23,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -31,10 +32,11 @@ from benchmark import circumstances, hardware
 from compare_parts import pictures
 from compare_parts.rows import Comparison
 from compare_parts.tables import LEGEND, STOCK, T95, detail
-from compare_parts.tasks import TASKS
-from compare_parts.training import BETA2, FAULTS, NOTHING, RATES, WEIGHT_DECAY, Run, places
+from compare_parts.tasks import TASKS, missing
+from compare_parts.training import BETA2, FAULTS, NOTHING, RATES, WEIGHT_DECAY, Run, broken_steps, places
 
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.strategy import SpecError
 
 CLIPS = (NOTHING, STOCK, "zclip", "agc", "adaptive_norm", "adaptive")
 DATA = tuple(FAULTS)
@@ -47,7 +49,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", default=small, choices=list(TASKS), help="What to learn.")
     parser.add_argument("--optimizer", default="adamw", choices=list(RATES), help="With which optimizer.")
     parser.add_argument("--clip", nargs="+", default=list(CLIPS), help="Specs for the gradient, or gradient/update.")
-    parser.add_argument("--against", nargs="+", default=[STOCK], help="Specs of these that all are compared with.")
+    parser.add_argument("--against", nargs="+", help=f"Specs of these that all are compared with; {STOCK} without it.")
     parser.add_argument("--data", nargs="+", default=list(DATA[:3]), choices=DATA, help="Sound data comes with any.")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(T95) + 2), help="Runs of each kind.")
     parser.add_argument("--steps", type=int, default=200, help="Of each run.")
@@ -59,12 +61,44 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="A folder for the rows and the Markdown file.")
     args = parser.parse_args(argv)
     args.argv = argv
+    args.task = list(dict.fromkeys(args.task))
     args.clip = list(dict.fromkeys([NOTHING, *args.clip]))  # which the others are compared with
     args.data = list(dict.fromkeys([DATA[0], *args.data]))
-    for clip in args.clip:
-        gradient, update = places(clip)
-        ClipConfig.parse(gradient, update=update)  # a word that is not known is refused now
+    if args.against is None:
+        args.against = [STOCK] * (STOCK in args.clip)
+    if words := wrong(args):
+        parser.error(words)
     return args
+
+
+def wrong(args: argparse.Namespace) -> str:
+    """What cannot be run as it was asked for, or would be ignored; "" for nothing."""
+    blank = Run("", args.optimizer, NOTHING, 0.0, DATA[0], 0, args.steps)
+    whole = [kind for kind in args.data[1:] if args.steps > 0 and not broken_steps(replace(blank, data=kind))]
+    apart = [clip for clip in args.against if clip not in args.clip]
+    packages = list(dict.fromkeys(package for task in args.task for package in missing(task)))
+    own = args.optimizer != "adamw" and (args.beta2, args.weight_decay) != (BETA2, WEIGHT_DECAY)
+    checks = {
+        f"--steps {args.steps}: must be at least 1.": args.steps < 1,
+        f"--workers {args.workers}: must be at least 1.": args.workers < 1,
+        f"--lr {args.lr}: must be above 0 and finite.": args.lr is not None and not 0 < args.lr < math.inf,
+        f"--beta2 {args.beta2}: must be at least 0 and below 1.": not 0 <= args.beta2 < 1,
+        f"--weight_decay {args.weight_decay}: must be at least 0 and finite.": not 0 <= args.weight_decay < math.inf,
+        f"--beta2 and --weight_decay are AdamW's. Leave them out with {args.optimizer}.": own,
+        f"--steps {args.steps}: none of so few is broken with {', '.join(whole)}. Give more, or --data sound.": whole,
+        f"--against {' '.join(apart)}: not among --clip, which is {' '.join(args.clip)}.": apart,
+        f"--name {args.name}: must be a name without a folder; the folder is --out.": "/" in (args.name or ""),
+        f"--out {args.out}: is a file. Give a folder.": args.out is not None and args.out.is_file(),
+        f"--task {' '.join(args.task)}: pip install {' '.join(packages)}": packages,
+        "--out draws pictures: pip install matplotlib": args.out is not None and find_spec("matplotlib") is None,
+    }
+    try:
+        for clip in args.clip:
+            gradient, update = places(clip)
+            ClipConfig.parse(gradient, update=update)
+    except SpecError as error:
+        return f"--clip {clip}: {error}"
+    return next((words for words, is_so in checks.items() if is_so), "")
 
 
 def main(argv: Sequence[str] | None = None) -> str:

@@ -70,7 +70,7 @@ def detail(
         seeds: what is averaged over.
         others: of the rows, those that all are compared with, beside `none`.
     """
-    against = [clip for clip in (NOTHING, *others) if clip in clips]
+    against = [clip for clip in dict.fromkeys((NOTHING, *others)) if clip in clips]
     rows = []
     for clip in clips:
         mine = replace(plain, clip=clip)

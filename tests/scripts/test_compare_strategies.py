@@ -21,7 +21,6 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from hf_gradclip.strategies import zclip
-from hf_gradclip.strategy import SpecError
 
 ROOT = Path(__file__).parents[2]
 STEPS = 10
@@ -346,6 +345,7 @@ def asked(script, monkeypatch):
         script.command, "circumstances", lambda *given: {**facts(*given), "date": "today", "commit": "one"}
     )
     monkeypatch.setattr(script.rows, "seconds_of", lambda kinds: dict.fromkeys(kinds, 1800.0))
+    monkeypatch.setattr(script.command, "missing", lambda task: [])
     monkeypatch.setattr(script.training, "train", train)
     return runs
 
@@ -495,19 +495,52 @@ class TestRowsAreKept:
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    ("words", "said"),
     [
-        (["--clip", "zclp"], SpecError),
-        (["--clip", "none/zclp"], SpecError),
-        (["--task", "decodr"], SystemExit),
-        (["--seeds", "11"], SystemExit),
+        ("--clip zclp", "--clip zclp: clip='zclp': no strategy or preset is called 'zclp'. Did you mean zclip?"),
+        ("--clip none/zclp", "Did you mean zclip?"),
+        ("--clip none/agc", "--clip none/agc: ClipConfig(update=agc): it goes by units"),
+        ("--task decodr", "invalid choice: 'decodr'"),
+        ("--seeds 11", "invalid choice: 11"),
+        ("--steps 0", "--steps 0: must be at least 1."),
+        ("--steps -3", "--steps -3: must be at least 1."),
+        ("--steps 10", "--steps 10: none of so few is broken with loud, tensor. Give more, or --data sound."),
+        ("--workers 0", "--workers 0: must be at least 1."),
+        ("--lr 0", "--lr 0.0: must be above 0 and finite."),
+        ("--lr nan", "--lr nan: must be above 0 and finite."),
+        ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1."),
+        ("--weight_decay -1", "--weight_decay -1.0: must be at least 0 and finite."),
+        ("--optimizer momentum --beta2 0.9", "are AdamW's. Leave them out with momentum."),
+        ("--against agc", "--against agc: not among --clip, which is none zclip global_norm:max_norm=1."),
+        ("--name a/b", "--name a/b: must be a name without a folder; the folder is --out."),
+        (f"--out {__file__}", "is a file. Give a folder."),
     ],
 )
-def test_a_wrong_word_is_refused_before_anything_runs(script, asked, capsys, words, error) -> None:
-    with pytest.raises(error) as raised:
-        script.command.main([*WORDS, *words])
-    said = f"{raised.value} {capsys.readouterr().err}"
-    assert "Did you mean zclip" in said or "invalid choice" in said
+def test_what_cannot_run_as_asked_is_refused_before_anything_runs(script, asked, capsys, words, said) -> None:
+    with pytest.raises(SystemExit):
+        script.command.main([*WORDS, *words.split()])
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert asked == []
+
+
+def test_a_short_run_on_sound_data_is_not_refused(script, asked) -> None:
+    """None of 10 steps is to be broken then; and `level` breaks the half of any run."""
+    script.command.main([*WORDS, "--lr", "0.004", "--steps", "10", "--data", "sound"])
+    script.command.main([*WORDS, "--lr", "0.004", "--steps", "10", "--data", "level"])
+    assert {run.data for run in asked} == {"sound", "level"}
+
+
+def test_a_package_that_is_missing_is_said_before_anything_runs(script, asked, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(script.command, "missing", script.tasks.missing)
+    monkeypatch.setitem(script.tasks.NEEDS, "lora", ("torch", "no-such-package"))
+    monkeypatch.setattr(script.command, "find_spec", lambda name: None)
+    for words, said in (
+        ("--task lora", "pip install no-such-package"),
+        (f"--out {tmp_path}", "pip install matplotlib"),
+    ):
+        with pytest.raises(SystemExit):
+            script.command.main([*WORDS, *words.split()])
+        assert capsys.readouterr().err.endswith(f": {said}\n")
     assert asked == []
 
 
