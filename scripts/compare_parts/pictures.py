@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from compare_parts.rows import Comparison
 from compare_parts.tables import interval, lost
-from compare_parts.training import NOTHING, Run, broken_steps
+from compare_parts.training import NOTHING, Run, broken_steps, stretch
 
 WIDE = 3.6
 """Inches of a panel."""
-LONGEST = 6
-"""A level with more broken steps than this share, 1 / LONGEST, is shaded from its first one on."""
+ACROSS = 4
+"""Panels beside each other; more are below."""
+LINE = 45
+"""Characters of a title for each of them."""
 
 
 def curves(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[str], seed: int) -> Any:
@@ -27,23 +30,25 @@ def curves(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[s
         data: the panels. Steps whose batch is broken are marked below.
         seed: whose runs.
     """
-    figure, panels = _panels(len(data), 3.2)
-    begin = found.outcomes[replace(plain, seed=seed)].start or math.nan
+    figure, panels = _panels(len(data), 2.8, f"{plain.task}, {plain.optimizer}: losses of the batches, seed {seed}")
+    begin, size = found.outcomes[replace(plain, seed=seed)].start, stretch(plain.steps)
     for panel, kind in zip(panels, data, strict=True):
-        for clip in clips:
-            losses = found.outcomes[run := replace(plain, clip=clip, data=kind, seed=seed)].losses
-            stretch = math.ceil(run.steps / max(len(losses), 1))
-            panel.plot([(i + 0.5) * stretch for i in range(len(losses))], losses, label=clip, lw=1.2)
+        for i, clip in enumerate(clips):
+            losses = found.outcomes[replace(plain, clip=clip, data=kind, seed=seed)].losses
+            wide = 3 - 2 * (i + 1) / len(clips)  # one that is under another is seen beside it
+            panel.plot([(place + 0.5) * size for place in range(len(losses))], losses, label=clip, lw=wide)
         broken = sorted(broken_steps(replace(plain, data=kind, seed=seed)))
-        if len(broken) * LONGEST > plain.steps:
-            panel.axvspan(broken[0], plain.steps, color="0.9", zorder=0)
+        if kind == "level":
+            panel.axvspan(broken[0], plain.steps, color="0.9", zorder=0, label="all broken")
         elif broken:
             panel.plot(broken, [0.02] * len(broken), "k|", ms=7, transform=panel.get_xaxis_transform(), label="broken")
-        panel.set_ylim(top=1.15 * begin)
+        if begin is not None:
+            panel.set_ylim(top=1.15 * begin)
+        panel.set_xlim(0, plain.steps)
         panel.set_title(kind, fontsize=9)
         panel.set_xlabel("step", fontsize=8)
-    panels[0].set_ylabel("loss of the batch", fontsize=8)
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    named = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(len(data), ACROSS), fontsize=8)
     return figure
 
 
@@ -59,32 +64,50 @@ def intervals(found: Comparison, plain: Run, clips: Sequence[str], data: Sequenc
         data: the panels; "sound" first.
         seeds: which pairs.
     """
-    figure, panels = _panels(len(data), 0.7 + 0.32 * len(clips))
+    what = f"of {len(seeds)} seeds with 95 % interval" if len(seeds) > 1 else "of one seed"
+    title = f"{plain.task}, {plain.optimizer}: difference of the losses at the end, {what}; left of 0 is better"
+    figure, panels = _panels(len(data), 0.7 + 0.32 * len(clips), title)
     for panel, kind in zip(panels, data, strict=True):
         panel.axvline(0, color="0.7", lw=0.8, zorder=0)
         for row, clip in enumerate(clips):
             run = replace(plain, clip=clip, data=kind)
+            if kind == data[0] and clip == NOTHING:
+                continue  # it would be less itself
             mine = found.ends(run, seeds)
             theirs = found.ends(replace(run, clip=NOTHING) if kind == data[0] else replace(run, data=data[0]), seeds)
             if words := lost(mine, theirs):
-                panel.text(0, row, words.replace("no better than at the start", "lost"), fontsize=7, va="center")
+                panel.text(
+                    0.5,
+                    row,
+                    words.replace("no better than at the start", "learnt nothing"),
+                    transform=panel.get_yaxis_transform(),
+                    fontsize=8,
+                    ha="center",
+                    va="center",
+                )
             else:
                 mean, reach = interval(mine, theirs)
                 panel.errorbar(
                     mean, row, xerr=None if math.isnan(reach) else reach, fmt="o", ms=3, color="C0", capsize=2
                 )
-        panel.set_yticks(range(len(clips)), clips if panel is panels[0] else [""] * len(clips))
+        panel.set_yticks(range(len(clips)), clips)
         panel.set_ylim(len(clips) - 0.5, -0.5)
-        panel.set_title(f"{kind}, less " + (f"`{NOTHING}`" if kind == data[0] else "its own sound"), fontsize=9)
+        panel.locator_params(axis="x", nbins=5)
+        panel.set_title(f"{kind}, less " + (NOTHING if kind == data[0] else "its own sound"), fontsize=9)
     return figure
 
 
-def _panels(count: int, high: float) -> tuple[Any, list[Any]]:
+def _panels(count: int, high: float, title: str) -> tuple[Any, list[Any]]:
+    """A figure with its title, and its panels, which have one scale from top to bottom."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDE * count, high), layout="constrained")
-    panels = list(figure.subplots(1, count, squeeze=False)[0])
-    for panel in panels:
-        panel.tick_params(labelsize=7)
+    across = min(count, ACROSS)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(WIDE * across, high * down + 0.4), layout="constrained")
+    figure.suptitle(textwrap.fill(title, LINE * across), fontsize=10)
+    panels: list[Any] = []
+    for i in range(count):
+        panels.append(panel := figure.add_subplot(down, across, i + 1, sharey=panels[0] if panels else None))
+        panel.tick_params(labelsize=8, labelleft=i % across == 0)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels

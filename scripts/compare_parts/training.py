@@ -71,7 +71,7 @@ class Outcome:
         run: which.
         start: evaluation loss before the first step.
         end: the same at the end; None where it is not finite.
-        losses: of the batches, at most MEANS means over as many stretches of the run.
+        losses: of the batches, at most MEANS means over as many stretches of the run; fewer of one that stopped.
         clipped: share of the steps whose gradient was clipped.
         update_clipped: share of the steps whose update was.
         skipped: steps that were left out.
@@ -122,7 +122,10 @@ def evaluate(model: torch.nn.Module, task: Task, data: Batch) -> float | None:
 
 
 def broken_steps(run: Run) -> set[int]:
-    """Where its data is broken, from 0: the same for all runs of a seed and a length."""
+    """Where its data is broken, from 0: the same for all runs of a seed and a length, whatever of FAULTS it is.
+
+    But with "sound" no step is, and with "level" each one from the middle on.
+    """
     if run.data == "sound":
         return set()
     if run.data == "level":
@@ -176,11 +179,16 @@ def train(run: Run) -> Outcome:
     summary = clipper.report.summary() if clipper is not None else {}
     update = optimizer.update_clipper.report.summary() if optimizer.update_clipper is not None else {}
     skipped = int(summary.get("skipped", 0) + update.get("skipped", 0))
-    means = [round(statistics.fmean(part), 4) for part in stretches(losses) if part]
+    means = [round(statistics.fmean(part), 4) for part in stretches(losses, run.steps)]
     return Outcome(run, start, end, means, summary.get("rate", 0.0), update.get("rate", 0.0), skipped)
 
 
-def stretches(losses: Sequence[float]) -> list[Sequence[float]]:
-    """A run in MEANS parts, the last of which may be shorter."""
-    size = max(math.ceil(len(losses) / MEANS), 1)
+def stretch(steps: int) -> int:
+    """How many steps of a run of so many one of its MEANS is of."""
+    return math.ceil(steps / MEANS)
+
+
+def stretches(losses: Sequence[float], steps: int) -> list[Sequence[float]]:
+    """The losses of a run of so many steps in parts, as long as each other but for the last; fewer if it stopped."""
+    size = stretch(steps)
     return [losses[i : i + size] for i in range(0, len(losses), size)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import json
 import math
 import re
@@ -580,6 +581,10 @@ class TestPictures:
                 found.outcomes[run] = script.training.Outcome(run, 20.0, end, [9.0, 7.0, 5.0, end or 9], 0.0, 0.0, 0)
         return found
 
+    @pytest.fixture(autouse=True)
+    def four_means(self, script, monkeypatch) -> None:
+        monkeypatch.setattr(script.training, "MEANS", 4)
+
     def test_curves(self, script, found) -> None:
         plain = run_of(script, seed=0, steps=40)
         sound, loud = script.pictures.curves(found, plain, ("none", "zclip"), ("sound", "loud"), 1).axes
@@ -597,5 +602,29 @@ class TestPictures:
         assert bar.lines[0].get_xdata().tolist() == [0.75]
         (ends,) = bar.lines[2][0].get_segments()
         assert ends[:, 0].tolist() == pytest.approx([0.75 - 12.706 * 0.25, 0.75 + 12.706 * 0.25])
-        assert [text.get_text() for text in loud.texts] == ["lost in 1 of 2"]
-        assert [bar.lines[0].get_xdata().tolist() for bar in sound.containers] == [[0.0], [-1.5]]
+        assert [text.get_text() for text in loud.texts] == ["learnt nothing in 1 of 2"]
+        assert [bar.lines[0].get_xdata().tolist() for bar in sound.containers] == [[-1.5]], "`none` less itself is 0"
+        assert [bar.lines[0].get_ydata().tolist() for bar in sound.containers] == [[1]], "beside its name"
+
+    def test_a_run_that_stopped_ends_where_it_stopped(self, script, found) -> None:
+        """After 25 of 40 steps: two stretches of ten, and a half."""
+        losses = script.training.stretches(range(25), 40)
+        assert [len(part) for part in losses] == [10, 10, 5]
+        run = run_of(script, clip="zclip", data="loud", seed=1, steps=40)
+        found.outcomes[run] = replace(found.outcomes[run], losses=[9.0, 9.5, 9.9], end=None)
+        _, loud = script.pictures.curves(
+            found, replace(run, clip="none", data="sound"), ("zclip",), ("sound", "loud"), 1
+        ).axes
+        assert loud.get_lines()[0].get_xdata().tolist() == [5, 15, 25]
+
+    @pytest.mark.parametrize("start", [20.0, None])
+    def test_what_is_marked_is_in_the_legend(self, script, found, start) -> None:
+        """Wherever its panel is; and a loss that is not finite at the start is no limit of the axis."""
+        plain = run_of(script, clip="none", seed=0, steps=40)
+        for run, outcome in list(found.outcomes.items()):
+            found.outcomes[run] = replace(outcome, start=start)
+            found.outcomes[level] = replace(outcome, run=(level := replace(run, data="level")))
+        figure = script.pictures.curves(found, plain, ("none", "zclip"), ("sound", "loud", "level"), 0)
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["none", "zclip", "broken", "all broken"]
+        figure.savefig(io.BytesIO())
