@@ -12,6 +12,7 @@ from hf_gradclip.analysis.replay import spec_recorded
 from hf_gradclip.analysis.run import Run, by_config, by_parameter, clipped_steps, total_scale
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import Record
+from hf_gradclip.record.spikes import KEPT
 from hf_gradclip.strategy import SpecError, parts_of, warmup_of
 
 OFTEN, SELDOM = 0.5, 0.1
@@ -190,6 +191,8 @@ def _spikes(run: Run) -> list[str]:
     more = f" and {len(run.spikes) - MOST_NAMES} more" if len(run.spikes) > MOST_NAMES else ""
     one = len(run.spikes) == 1
     said = f"{len(run.spikes)} step{'' if one else 's'} stand{'s' if one else ''} out by the norm ({steps}{more})"
+    if len(run.spikes) == KEPT:  # of earlier ones the files may be gone
+        said = f"The latest {KEPT} steps that stand out by the norm are known ({steps}{more})"
     if not finite:
         return [f"{said}."]
     if not caught:

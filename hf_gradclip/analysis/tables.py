@@ -12,6 +12,7 @@ from hf_gradclip.analysis.names import plain
 from hf_gradclip.analysis.replay import Outcome
 from hf_gradclip.analysis.run import Run, clipped_steps, total_scale
 from hf_gradclip.record.files import Record
+from hf_gradclip.record.spikes import KEPT
 
 COLUMNS = ("strategy", "clipped", "mean scale", "spikes", "false alarms", "threshold")
 SUMMARY_COLUMNS = (
@@ -70,7 +71,7 @@ def summary_rows(runs: Iterable[Run]) -> list[tuple[str, ...]]:
                 f"{total_scale(record)[record.finite_T].mean():.3f}" if len(norms) else "-",
                 f"{np.median(norms):.4g}" if len(norms) else "-",
                 f"{norms.max():.4g}" if len(norms) else "-",
-                f"{len(run.spikes)}",
+                f"{len(run.spikes)}" + " or more" * (len(run.spikes) == KEPT),
                 f"{(~record.finite_T).sum()}",
                 f"{losses[-LAST:].mean():.4g}" if len(losses) else "-",
             )

@@ -17,7 +17,7 @@ from hf_gradclip.analysis.findings import findings, tensors_of
 from hf_gradclip.analysis.heat import BINS, MOST_ROWS, heat_of, rows_of
 from hf_gradclip.analysis.report import print_report, write_report
 from hf_gradclip.analysis.run import Run, load_run
-from hf_gradclip.analysis.tables import spike_rows, summary_rows
+from hf_gradclip.analysis.tables import SUMMARY_COLUMNS, spike_rows, summary_rows
 from hf_gradclip.cli import main
 from hf_gradclip.record.files import FOLDER, Record
 from tests.analysis.records import LORA_NAMES, NAMES, norms_of, record_by_hand, save
@@ -135,6 +135,17 @@ class TestFindings:
         (said,) = [s for s in findings(run) if "stand out" in s]
         assert said == "2 steps stand out by the norm (61, 91); 1 were clipped, to 0.2 of its norm."
         assert "No step stands out by its norm." in findings(run_of(record_by_hand(norms_of())))
+
+    @pytest.mark.parametrize(("count", "counted"), [(2, "2"), (3, "3 or more"), (4, "4")])
+    def test_spikes_of_which_only_the_latest_are_kept(self, monkeypatch, count, counted) -> None:
+        """As many as are kept may be fewer than there were; a record from before there was a limit has more."""
+        for module in ("findings", "tables"):
+            monkeypatch.setattr(f"hf_gradclip.analysis.{module}.KEPT", 3)
+        run = run_of(record_by_hand(norms_of()), [spike(step) for step in (61, 91, 95, 99)[:count]])
+        (said,) = [s for s in findings(run) if "stand out" in s]
+        assert said.startswith("The latest 3 steps that stand out by the norm are known (61, 91, 95);") == (count == 3)
+        assert said.startswith(f"{count} steps stand out by the norm (61, ") == (count != 3)
+        assert summary_rows([run])[0][SUMMARY_COLUMNS.index("spikes")] == counted
 
     def test_the_update_is_told_apart(self) -> None:
         run = run_of(record_by_hand(norms_of()), update=scaled(norms_of(), np.ones(120, dtype=bool)))
