@@ -6,13 +6,16 @@
 
 The tasks are in compare_parts. Runs with the same seed begin with the same weights and see the same batches in the same
 order, so that differences are taken pair by pair. The learning rate is the one that is best without clipping on seeds
-of its own, which are not judged; while that is the highest or the lowest of those tried, more are tried. Broken data is
-broken in the same steps for all runs of a seed. Where a run clips, the guard against NaN and inf comes with it.
+of its own, which are not judged; while that is the highest or the lowest of those tried, one beyond it is tried, four
+times at most. Broken data is broken in the same steps for all runs of a seed. Where a run clips, the guard against NaN
+and inf comes with it.
 
 Before it starts, the script says how long it will take. Rows are written as they come, one line of JSON per run under a
-key of everything that decides its result (the strategy's fields and its source, the task's source, data and settings),
-so that an interrupted comparison goes on where it was, and a change elsewhere discards nothing. Beside the table are
-two pictures of each task: its curves, with the broken steps marked, and the intervals.
+key of what it compares (the strategy's fields and its source, the task's source, data and settings), so that an
+interrupted comparison goes on where it was, and a change elsewhere discards nothing. What is the same for all is not in
+the key: compare_parts/training.py, the package's optimizers and kernels, Python, whose library several tasks learn, and
+torch. After a change there begin with another --name. Beside the table are two pictures of each task: its curves, with
+the broken steps marked, and the intervals.
 """
 
 from __future__ import annotations
@@ -53,7 +56,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", default=list(DATA[:3]), choices=DATA, help="Sound data comes with any.")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(T95) + 2), help="Runs of each kind.")
     parser.add_argument("--steps", type=int, default=200, help="Of each run.")
-    parser.add_argument("--lr", type=float, help="The highest learning rate; else it is searched for.")
+    parser.add_argument(
+        "--lr", type=float, help="The highest learning rate; else the task's own, or it is searched for."
+    )
     parser.add_argument("--beta2", type=float, default=BETA2, help="Of AdamW.")
     parser.add_argument("--weight_decay", type=float, default=WEIGHT_DECAY, help="Of AdamW.")
     parser.add_argument("--workers", type=int, default=2, help="Processes, each on one thread; 1 is this one.")

@@ -1,4 +1,4 @@
-"""The rows of a comparison: one line of JSON per run, kept by a key of everything that decides its result."""
+"""The rows of a comparison: one line of JSON per run, kept by a key of what it compares."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from hf_gradclip.strategy import describe, parts_of
 
 RATE_SEEDS = (1000, 1001)
 FURTHER = 4
-"""Rates that are tried beyond the first ones at most, while the best is at their edge."""
+"""How often at most a rate beyond those tried is tried, while the best is at their edge."""
 
 
 def key_of(run: Run) -> str:
-    """Of everything that decides what a run comes to."""
+    """Of what decides how a run differs from others; what trains them all alike is not in it."""
     task = TASKS[run.task]
     code = [code_of(task_module), code_of(sys.modules[task.data.__module__])]
     specs = []
@@ -132,7 +132,7 @@ class Comparison:
                 file.write(json.dumps(row) + "\n")
 
     def ends(self, run: Run, seeds: Sequence[int]) -> list[float]:
-        """The last evaluation losses of a run by seed; inf for one that is not below the loss before training."""
+        """The last evaluation losses of a run by seed; inf for one that is above the loss before training."""
         found = [self.outcomes[replace(run, seed=seed)] for seed in seeds]
         pairs = [(outcome.end, outcome.start) for outcome in found]
         return [math.inf if end is None or start is None or end > start else end for end, start in pairs]

@@ -95,10 +95,10 @@ LEGEND = f"""\
 ends no better than it began.
 - less ...: the difference of the losses, seed by seed: mean and 95 % interval (Student's t). Below 0 is better.
 - The learning rate is the one that is best for `{NOTHING}` on sound data, on the seeds {RATE_SEEDS}, which are not \
-judged; or the task's own.
+judged; or the task's own, or what --lr says.
 - Of broken data so many batches as are {BROKEN:.0%} of the run are broken, after its first {UNBROKEN:.0%}. loud: \
 their loss is {FAULTS["loud"]:g} times too large. tensor: the gradient of one tensor is {FAULTS["tensor"]:g} times too \
 large. noise: random inputs with random labels. one: the gradient of the first parameter is {FAULTS["one"]:g} times \
-too large. labels: each example has another one's. level: from the middle of the run on all losses are \
+too large. labels: each example has the label of another. level: from the middle of the run on all losses are \
 {FAULTS["level"]:g} times too large.
 - clipped: share of the steps; gradient / update. AdamW has beta1 {BETA1:g}."""

@@ -428,7 +428,7 @@ def test_an_interrupted_comparison_goes_on(script, asked, monkeypatch, tmp_path)
 
 
 class TestRowsAreKept:
-    """By everything that decides a run's result, and nothing else."""
+    """By what a run compares, and nothing else."""
 
     @pytest.fixture
     def trained(self, script, asked, tmp_path):
