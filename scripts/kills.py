@@ -130,7 +130,10 @@ def _unlike(folder: Path, wanted: Path) -> list[str]:
     last = Path(f"checkpoint-{importlib.import_module('kills_parts.points').STEPS}")
     names = [path.relative_to(wanted) for kind in ("*.safetensors", "*.pt") for path in (wanted / last).rglob(kind)]
     names += [path.relative_to(wanted) for path in wanted.glob("*.safetensors")]
-    return [f"{name} differs" for name in names if (folder / name).read_bytes() != (wanted / name).read_bytes()]
+    there = [name for name in names if (folder / name).is_file()]
+    words = [f"{name} differs" for name in there if (folder / name).read_bytes() != (wanted / name).read_bytes()]
+    words += [f"{name} is missing" for name in names if name not in there]
+    return words if names else ["there is no file to compare it by"]
 
 
 def _same(a: Any, b: Any) -> bool:

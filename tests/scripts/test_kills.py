@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return SimpleNamespace(points=importlib.import_module("kills_parts.points"))
+    for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "")  # which the import sets: they are put back after the test
+    kills = importlib.import_module("kills")
+    return SimpleNamespace(points=importlib.import_module("kills_parts.points"), kills=kills)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -45,3 +48,19 @@ def test_only_who_is_to_die_dies(parts, monkeypatch, tmp_path) -> None:
     assert len(killed) == 1
     killer.at(1)
     assert killed[1:3] == [11, 12]
+
+
+def test_a_checkpoint_that_is_not_the_same_is_said(parts, tmp_path) -> None:
+    """One file of it has other bytes, one is not there; and of nothing nothing is said to be right."""
+    wanted, folder = tmp_path / "wanted", tmp_path / "folder"
+    last = f"checkpoint-{parts.points.STEPS}"
+    for path in (wanted, folder):
+        (path / last).mkdir(parents=True)
+    assert parts.kills._unlike(folder, wanted) == ["there is no file to compare it by"]
+    for name in ("gradclip.pt", "optimizer.pt", "model.safetensors"):
+        (wanted / last / name).write_bytes(b"one")
+        (folder / last / name).write_bytes(b"one")
+    (wanted / "model.safetensors").write_bytes(b"one")
+    (folder / last / "gradclip.pt").write_bytes(b"two")
+    words = [f"{last}/gradclip.pt differs", "model.safetensors is missing"]
+    assert parts.kills._unlike(folder, wanted) == words
