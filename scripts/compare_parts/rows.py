@@ -79,13 +79,19 @@ class Comparison:
         path: of the rows; None keeps none.
         commit: of the code, for who reads the rows.
         workers: processes; 1 trains in this one.
+
+    Raises:
+        SystemExit: for a file that has something else than rows.
     """
 
     def __init__(self, path: Path | None, commit: str, workers: int) -> None:
         self.outcomes: dict[Run, Outcome] = {}
         self._path, self._commit, self._workers = path, commit, workers
         *whole, rest = path.read_text("utf-8").split("\n") if path is not None and path.exists() else [""]
-        self._rows = {row["key"]: row for row in map(json.loads, whole)}
+        try:
+            self._rows = {row["key"]: row for row in map(json.loads, whole)}
+        except (ValueError, LookupError, TypeError):
+            raise SystemExit(f"{path} has lines that are no rows of a comparison. Give another --name.") from None
         if path is not None and rest:
             path.write_text("".join(f"{line}\n" for line in whole), "utf-8")  # without what an interruption left
 

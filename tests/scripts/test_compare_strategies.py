@@ -64,7 +64,7 @@ def run_of(script, **fields):
 class ByTorch:
     """The same run in a loop of torch: its losses, its norms, and whose gradient was `tensor` times too large."""
 
-    def __init__(self, script, run, max_norm=math.inf, loud=1.0, tensor=1.0, noisy=False, wrong=False) -> None:
+    def __init__(self, script, run, max_norm=math.inf, loud=1.0, tensor=1.0, one=1.0, noisy=False, wrong=False) -> None:
         task, broken = script.tasks.TASKS[run.task], script.training.broken_steps(run)
         self.data = task.data()
         torch.manual_seed(run.seed)
@@ -88,6 +88,7 @@ class ByTorch:
             if step in broken:
                 self.loud.append(place)
                 parameters[place].grad *= tensor
+                parameters[0].grad *= one
             self.losses.append(loss.item())
             self.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
             optimizer.step()
@@ -144,6 +145,15 @@ def test_broken_data_is_what_it_says(short, monkeypatch, data, fault) -> None:
     assert_same(outcome, expected)
     assert outcome.end != pytest.approx(sound.end, rel=1e-4)
     assert len(set(expected.loud)) > 1, "not always the same tensor's gradient"
+
+
+def test_one_tensor_starves_the_others(short, monkeypatch) -> None:
+    """Under one limit for all; without it AdamW takes little notice."""
+    monkeypatch.setattr(short.training, "BROKEN", 0.4)
+    run = run_of(short, data="one", optimizer="momentum", lr=0.3, clip="global_norm:max_norm=1")
+    outcome = short.training.train(run)
+    assert_same(outcome, ByTorch(short, run, max_norm=1, one=10_000.0))
+    assert outcome.end != pytest.approx(ByTorch(short, run, max_norm=1).end, rel=1e-3)
 
 
 def test_what_is_broken(script) -> None:
@@ -425,6 +435,16 @@ def test_an_interrupted_comparison_goes_on(script, asked, monkeypatch, tmp_path)
     assert script.command.main([*WORDS, "--out", str(stopped)]) == expected
     assert len(asked) == JUDGED - 4
     assert sorted(rows.read_text("utf-8").splitlines()) == sorted(path.read_text("utf-8").splitlines())
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "1", '{"clip": "none"}'])
+def test_a_file_of_something_else_is_refused_and_left_alone(script, tmp_path, line) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"key": "a"}}\n{line}\nhalf', "utf-8")
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="has lines that are no rows of a comparison"):
+        script.rows.Comparison(path, "", 1)
+    assert path.read_bytes() == before
 
 
 class TestRowsAreKept:
