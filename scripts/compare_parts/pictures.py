@@ -10,7 +10,7 @@ from typing import Any
 
 from compare_parts.rows import Comparison
 from compare_parts.tables import interval, lost
-from compare_parts.training import NOTHING, Run, broken_steps, stretch
+from compare_parts.training import MEANS, NOTHING, Run, broken_steps, stretch
 
 WIDE = 3.6
 """Inches of a panel."""
@@ -31,10 +31,12 @@ def curves(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[s
         seed: whose runs.
     """
     figure, panels = _panels(len(data), 2.8, f"{plain.task}, {plain.optimizer}: losses of the batches, seed {seed}")
-    begin, size = found.outcomes[replace(plain, seed=seed)].start, stretch(plain.steps)
+    begin = found.outcomes[replace(plain, seed=seed)].start
     for panel, kind in zip(panels, data, strict=True):
         for i, clip in enumerate(clips):
-            losses = found.outcomes[replace(plain, clip=clip, data=kind, seed=seed)].losses
+            outcome = found.outcomes[replace(plain, clip=clip, data=kind, seed=seed)]
+            losses = outcome.losses
+            size = stretch(plain.steps, MEANS if outcome.end is None else len(losses))
             wide = 3 - 2 * (i + 1) / len(clips)  # one that is under another is seen beside it
             panel.plot([(place + 0.5) * size for place in range(len(losses))], losses, label=clip, lw=wide)
         broken = sorted(broken_steps(replace(plain, data=kind, seed=seed)))

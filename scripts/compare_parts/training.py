@@ -183,12 +183,12 @@ def train(run: Run) -> Outcome:
     return Outcome(run, start, end, means, summary.get("rate", 0.0), update.get("rate", 0.0), skipped)
 
 
-def stretch(steps: int) -> int:
-    """How many steps of a run of so many one of its MEANS is of."""
-    return math.ceil(steps / MEANS)
+def stretch(steps: int, means: int) -> int:
+    """How many steps each of at most so many means of a run is of."""
+    return math.ceil(steps / means)
 
 
 def stretches(losses: Sequence[float], steps: int) -> list[Sequence[float]]:
     """The losses of a run of so many steps in parts, as long as each other but for the last; fewer if it stopped."""
-    size = stretch(steps)
+    size = stretch(steps, MEANS)
     return [losses[i : i + size] for i in range(0, len(losses), size)]

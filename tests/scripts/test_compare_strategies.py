@@ -604,6 +604,7 @@ class TestPictures:
     @pytest.fixture(autouse=True)
     def four_means(self, script, monkeypatch) -> None:
         monkeypatch.setattr(script.training, "MEANS", 4)
+        monkeypatch.setattr(script.pictures, "MEANS", 4)
 
     def test_curves(self, script, found) -> None:
         plain = run_of(script, seed=0, steps=40)
@@ -636,6 +637,14 @@ class TestPictures:
             found, replace(run, clip="none", data="sound"), ("zclip",), ("sound", "loud"), 1
         ).axes
         assert loud.get_lines()[0].get_xdata().tolist() == [5, 15, 25]
+
+    def test_a_row_with_fewer_means_is_of_the_whole_run(self, script, found) -> None:
+        run = run_of(script, clip="zclip", data="loud", seed=1, steps=40)
+        found.outcomes[run] = replace(found.outcomes[run], losses=[9.0, 8.0])
+        _, loud = script.pictures.curves(
+            found, replace(run, clip="none", data="sound"), ("zclip",), ("sound", "loud"), 1
+        ).axes
+        assert loud.get_lines()[0].get_xdata().tolist() == [10, 30]
 
     @pytest.mark.parametrize("start", [20.0, None])
     def test_what_is_marked_is_in_the_legend(self, script, found, start) -> None:
