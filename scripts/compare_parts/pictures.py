@@ -44,7 +44,7 @@ def curves(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[s
             panel.axvspan(broken[0], plain.steps, color="0.9", zorder=0, label="all broken")
         elif broken:
             panel.plot(broken, [0.02] * len(broken), "k|", ms=7, transform=panel.get_xaxis_transform(), label="broken")
-        if begin is not None:
+        if begin is not None and panel.get_ylim()[1] > 1.15 * begin:
             panel.set_ylim(top=1.15 * begin)
         panel.set_xlim(0, plain.steps)
         panel.set_title(kind, fontsize=9)
