@@ -29,7 +29,7 @@ class Tested(NamedTuple):
 
 
 TESTED = {
-    "torch": Tested((2, 8), (2, 14), ("register_step_pre_hook", "register_step_post_hook")),
+    "torch": Tested((2, 8), (2, 15), ("register_step_pre_hook", "register_step_post_hook")),
     "transformers": Tested(
         (5, 3),
         (5, 24),
