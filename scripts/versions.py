@@ -29,11 +29,22 @@ ROWS: dict[str, dict[str, str]] = {
     "trl-1.9": {"trl": "1.9.0"},
     "deepspeed-0.18": {"deepspeed": "0.18.9"},
     "transformers-5.24": {"transformers": "5.24.0", "peft": ">=0.21"},
-    "oldest": {"torch": "2.8.0", "transformers": "5.3.0", "accelerate": "1.12.0", "triton": ">=3.4"},
+    "oldest": {
+        "torch": "2.8.0",
+        "transformers": "5.3.0",
+        "accelerate": "1.12.0",
+        "triton": ">=3.4",
+        "huggingface-hub": ">=1.31",
+        "tokenizers": ">=0.22",
+    },
     "torch-2.14": {"torch": "2.14.1", "triton": "3.8.0"},
     "torch-2.15": {"torch": "2.15.0", "triton": ">=3.8"},
 }
 """By name the packages that are not as constraints.txt has them: a version, or `>=` and one."""
+EXTRAS = {"oldest": "[deepspeed,lightning,peft,report,trl]"}
+"""Where a row cannot have all of `test`: torch 2.8 brings a triton that is older than the extra `triton` asks for."""
+TOOLS = ("hypothesis", "lion-pytorch", "playwright", "pytest", "pytest-timeout", "pytest-xdist", "tensorboard")
+"""What runs the tests there."""
 _CORE = "test_clipper.py test_config.py test_budgets.py strategies optim/test_torch.py"
 _TRAINER = "test_trainer.py test_parity.py test_checkpoints.py"
 _TRL = "test_patch.py test_recorded_examples.py test_flags.py"
@@ -86,11 +97,11 @@ def read(said: str) -> tuple[tuple[int, int] | None, list[str]]:
     return (numbers.get("passed", 0), bad), FAILED.findall(said)
 
 
-def wanted(changes: dict[str, str], folder: Path, over: Path | None) -> list[str]:
+def wanted(name: str, folder: Path, over: Path | None) -> list[str]:
     """The words for `pip install` in a new environment.
 
     Args:
-        changes: of ROWS.
+        name: of ROWS.
         folder: of the environment; constraints.txt is written there.
         over: another one, whose packages count as installed; None installs all.
     """
@@ -98,19 +109,20 @@ def wanted(changes: dict[str, str], folder: Path, over: Path | None) -> list[str
         (there,) = over.glob("lib/python*/site-packages")
         (here,) = folder.glob("lib/python*/site-packages")
         here.joinpath("over.pth").write_text(f"{there.resolve()}\n", "utf-8")
-    limits = folder / "constraints.txt"
+    limits, changes = folder / "constraints.txt", ROWS[name]
     limits.write_text(constraints((ROOT / "constraints.txt").read_text("utf-8"), changes), "utf-8")
     newer = [f"{key}{version}" for key, version in changes.items() if version[0] in "<>="]
-    return ["-c", str(limits), "-e", f"{ROOT}[test]", *newer]
+    tools = TOOLS if name in EXTRAS else ()
+    return ["-c", str(limits), "-e", f"{ROOT}{EXTRAS.get(name, '[test]')}", *tools, *newer]
 
 
 def run(name: str, parts: Sequence[str], over: Path | None = None) -> Row:
     """Make the environment of a row, and run parts of the tests in it."""
-    row, changes = Row(name), ROWS[name]
+    row = Row(name)
     with tempfile.TemporaryDirectory(prefix="versions_") as folder:
         venv.create(folder, with_pip=True)
         python = str(Path(folder, "bin", "python"))
-        install = [python, "-m", "pip", "install", "-q", *wanted(changes, Path(folder), over)]
+        install = [python, "-m", "pip", "install", "-q", *wanted(name, Path(folder), over)]
         made = subprocess.run(install, capture_output=True, text=True, check=False)
         if made.returncode:
             row.why = " ".join(made.stderr.split())[-300:]

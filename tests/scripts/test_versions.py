@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -63,11 +64,21 @@ def test_over_an_environment_only_what_differs_is_installed(script, tmp_path) ->
     over, folder = tmp_path / "over", tmp_path / "new"
     for place in (over, folder):
         (place / "lib/python3.12/site-packages").mkdir(parents=True)
-    words = script.wanted({"accelerate": "1.11.0", "peft": ">=0.21"}, folder, over)
+    script.ROWS["other"] = {"accelerate": "1.11.0", "peft": ">=0.21"}
+    words = script.wanted("other", folder, over)
     assert words == ["-c", str(folder / "constraints.txt"), "-e", f"{ROOT}[test]", "peft>=0.21"]
     assert "accelerate==1.11.0\npeft>=0.21\n" in (folder / "constraints.txt").read_text("utf-8")
     there = folder / "lib/python3.12/site-packages/over.pth"
     assert there.read_text("utf-8") == f"{over / 'lib/python3.12/site-packages'}\n"
+
+
+def test_the_oldest_row_has_what_runs_the_tests_and_no_extra_of_triton(script, tmp_path) -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and newer read pyproject.toml")
+    _, _, _, package, *tools = script.wanted("oldest", tmp_path, None)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["test"]
+    brought = {*package.partition("[")[2].rstrip("]").split(",")}
+    assert brought == {*extras[0].partition("[")[2].rstrip("]").split(",")} - {"triton"}
+    assert {re.split("[<>=]", tool)[0] for tool in extras[1:]} <= {*tools}
 
 
 def test_the_tests_that_are_run_are_there(script) -> None:
