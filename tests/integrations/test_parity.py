@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from hf_gradclip import GradClipTrainer
 from tests.integrations.loops import StopAt
 from tests.tiny import counting_data, logged, tiny_llama, training_args, weights_of
 
 OURS, STOCK, FREE = "ours", "stock", "free"
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+"""The setting's name, which is the second in transformers 5.3."""
 
 
 def run(
@@ -58,7 +62,7 @@ def insist_on_parity(ours: Trainer, stock: Trainer, free: Trainer, limit: float)
 
 FEATURES: dict[str, dict[str, Any]] = {
     "torch_compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-    "activation checkpointing": {"activation_checkpointing": True},
+    "activation checkpointing": {CHECKPOINTING: True},
     "neftune": {"neftune_noise_alpha": 5.0},
     "label smoothing": {"label_smoothing_factor": 0.1},
     "an uneven last batch": {"rows": 50, "gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 4},
