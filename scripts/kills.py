@@ -4,12 +4,12 @@
     python scripts/kills.py --backend ddp --only 3 10
     python scripts/kills.py --backend finetune.py "finetune.py, ddp"
 
-A small Trainer run with a clip that adapts and a record is killed by SIGKILL in a step, while a checkpoint is written,
-and while the record is: see kills_parts/points.py. Where there are two ranks five of the points kill one of them alone;
-the other must end by itself within 60 seconds, with words. The run is then started again with nothing said: it must
-find its newest whole checkpoint (or begin anew, where there is none), end bit for bit as the run that was not killed
-(weights, moments, clip state), and its record must have every step once, with the same numbers. The Trainer is one of a
-few lines, or that of `finetune.py --resume_from_checkpoint true`.
+A small Trainer run with a record, which adapts its clip and clips some steps and not others, is killed by SIGKILL in a
+step, while a checkpoint is written, and while the record is: see kills_parts/points.py. Where there are two ranks five
+of the points kill one of them alone; the other must end by itself within 60 seconds, with words. The run is then
+started again with nothing said: it must find its newest whole checkpoint (or begin anew, where there is none), end bit
+for bit as the run that was not killed (weights, moments, clip state), and its record must have every step once, with
+the same numbers. The Trainer is one of a few lines, or that of `finetune.py --resume_from_checkpoint true`.
 
 Processes are forked from one that has imported everything. The exit status is 1 if anything was not right.
 """
@@ -102,6 +102,12 @@ def _inside(
         os._exit(code)
 
 
+def share_clipped(folder: Path) -> float:
+    """Of the steps of a recorded run."""
+    record = importlib.import_module("hf_gradclip.record.files").read_record(folder)
+    return float((record.scale_TP < 1).any(1).mean())
+
+
 def compared(folder: Path, wanted: Path, ranks: int) -> list[str]:
     """In words what a run came to that the one that was not killed did not."""
     torch: Any = importlib.import_module("torch")
@@ -183,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             codes, _, said = launched(wanted, backend, None)
             if any(codes):
                 raise RuntimeError(f"{backend}: the run that nobody kills ended with {codes}\n{said[-3000:]}")
+            clipped = share_clipped(wanted)
+            if not 0 < clipped < 1:
+                raise RuntimeError(f"{backend}: the run that nobody kills clips {clipped:.0%} of its steps: all alike.")
             for i, point in enumerate(points.points(BACKENDS[backend])):
                 if args.only is not None and i not in args.only:
                     continue

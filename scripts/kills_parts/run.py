@@ -17,6 +17,8 @@ from hf_gradclip.strategy import flatten
 from kills_parts.points import EVERY, STEPS, Killer
 
 CLIP = "adaptive_norm+zclip:warmup_steps=4,z_threshold=0.5"
+FALLING = "adaptive_norm+autoclip:percentile=30,window=6"
+"""A chain that clips some steps of a run whose norms fall, as those of finetune.py do."""
 
 
 def train(folder: Path, backend: str, killer: Killer | None) -> None:
@@ -71,7 +73,7 @@ def _finetune(folder: Path, killer: Killer | None) -> None:
         setattr(GradClipTrainer, "__init__", watched)  # noqa: B010
         killer.patch()
     flags = {
-        "output_dir": folder, "clip": CLIP, "clip_record": "true", "max_steps": STEPS, "save_steps": EVERY,
+        "output_dir": folder, "clip": FALLING, "clip_record": "true", "max_steps": STEPS, "save_steps": EVERY,
         "save_total_limit": 3, "logging_steps": 2, "eval_steps": EVERY, "max_eval_samples": 4, "block_size": 32,
         "per_device_train_batch_size": 2, "vocab_size": 512, "max_text_bytes": 100_000, "sample_tokens": 0,
         "warmup_steps": 2, "disable_tqdm": "true", "resume_from_checkpoint": "true",

@@ -579,6 +579,8 @@ def test_a_comparison_from_end_to_end(script, tmp_path, monkeypatch) -> None:
     ends = {(row["run"]["clip"], row["run"]["data"], row["run"]["seed"]): row["end"] for row in rows}
     assert len(rows) == len(ends) == 8
     assert all(end < row["start"] for end, row in zip(ends.values(), rows, strict=True))
+    assert all((row["clipped"] > 0) == (row["run"]["clip"] == "adaptive") for row in rows)
+    assert not {ends["adaptive", "sound", seed] for seed in (0, 1)} & {ends["none", "sound", seed] for seed in (0, 1)}
     a, b = (ends["adaptive", "sound", seed] - ends["none", "sound", seed] for seed in (0, 1))
     mean, reach = (a + b) / 2, 12.706 * abs(a - b) / 2  # t of one degree of freedom; the deviation is |a - b| / sqrt 2
     table = [cells(line) for line in text.splitlines() if line.startswith("| `")]
