@@ -46,9 +46,9 @@ def exempt(strategy: Strategy, view: View) -> str:
     words = []
     for whole, names in _by_group(strategy, view):
         part = _agc(whole)
-        if part is None or (part.include_1d and part.include_head):
+        if part is None or (part.include_1d and part.include_head and part.include_adapters):
             continue
-        left = _left(names, view) or "nothing"
+        left = (_left(names, view) or "nothing") + ", all that is trained" * (set(names) <= {*view.uncut})
         if not view.heads and not part.include_head and not isinstance(strategy, Budgets):
             left += "; it found no trained head, so it clips every matrix"
         words.append(f"{name_of(part)} leaves alone {left}")
@@ -77,9 +77,12 @@ def _idle(strategy: Strategy, names: Sequence[str], view: View) -> str:
     part = _agc(strategy)
     if part is None or not set(names) <= {*view.uncut}:
         return ""
-    heads, vectors = _heads(names, view), _vectors(names, view)
-    use = [f"include_{word}=true" for word, found in (("1d", vectors), ("head", heads)) if found]
+    heads, adapters, vectors = _heads(names, view), _adapters(names, view), _vectors(names, view)
     others = _others(strategy)
+    if adapters and others:  # no default of `agc`, so that somebody wanted it; the start line says it
+        return ""
+    found = {"1d": vectors, "head": heads, "adapters": adapters}
+    use = [f"include_{word}=true" for word, some in found.items() if some]
     use.append(f"{'+'.join(others)} alone" if others else "adaptive_norm, which clips the whole gradient")
     return (
         f"{describe(part)}: clips nothing here. All {len(names)} trainable parameters are left alone: "
@@ -97,11 +100,14 @@ def _others(strategy: Strategy) -> list[str]:
 
 
 def _left(names: Sequence[str], view: View) -> str:
-    heads, vectors, words = _heads(names, view), len(_vectors(names, view)), []
+    heads, adapters, vectors = _heads(names, view), len(_adapters(names, view)), len(_vectors(names, view))
+    words = []
     if heads:
         shown = [_head(name, parameters) for name, parameters in list(heads.items())[:SHOWN]]
         more = f" and {len(heads) - SHOWN} more" if len(heads) > SHOWN else ""
         words.append(f"{'the head' if len(heads) == 1 else f'{len(heads)} heads'} ({', '.join(shown)}{more})")
+    if adapters:
+        words.append(f"{adapters} weight{'s'[: adapters != 1]} of adapters")
     if vectors:
         words.append(f"{vectors} vector{'s'[: vectors != 1]}")
     return " and ".join(words)
@@ -119,8 +125,16 @@ def _head(name: str, parameters: tuple[str, ...]) -> str:
     return f"{name}, tied to {' and '.join(sorted(others))}" if others else name
 
 
+def _adapters(names: Sequence[str], view: View) -> frozenset[str]:
+    """The weights of adapters among these that are left whole, but for those of a head's adapter."""
+    return view.adapters.intersection(names) - _of_heads(view)
+
+
+def _of_heads(view: View) -> set[str]:
+    return {name for parameters in view.heads.values() for name in parameters}
+
+
 def _vectors(names: Sequence[str], view: View) -> list[str]:
-    """The parameters among these that are left whole and belong to no head."""
-    heads = {name for parameters in view.heads.values() for name in parameters}
-    mine = {*names} - heads
+    """The parameters among these that are left whole and belong to no head and no adapter."""
+    mine = {*names} - _of_heads(view) - view.adapters
     return [name for name in view.uncut if name in mine]

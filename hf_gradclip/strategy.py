@@ -39,11 +39,13 @@ class Units:
         axis: the axis of a matrix that counts its outputs, 0 or 1; None for what the layer's kind says.
         vectors: also parameters of one dimension, each as one unit.
         head: also the layer that makes the model's output.
+        adapters: also the weights of adapters, LoRA's say.
     """
 
     axis: int | None = None
     vectors: bool = False
     head: bool = False
+    adapters: bool = True
 
     def of(self, name: str) -> Units | None:
         """What is asked for of a parameter by its name: the same of all; None leaves it whole."""

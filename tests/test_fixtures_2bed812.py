@@ -209,7 +209,8 @@ def test_what_adaptive_was_starts_anew_as_adaptive_with_a_sentence(spec: Any) ->
     said = clipper.load_state_dict(saved)
     assert said == (
         f"The checkpoint's clip state is of {saved['spec']}, so "
-        "adaptive_norm+agc:clip_factor=0.01,eps=0.001,unit_axis=none,include_1d=false,include_head=false starts anew."
+        "adaptive_norm+agc:clip_factor=0.01,eps=0.001,unit_axis=none,include_1d=false,include_head=false,"
+        "include_adapters=false starts anew."
     )
     assert {key: value.tolist() for key, value in flatten(clipper.state).items()} == {
         key: value.tolist() for key, value in fresh.items()

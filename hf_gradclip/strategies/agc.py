@@ -31,6 +31,9 @@ class AGC(Strategy):
             kind of the layer.
         include_1d: clip parameters of one dimension too, each as one unit.
         include_head: clip the heads too.
+        include_adapters: clip the weights of adapters (LoRA and its kin) too. The preset `adaptive` leaves them alone:
+            one factor of a product may be as small as the other is large, so that a gradient relative to one of them
+            says little, and LoRA's B starts at zero.
 
     Example:
         >>> preview(AGC(clip_factor=0.01), [[0.005, 0.5]], weights=2.0)
@@ -46,6 +49,7 @@ class AGC(Strategy):
     unit_axis: int | None = None
     include_1d: bool = False
     include_head: bool = False
+    include_adapters: bool = True
 
     per_parameter = True
 
@@ -58,7 +62,8 @@ class AGC(Strategy):
     @property
     def needs(self) -> Needs:
         """Norms of units, and of their weights."""
-        return Needs(units=Units(self.unit_axis, self.include_1d, self.include_head), weights=True)
+        units = Units(self.unit_axis, self.include_1d, self.include_head, self.include_adapters)
+        return Needs(units=units, weights=True)
 
     def init(self, layout: Layout) -> State:
         """Nothing to remember."""

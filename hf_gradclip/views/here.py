@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_gradclip.kernels.rule import ByAxes
 from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
+from hf_gradclip.views.adapters import adapters_of
 from hf_gradclip.views.heads import Heads, heads_of
 from hf_gradclip.views.units import Shape, axes_of
 
@@ -40,13 +41,15 @@ class Here(ABC):
         layout: the segments, equal on every process, as they were when somebody looked last.
         owned_S: of which segments this process adds its numbers to a sum over ranks, bool, shape (S,); None for all.
         heads: the layers that `divide` leaves whole since they make the model's output.
-        uncut: the names of the parameters that it leaves whole, those of heads included.
+        adapters: the parameters of adapters that it leaves whole.
+        uncut: the names of the parameters that it leaves whole, those of heads and adapters included.
     """
 
     whole_only: ClassVar[bool] = False
     layout: Layout
     owned_S: Tensor | None = None
     heads: Heads = MappingProxyType({})
+    adapters: frozenset[str] = frozenset()
     uncut: tuple[str, ...] = ()
 
     @property
@@ -72,13 +75,15 @@ class Here(ABC):
     def _axes(
         self, model: nn.Module | None, named: Sequence[tuple[str, Tensor]], shapes: Sequence[Shape], units: Units
     ) -> list[tuple[int, ...] | None]:
-        """Find the heads, and of each parameter the axes that count units; see `axes_of` for both."""
+        """Find the heads and the adapters, and of each parameter the axes that count units; see `axes_of` for both."""
         self.heads = {
             layer: names
             for layer, names in heads_of(model, named).items()
             if any(asked is not None and not asked.head for asked in map(units.of, names))
         }
-        axes = axes_of(model, named, shapes, units, self.heads)
+        asked_of = {name: units.of(name) for name in adapters_of(model, named)}
+        self.adapters = frozenset(name for name, asked in asked_of.items() if asked is not None and not asked.adapters)
+        axes = axes_of(model, named, shapes, units, self.heads, self.adapters)
         self.uncut = tuple(name for (name, _), kept in zip(named, axes, strict=True) if kept is None)
         return axes
 

@@ -6,7 +6,7 @@ convolution one per output channel, fused experts of shape (experts, out, in) on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -17,7 +17,12 @@ Shape = Sequence[int]
 
 
 def axes_of(
-    model: nn.Module | None, named: Sequence[tuple[str, Tensor]], shapes: Sequence[Shape], units: Units, heads: Heads
+    model: nn.Module | None,
+    named: Sequence[tuple[str, Tensor]],
+    shapes: Sequence[Shape],
+    units: Units,
+    heads: Heads,
+    adapters: Collection[str] = (),
 ) -> list[tuple[int, ...] | None]:
     """Per parameter the axes that count units; () for one unit, None for a parameter that is not cut.
 
@@ -27,6 +32,7 @@ def axes_of(
         shapes: of the whole parameters.
         units: what the strategy asks for.
         heads: see `heads_of`; their parameters are not cut, unless asked for.
+        adapters: parameters that are not cut either.
     """
     layers = (
         {} if model is None else {id(p): layer for layer in model.modules() for p in layer.parameters(recurse=False)}
@@ -35,7 +41,7 @@ def axes_of(
     axes: list[tuple[int, ...] | None] = []
     for (name, p), shape in zip(named, shapes, strict=True):
         asked = units.of(name)
-        if asked is None or (name in apart and not asked.head):
+        if asked is None or (name in apart and not asked.head) or name in adapters:
             axes.append(None)
         elif len(shape) < 2 or name.endswith("bias"):
             axes.append(() if asked.vectors else None)

@@ -80,8 +80,13 @@ class View:
         return self.here.heads
 
     @property
+    def adapters(self) -> frozenset[str]:
+        """The parameters of adapters that `divide` leaves whole; of the last look."""
+        return self.here.adapters
+
+    @property
     def uncut(self) -> tuple[str, ...]:
-        """The names of the parameters that `divide` leaves whole, those of heads included; of the last look."""
+        """The parameters that `divide` leaves whole, those of heads and adapters included; of the last look."""
         return self.here.uncut
 
     @property

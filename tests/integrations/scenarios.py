@@ -78,8 +78,8 @@ def loud(name: str) -> dict[str, Any]:
 
 
 def kinds(name: str) -> dict[str, Any]:
-    """Frozen parameters, tied ones, one unused in some steps, two optimizer groups."""
-    return {kind: Run(BACKENDS[name], STRATEGIES["adagc"], kind=kind).fit() for kind in KINDS}
+    """Frozen parameters, adapters that `adaptive` leaves whole, tied ones, one unused in some steps, two groups."""
+    return {kind: Run(BACKENDS[name], clip, kind=kind).fit(loud=loud) for kind, (clip, loud) in KINDS.items()}
 
 
 def engaged(name: str) -> dict[str, Any]:
@@ -482,7 +482,9 @@ def shared_folder() -> str:
 
 
 FLAT_TOO = ("mean_sigma", "normalize")
-KINDS = ("lora", "tied", "unused", "groups")
+KINDS: dict[str, Any] = dict.fromkeys(("lora", "tied", "unused", "groups"), (STRATEGIES["adagc"], None))
+KINDS["adapters"] = ("adaptive", LOUD)
+"""The clip of each, and its loud batch."""
 SCENARIOS = {
     f.__name__: f
     for f in (

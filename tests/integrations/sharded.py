@@ -129,15 +129,15 @@ def fit(
 class Model(torch.nn.Module):
     """The tiny Llama, and a layer that only every second step uses.
 
-    `kind` is plain, lora (adapters train, the rest is frozen), tied (embedding and head are one) or groups (no weight
-    decay on the vectors).
+    `kind` is plain, lora or adapters (those train, the rest is frozen), tied (embedding and head are one)
+    or groups (no weight decay on the vectors).
     """
 
     def __init__(self, kind: str = "plain") -> None:
         super().__init__()
         self.kind = kind
         self.llama: torch.nn.Module = tiny_llama(tied=kind == "tied")
-        if kind == "lora":
+        if kind in ("lora", "adapters"):
             from peft import LoraConfig, get_peft_model
 
             torch.manual_seed(3)

@@ -62,7 +62,8 @@ class TestGrad:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
     def test_kinds_of_parameters(self, on_grad, name, kind) -> None:
-        assert_same(on_grad[f"kinds:{name}"][kind], one_process(STRATEGIES["adagc"], kind))
+        clip, loud = KINDS[kind]
+        assert_same(on_grad[f"kinds:{name}"][kind], one_process(clip, kind, loud))
 
     @pytest.mark.parametrize("word", UPDATES)
     def test_updates_equal_one_process(self, on_grad, update_reference, word) -> None:
