@@ -19,7 +19,10 @@ SHOWN = 3
 
 
 def refuse_idle(strategy: Strategy, view: View) -> None:
-    """Stop where nothing would ever be clipped; where another strategy of the chain still clips, warn.
+    """Stop where nothing would ever be clipped.
+
+    Warn where another strategy of the chain still clips, but not where adapters are all that is trained, since then the
+    chain wants it so; and where parameters have no names, by which to tell heads and adapters.
 
     Args:
         strategy: what clips.
@@ -32,12 +35,13 @@ def refuse_idle(strategy: Strategy, view: View) -> None:
         words = _idle(part, names, view)
         if words and not _others(part):
             raise SpecError(words)
+        words = words or _nameless(part, names)
         if words and (not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0):
             logger.warning(words)
 
 
 def idle(strategy: Strategy, view: View) -> str:
-    """Words for an `agc` that leaves every trainable parameter alone; "" where it can clip something."""
+    """Words for an `agc` that leaves every trainable parameter alone; "" where it can clip something, or need not."""
     return " ".join(filter(None, (_idle(part, names, view) for part, names in _by_group(strategy, view))))
 
 
@@ -48,10 +52,13 @@ def exempt(strategy: Strategy, view: View) -> str:
         part = _agc(whole)
         if part is None or (part.include_1d and part.include_head and part.include_adapters):
             continue
-        left = (_left(names, view) or "nothing") + ", all that is trained" * (set(names) <= {*view.uncut})
-        if not view.heads and not part.include_head and not isinstance(strategy, Budgets):
-            left += "; it found no trained head, so it clips every matrix"
-        words.append(f"{name_of(part)} leaves alone {left}")
+        left, grouped = _left(names, view), isinstance(strategy, Budgets)
+        if set(names) <= {*view.uncut}:
+            left += ", all of its group" if grouped else ", all that is trained"
+        elif not view.heads and not part.include_head and not grouped:
+            others = "every other matrix" if view.adapters else "every matrix"
+            left = f"{left or 'nothing'}; it found no trained head, so it clips {others}"
+        words.append(f"{name_of(part)} leaves alone {left or 'nothing'}")
     return "; ".join(words)
 
 
@@ -77,16 +84,32 @@ def _idle(strategy: Strategy, names: Sequence[str], view: View) -> str:
     part = _agc(strategy)
     if part is None or not set(names) <= {*view.uncut}:
         return ""
-    heads, adapters, vectors = _heads(names, view), _adapters(names, view), _vectors(names, view)
     others = _others(strategy)
-    if adapters and others:  # no default of `agc`, so that somebody wanted it; the start line says it
+    if others and view.adapters.intersection(names):  # as the preset `adaptive` has it; the start line says it
         return ""
-    found = {"1d": vectors, "head": heads, "adapters": adapters}
-    use = [f"include_{word}=true" for word, some in found.items() if some]
+    reasons = {_reasons(name, view) for name in names}
+    least = sorted(these for these in reasons if not any({*fewer} < {*these} for fewer in reasons))
+    use = [",".join(f"include_{word}=true" for word in these) for these in least]
     use.append(f"{'+'.join(others)} alone" if others else "adaptive_norm, which clips the whole gradient")
     return (
         f"{describe(part)}: clips nothing here. All {len(names)} trainable parameters are left alone: "
         f"{_left(names, view)}. Use {' or '.join(use)}."
+    )
+
+
+def _reasons(name: str, view: View) -> tuple[str, ...]:
+    """Why a parameter is left alone, as the fields of `agc` are called."""
+    found = {"1d": view.vectors, "head": _of_heads(view), "adapters": view.adapters}
+    return tuple(word for word, names in found.items() if name in names)
+
+
+def _nameless(strategy: Strategy, names: Sequence[str]) -> str:
+    part = _agc(strategy)
+    if part is None or (part.include_head and part.include_adapters) or not all(map(str.isdigit, names)):
+        return ""
+    return (
+        f"{name_of(part)}: the parameters came without names, so that it cannot tell heads and adapters, and clips "
+        "every matrix. Give named ones, as model.named_parameters() has them."
     )
 
 

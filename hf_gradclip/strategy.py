@@ -70,9 +70,10 @@ class Needs:
 
     def __or__(self, other: Needs) -> Needs:
         if self.units is not None and other.units is not None and self.units != other.units:
+            apart = [f.name for f in fields(Units) if getattr(self.units, f.name) != getattr(other.units, f.name)]
             raise SpecError(
                 f"units by {self.units} and by {other.units} in one chain: a gradient is cut in one way only. "
-                "Give both parts the same fields."
+                f"Give both parts the same fields; they differ in {', '.join(apart)}."
             )
         return Needs(
             max_abs=self.max_abs or other.max_abs,

@@ -14,14 +14,15 @@ class AGC(Strategy):
 
     A unit is what makes one output: a row of nn.Linear, a token of nn.Embedding, a column of GPT-2's Conv1D, a channel
     of a convolution, a row of each expert where experts are fused into one tensor. The floor `eps` lets weights that
-    start at zero, as LoRA's B does, leave it. The limit is exact, without the 1e-6 that torch adds to a
+    start at zero leave it, if slowly. The limit is exact, without the 1e-6 that torch adds to a
     norm: the norm of a row may well be of that size.
 
     Parameters of one dimension (biases, the weights of norms) and the heads are left alone unless asked for; the start
     line of a run names the heads. A head is what the model says, by `get_output_embeddings()` or timm's
     `get_classifier()`, or else a layer with a usual name: lm_head, classifier, score, head, fc, ... (views/heads.py has
     the rule). Of a head of several layers it is the last one with a matrix. Where a head is tied to an embedding, both
-    are left alone; where none is found, every matrix is clipped. If that leaves nothing to clip, `agc` is refused.
+    are left alone; where none is found, every other matrix is clipped. If what is left alone leaves nothing to clip,
+    `agc` is refused.
 
     Args:
         clip_factor: the largest |g| as a multiple of |w|; > 0. The paper's best is 0.01 for large batches and up to

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-LORA = "lora_"
-"""What the names of LoRA's weights begin with, whoever wrote it: lora_A, lora_b, lora_embedding_A."""
-WHOLE = "modules_to_save"
-"""What PEFT lists among a layer's adapters though it is a layer of the model, trained whole."""
+NAMES = re.compile(
+    r"lora_((embedding_)?[abe]|up|down|magnitude_vector)|(hada|lokr)_[wt]\d(_[ab])?|b?oft_[rs]|ia3_l|vera_lambda_[bd]",
+    re.IGNORECASE,
+)
+"""What adapters of these kinds are called, by PEFT and by others."""
+WHOLE = frozenset({"modules_to_save", "token_adapter", "trainable_tokens_delta"})
+"""What PEFT lists among a layer's adapters though it is a layer of the model, or rows of one, trained as they are."""
 
 
 def adapters_of(model: nn.Module | None, named: Sequence[tuple[str, Tensor]]) -> frozenset[str]:
     """The names of the parameters of adapters.
 
-    Each layer of PEFT says which of its modules and parameters are an adapter's; a name tells those of LoRA.
+    A layer of PEFT says which of its modules and parameters are an adapter's. Where no layer says so, names tell those
+    of the usual kinds.
 
     Args:
         model: whose layers are looked at; None goes by names alone.
@@ -24,11 +29,15 @@ def adapters_of(model: nn.Module | None, named: Sequence[tuple[str, Tensor]]) ->
     inside = {
         id(p)
         for layer in ([] if model is None else model.modules())
-        for word in getattr(layer, "adapter_layer_names", ())
-        if word != WHOLE
+        for word in _said(layer) - WHOLE
         for p in _parameters(getattr(layer, word, None))
     }
-    return frozenset(name for name, p in named if id(p) in inside or _is_lora(name))
+    return frozenset(name for name, p in named if id(p) in inside or _has_name(name))
+
+
+def _said(layer: nn.Module) -> set[str]:
+    said = getattr(layer, "adapter_layer_names", ())
+    return {word for word in said if isinstance(word, str)} if isinstance(said, (tuple, list)) else set()
 
 
 def _parameters(found: object) -> Sequence[nn.Parameter]:
@@ -37,5 +46,6 @@ def _parameters(found: object) -> Sequence[nn.Parameter]:
     return [found] if isinstance(found, nn.Parameter) else []
 
 
-def _is_lora(name: str) -> bool:
-    return any(part.lower().startswith(LORA) for part in name.split("."))
+def _has_name(name: str) -> bool:
+    parts = name.split(".")
+    return WHOLE.isdisjoint(parts) and any(map(NAMES.fullmatch, parts))

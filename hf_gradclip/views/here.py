@@ -15,7 +15,7 @@ from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from hf_gradclip.views.adapters import adapters_of
 from hf_gradclip.views.heads import Heads, heads_of
-from hf_gradclip.views.units import Shape, axes_of
+from hf_gradclip.views.units import Shape, axes_of, is_vector
 
 Place = tuple[int, ByAxes | None]
 """Of a parameter its first segment and, where it is cut into units, those of them that are here."""
@@ -42,6 +42,7 @@ class Here(ABC):
         owned_S: of which segments this process adds its numbers to a sum over ranks, bool, shape (S,); None for all.
         heads: the layers that `divide` leaves whole since they make the model's output.
         adapters: the parameters of adapters that it leaves whole.
+        vectors: the parameters that it leaves whole since they have one dimension.
         uncut: the names of the parameters that it leaves whole, those of heads and adapters included.
     """
 
@@ -50,6 +51,7 @@ class Here(ABC):
     owned_S: Tensor | None = None
     heads: Heads = MappingProxyType({})
     adapters: frozenset[str] = frozenset()
+    vectors: frozenset[str] = frozenset()
     uncut: tuple[str, ...] = ()
 
     @property
@@ -83,6 +85,11 @@ class Here(ABC):
         }
         asked_of = {name: units.of(name) for name in adapters_of(model, named)}
         self.adapters = frozenset(name for name, asked in asked_of.items() if asked is not None and not asked.adapters)
+        self.vectors = frozenset(
+            name
+            for (name, _), shape in zip(named, shapes, strict=True)
+            if is_vector(name, shape) and (asked := units.of(name)) is not None and not asked.vectors
+        )
         axes = axes_of(model, named, shapes, units, self.heads, self.adapters)
         self.uncut = tuple(name for (name, _), kept in zip(named, axes, strict=True) if kept is None)
         return axes

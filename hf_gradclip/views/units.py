@@ -43,11 +43,16 @@ def axes_of(
         asked = units.of(name)
         if asked is None or (name in apart and not asked.head) or name in adapters:
             axes.append(None)
-        elif len(shape) < 2 or name.endswith("bias"):
+        elif is_vector(name, shape):
             axes.append(() if asked.vectors else None)
         else:
             axes.append(_matrix_axes(layers.get(id(p)), name, len(shape), asked.axis))
     return axes
+
+
+def is_vector(name: str, shape: Shape) -> bool:
+    """Whether a parameter is one unit, a bias of any shape too."""
+    return len(shape) < 2 or name.endswith("bias")
 
 
 def _matrix_axes(layer: nn.Module | None, name: str, ndim: int, axis: int | None) -> tuple[int, ...]:

@@ -85,6 +85,11 @@ class View:
         return self.here.adapters
 
     @property
+    def vectors(self) -> frozenset[str]:
+        """The parameters that `divide` leaves whole since they have one dimension; of the last look."""
+        return self.here.vectors
+
+    @property
     def uncut(self) -> tuple[str, ...]:
         """The parameters that `divide` leaves whole, those of heads and adapters included; of the last look."""
         return self.here.uncut

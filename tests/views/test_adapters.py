@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,26 +9,31 @@ import pytest
 import torch
 from torch import nn
 
-from hf_gradclip import Clipper
+from hf_gradclip import Clipper, optim
+from hf_gradclip.exempt import exempt
 from hf_gradclip.strategy import SpecError
+from hf_gradclip.views.adapters import adapters_of
 from tests.tiny import tiny_llama
 
 RATE = 10.0
 ALONE = "agc:include_adapters=false"
+HEAD = "base_model.model.lm_head"
+
+
+def adapted(kind: str, adapter_name: str = "default", **settings: Any) -> nn.Module:
+    """The tiny Llama with adapters of a kind of PEFT's."""
+    import peft
+
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny_llama(), getattr(peft, kind)(**settings), adapter_name)
 
 
 def peft_lora(**settings: Any) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    return get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **settings))
+    return adapted("LoraConfig", **{"r": 2, "target_modules": ["q_proj", "up_proj"], **settings})
 
 
 def loha() -> nn.Module:
-    from peft import LoHaConfig, get_peft_model
-
-    torch.manual_seed(0)
-    return get_peft_model(tiny_llama(), LoHaConfig(r=2, target_modules=["q_proj"]))
+    return adapted("LoHaConfig", r=2, target_modules=["q_proj"])
 
 
 class ByHand(nn.Module):
@@ -75,12 +79,104 @@ def test_adapters_are_left_alone_and_what_is_trained_whole_is_not(make: Callable
 
 
 @pytest.mark.parametrize("clip", ["adaptive", ALONE + "+value:max_value=100"])
-def test_the_start_line_says_it(clip, caplog) -> None:
-    assert "agc leaves alone 8 weights of adapters, all that is trained" in repr(Clipper.for_model(peft_lora(), clip))
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "8 weights of adapters, all that is trained"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            f"the head ({HEAD}.modules_to_save.default) and 8 weights of adapters, all that is trained",
+        ),
+        (
+            {"modules_to_save": ["embed_tokens"]},
+            "8 weights of adapters; it found no trained head, so it clips every other matrix",
+        ),
+        ({"target_modules": ["lm_head"]}, f"the head ({HEAD}), all that is trained"),
+    ],
+    ids=["adapters", "a head", "an embedding", "adapters of a head"],
+)
+def test_the_start_line_says_it(clip, settings, words, caplog) -> None:
+    clipper = Clipper.for_model(peft_lora(**settings), clip)
+    assert exempt(clipper.config.gradient, clipper.view) == f"agc leaves alone {words}"
+    assert words in repr(clipper)
     assert not caplog.messages, "the preset wants it so"
-    both = Clipper.for_model(peft_lora(modules_to_save=["lm_head"]), clip)
-    assert "agc leaves alone the head (base_model.model.lm_head" in repr(both)
-    assert " and 8 weights of adapters, all that is trained" in repr(both)
+
+
+def test_of_groups_it_says_whose() -> None:
+    model = peft_lora(modules_to_save=["embed_tokens"])
+    clipper = Clipper.for_model(model, "*lora_*=adaptive;*=adaptive")
+    words = exempt(clipper.config.gradient, clipper.view)
+    assert words == "agc leaves alone 8 weights of adapters, all of its group; agc leaves alone nothing"
+
+
+@pytest.mark.parametrize(
+    ("make", "use"),
+    [
+        (lambda: peft_lora(target_modules=["lm_head"]), "include_head=true,include_adapters=true"),
+        (lambda: adapted("VeraConfig", r=2, target_modules=["q_proj"]), "include_1d=true,include_adapters=true"),
+        (peft_lora, "include_adapters=true"),
+    ],
+    ids=["of a head", "vectors", "matrices"],
+)
+def test_what_is_to_be_used_instead_starts(make, use) -> None:
+    with pytest.raises(SpecError, match=f"Use {use} or adaptive_norm"):
+        Clipper.for_model(make(), ALONE)
+    assert min(loud(make(), f"agc:{use}").values()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig"])
+def test_names_alone_tell_the_usual_kinds(kind) -> None:
+    """What an optimizer of ours and a Lightning module know."""
+    model = adapted(kind, target_modules=["q_proj"], **({"oft_block_size": 4} if kind == "OFTConfig" else {"r": 2}))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert adapters_of(None, named) == adapters_of(model, named) == {name for name, _ in named}
+
+
+def test_names_that_only_look_like_it() -> None:
+    """An adapter's own name, in what it trains whole, and modules of other kinds."""
+    model = peft_lora(modules_to_save=["embed_tokens"], adapter_name="lora_math")
+    saved = [name for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
+    assert saved
+    assert all(loud(model, "adaptive")[name] < 0.1 for name in saved)
+    other = nn.ModuleDict({"lora_model": ByHand().body, "floral_a": nn.Linear(4, 4)})
+    other.adapter_layer_names = None
+    assert all(scale < 0.1 for name, scale in loud(other, "adaptive").items() if "weight" in name)
+
+
+def test_an_adapter_that_is_added_in_mid_run() -> None:
+    model = peft_lora()
+    clipper = Clipper.for_model(model, "adaptive")
+    before = clipper.view.adapters
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.grad = torch.full_like(p, 10.0)
+    clipper.step()
+    assert len(before) == len(clipper.view.adapters) == 8
+    assert before.isdisjoint(clipper.view.adapters)
+    assert all(float(p.grad.max()) == 10.0 for p in model.parameters() if p.requires_grad)
+
+
+def test_an_optimizer_without_names_warns(caplog) -> None:
+    model = peft_lora()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optim.SGD(trained, lr=1.0, clip="adaptive")
+    assert not caplog.messages
+    optim.SGD([p for _, p in trained], lr=1.0, clip="adaptive")
+    assert "agc: the parameters came without names" in caplog.text
+    assert len(caplog.messages) == 1
+
+
+def test_a_checkpoint_of_agc_with_adapters_goes_on() -> None:
+    """What `adaptive` was."""
+    saved = Clipper.for_model(peft_lora(), "adaptive_norm+agc")
+    for p in saved.view.watched():
+        p.grad = torch.ones_like(p)
+    saved.step()
+    clipper = Clipper.for_model(peft_lora(), "adaptive")
+    words = clipper.load_state_dict(saved.state_dict())
+    assert "include_adapters=true; its statistics go on under" in words
+    assert clipper.state_dict()["state"]["0.seen"] == 1
 
 
 def test_alone_it_has_nothing_to_do() -> None:
@@ -120,6 +216,6 @@ def test_lora_learns_under_adaptive_as_under_the_rule_of_the_whole_norm() -> Non
     learnt = losses[0] - losses[30]
     assert learnt > 0.05
     assert losses[-1] < losses[30], "the loud step did no harm"
-    assert not math.isclose(losses[-1], free[-1], rel_tol=1e-3), "and does some where nothing clips"
+    assert free[-1] > losses[-1] + learnt / 2, "and does some where nothing clips"
     by_agc, _ = trained("agc")
     assert by_agc[0] - by_agc[30] < learnt / 20
