@@ -78,17 +78,18 @@ class Here(ABC):
         self, model: nn.Module | None, named: Sequence[tuple[str, Tensor]], shapes: Sequence[Shape], units: Units
     ) -> list[tuple[int, ...] | None]:
         """Find the heads and the adapters, and of each parameter the axes that count units; see `axes_of` for both."""
+        asked = {name: its for name, _ in named if (its := units.of(name)) is not None}
         self.heads = {
             layer: names
             for layer, names in heads_of(model, named).items()
-            if any(asked is not None and not asked.head for asked in map(units.of, names))
+            if any(name in asked and not asked[name].head for name in names)
         }
-        asked_of = {name: units.of(name) for name in adapters_of(model, named)}
-        self.adapters = frozenset(name for name, asked in asked_of.items() if asked is not None and not asked.adapters)
+        self.adapters = frozenset(
+            name for name in adapters_of(model, named) if name in asked and not asked[name].adapters
+        )
+        shape_of = {name: shape for (name, _), shape in zip(named, shapes, strict=True)}
         self.vectors = frozenset(
-            name
-            for (name, _), shape in zip(named, shapes, strict=True)
-            if is_vector(name, shape) and (asked := units.of(name)) is not None and not asked.vectors
+            name for name, its in asked.items() if not its.vectors and is_vector(name, shape_of[name])
         )
         axes = axes_of(model, named, shapes, units, self.heads, self.adapters)
         self.uncut = tuple(name for (name, _), kept in zip(named, axes, strict=True) if kept is None)

@@ -63,7 +63,9 @@ class TestGrad:
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
     def test_kinds_of_parameters(self, on_grad, name, kind) -> None:
         clip, loud = KINDS[kind]
-        assert_same(on_grad[f"kinds:{name}"][kind], one_process(clip, kind, loud))
+        expected = one_process(clip, kind, loud)
+        assert_same(on_grad[f"kinds:{name}"][kind], expected)
+        assert (expected["weights"] - one_process("none", kind, loud)["weights"]).abs().max() > 1e-4, "it clips"
 
     @pytest.mark.parametrize("word", UPDATES)
     def test_updates_equal_one_process(self, on_grad, update_reference, word) -> None:
