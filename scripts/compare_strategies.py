@@ -5,10 +5,10 @@
     python scripts/compare_strategies.py --task decoder --clip adaptive --lr 0.004 --seeds 2 --steps 20     in a minute
 
 The tasks are in compare_parts. Runs with the same seed begin with the same weights and see the same batches in the same
-order, so that differences are taken pair by pair. The learning rate is the one that is best without clipping on seeds
-of its own, which are not judged; while that is the highest or the lowest of those tried, one beyond it is tried, four
-times at most. Broken data is broken in the same steps for all runs of a seed. Where a run clips, the guard against NaN
-and inf comes with it.
+order, so that differences are taken pair by pair. The learning rate is the one that is best without clipping, or with
+--own_rates the one that is best with each clip, on seeds of its own, which are not judged; while that is the highest or
+the lowest of those tried, one beyond it is tried, four times at most. Broken data is broken in the same steps for all
+runs of a seed. Where a run clips, the guard against NaN and inf comes with it.
 
 Before it starts, the script says how long it will take. Rows are written as they come, one line of JSON per run under a
 key of what it compares (the strategy's fields and its source, the task's source, data and settings), so that an
@@ -59,6 +59,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--lr", type=float, help="The highest learning rate; else the task's own, or it is searched for."
     )
+    parser.add_argument(
+        "--own_rates", action="store_true", help="Search a rate for each clip, not one for all without clipping."
+    )
     parser.add_argument("--beta2", type=float, default=BETA2, help="Of AdamW.")
     parser.add_argument("--weight_decay", type=float, default=WEIGHT_DECAY, help="Of AdamW.")
     parser.add_argument("--workers", type=int, default=2, help="Processes, each on one thread; 1 is this one.")
@@ -83,10 +86,12 @@ def wrong(args: argparse.Namespace) -> str:
     apart = [clip for clip in args.against if clip not in args.clip]
     packages = list(dict.fromkeys(package for task in args.task for package in missing(task)))
     own = args.optimizer != "adamw" and (args.beta2, args.weight_decay) != (BETA2, WEIGHT_DECAY)
+    both = args.own_rates and args.lr is not None
     checks = {
         f"--steps {args.steps}: must be at least 1.": args.steps < 1,
         f"--workers {args.workers}: must be at least 1.": args.workers < 1,
         f"--lr {args.lr}: must be above 0 and finite.": args.lr is not None and not 0 < args.lr < math.inf,
+        f"--own_rates searches for rates, and --lr {args.lr} gives one. Leave one of them out.": both,
         f"--beta2 {args.beta2}: must be at least 0 and below 1.": not 0 <= args.beta2 < 1,
         f"--weight_decay {args.weight_decay}: must be at least 0 and finite.": not 0 <= args.weight_decay < math.inf,
         f"--beta2 and --weight_decay are AdamW's. Leave them out with {args.optimizer}.": own,
@@ -117,10 +122,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
     found = Comparison(path, facts["commit"], args.workers)
-    plains, edges = rated(found, args)
+    rates = rated(found, args)
+    tasks = [{arm.clip: arm for arm in rates if arm.task == task} for task in args.task]
     found.run(
-        replace(plain, clip=clip, data=data, seed=seed)
-        for seed, plain, data, clip in product(seeds, plains, args.data, args.clip)
+        replace(arm, data=data, seed=seed)
+        for seed, arms, data in product(seeds, tasks, args.data)
+        for arm in arms.values()
     )
     lines = [f"- {key}: {facts[key]}" for key in ("hardware", "date", "command", "commit")]
     lines.append("- versions: " + ", ".join(f"{name} {facts['versions'][name]}" for name in ("python", "torch")))
@@ -129,16 +136,16 @@ def main(argv: Sequence[str] | None = None) -> str:
         f"- {args.seeds} seeds, {args.steps} steps each" + f"; AdamW has {settings}" * (args.optimizer == "adamw")
     )
     parts = [f"# {name}", "\n".join(lines), LEGEND]
-    for plain in plains:
-        task = TASKS[plain.task]
-        edge = " (edge: none beyond it was tried)" * (plain.task in edges)
+    for arms in tasks:
+        task, plain = TASKS[arms[NOTHING].task], arms[NOTHING]
         start = statistics.fmean(found.outcomes[replace(plain, seed=s)].start or math.nan for s in seeds)
-        title = f"## {task.name}, {plain.optimizer}: {task.what}; {start:.3f} at the start, lr {plain.lr:g}{edge}"
-        parts += [title, detail(found, plain, args.clip, args.data, seeds, args.against)]
+        rate = rate_of(list(arms.values()), [clip for clip, arm in arms.items() if rates[arm]])
+        title = f"## {task.name}, {plain.optimizer}: {task.what}; {start:.3f} at the start, {rate}"
+        parts += [title, detail(found, arms, args.data, seeds, args.against)]
         if args.out is not None:
             drawn = {
-                "curves": pictures.curves(found, plain, args.clip, args.data, seeds[0]),
-                "intervals": pictures.intervals(found, plain, args.clip, args.data, seeds),
+                "curves": pictures.curves(found, arms, args.data, seeds[0]),
+                "intervals": pictures.intervals(found, arms, args.data, seeds),
             }
             for kind, figure in drawn.items():
                 figure.savefig(args.out / f"{name}_{task.name}_{kind}.png", dpi=90)
@@ -150,15 +157,24 @@ def main(argv: Sequence[str] | None = None) -> str:
     return text
 
 
-def rated(found: Comparison, args: argparse.Namespace) -> tuple[list[Run], set[str]]:
-    """A run without clipping of each task, with its learning rate; and the tasks whose rate is at the edge of all."""
-    more = {"beta2": args.beta2, "weight_decay": args.weight_decay}
-    plains = [Run(task, args.optimizer, NOTHING, 0.0, "sound", 0, args.steps, **more) for task in args.task]
-    own = {plain: args.lr or (TASKS[plain.task].lr if args.optimizer == "adamw" else None) for plain in plains}
-    fixed = {plain: lr for plain, lr in own.items() if lr}
-    best = found.best([plain for plain in plains if plain not in fixed], RATES[args.optimizer])
-    lrs = {**fixed, **{plain: lr for plain, (lr, _) in best.items()}}
-    return [replace(plain, lr=lrs[plain]) for plain in plains], {plain.task for plain in best if best[plain][1]}
+def rated(found: Comparison, args: argparse.Namespace) -> dict[Run, bool]:
+    """Each task with each clip, on sound data, at its learning rate; and whether that is at the edge of those tried."""
+    settings = {"steps": args.steps, "beta2": args.beta2, "weight_decay": args.weight_decay}
+    runs = [Run(task, args.optimizer, clip, 0.0, DATA[0], 0, **settings) for task in args.task for clip in args.clip]
+    usual = args.optimizer == "adamw" and not args.own_rates
+    given = {task: lr for task in args.task if (lr := args.lr or (TASKS[task].lr if usual else None))}
+    judges = {run: run if args.own_rates else replace(run, clip=NOTHING) for run in runs if run.task not in given}
+    best = found.best(list(dict.fromkeys(judges.values())), RATES[args.optimizer])
+    rates = {run: best[judges[run]] if run in judges else (given[run.task], False) for run in runs}
+    return {replace(run, lr=lr): edge for run, (lr, edge) in rates.items()}
+
+
+def rate_of(arms: Sequence[Run], edges: Sequence[str]) -> str:
+    """The learning rate of a task in words; `edges` are the clips whose rate is at the edge of those tried."""
+    rates = {arm.lr for arm in arms}
+    words = f"lr {arms[0].lr:g}" if len(rates) == 1 else "each at a learning rate of its own"
+    whose = "" if len(edges) == len(arms) else f" for {', '.join(f'`{clip}`' for clip in edges)}"
+    return words + f" (edge{whose}: none beyond it was tried)" * bool(edges)
 
 
 if __name__ == "__main__":

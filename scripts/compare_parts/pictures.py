@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,24 +20,24 @@ LINE = 45
 """Characters of a title for each of them."""
 
 
-def curves(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[str], seed: int) -> Any:
+def curves(found: Comparison, arms: Mapping[str, Run], data: Sequence[str], seed: int) -> Any:
     """A figure: the losses of the batches in the runs of one seed, a panel for each kind of data.
 
     Args:
         found: all outcomes.
-        plain: of the task, the optimizer and the learning rate, without clipping, on sound data.
-        clips: the lines.
+        arms: the lines: by clip its run on sound data, with its learning rate.
         data: the panels. Steps whose batch is broken are marked below.
         seed: whose runs.
     """
+    plain = next(iter(arms.values()))
     figure, panels = _panels(len(data), 2.8, f"{plain.task}, {plain.optimizer}: losses of the batches, seed {seed}")
     begin = found.outcomes[replace(plain, seed=seed)].start
     for panel, kind in zip(panels, data, strict=True):
-        for i, clip in enumerate(clips):
-            outcome = found.outcomes[replace(plain, clip=clip, data=kind, seed=seed)]
+        for i, (clip, arm) in enumerate(arms.items()):
+            outcome = found.outcomes[replace(arm, data=kind, seed=seed)]
             losses = outcome.losses
             size = stretch(plain.steps, MEANS if outcome.end is None else len(losses))
-            wide = 3 - 2 * (i + 1) / len(clips)  # one that is under another is seen beside it
+            wide = 3 - 2 * (i + 1) / len(arms)  # one that is under another is seen beside it
             panel.plot([(place + 0.5) * size for place in range(len(losses))], losses, label=clip, lw=wide)
         broken = sorted(broken_steps(replace(plain, data=kind, seed=seed)))
         if kind == "level":
@@ -54,29 +54,29 @@ def curves(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[s
     return figure
 
 
-def intervals(found: Comparison, plain: Run, clips: Sequence[str], data: Sequence[str], seeds: Sequence[int]) -> Any:
+def intervals(found: Comparison, arms: Mapping[str, Run], data: Sequence[str], seeds: Sequence[int]) -> Any:
     """A figure: mean and 95 % interval of the differences at the end, a panel for each kind of data.
 
     On sound data the difference is to the run without clipping, elsewhere to the same clip on sound data.
 
     Args:
         found: all outcomes.
-        plain: of the task, the optimizer and the learning rate, without clipping, on sound data.
-        clips: the rows.
+        arms: the rows: by clip its run on sound data, with its learning rate.
         data: the panels; "sound" first.
         seeds: which pairs.
     """
     what = f"of {len(seeds)} seeds with 95 % interval" if len(seeds) > 1 else "of one seed"
+    plain = next(iter(arms.values()))
     title = f"{plain.task}, {plain.optimizer}: difference of the losses at the end, {what}; left of 0 is better"
-    figure, panels = _panels(len(data), 0.7 + 0.32 * len(clips), title)
+    figure, panels = _panels(len(data), 0.7 + 0.32 * len(arms), title)
     for panel, kind in zip(panels, data, strict=True):
         panel.axvline(0, color="0.7", lw=0.8, zorder=0)
-        for row, clip in enumerate(clips):
-            run = replace(plain, clip=clip, data=kind)
+        for row, (clip, arm) in enumerate(arms.items()):
+            run = replace(arm, data=kind)
             if kind == data[0] and clip == NOTHING:
                 continue  # it would be less itself
             mine = found.ends(run, seeds)
-            theirs = found.ends(replace(run, clip=NOTHING) if kind == data[0] else replace(run, data=data[0]), seeds)
+            theirs = found.ends(arms[NOTHING] if kind == data[0] else arm, seeds)
             if words := lost(mine, theirs):
                 panel.text(
                     0.5,
@@ -92,8 +92,8 @@ def intervals(found: Comparison, plain: Run, clips: Sequence[str], data: Sequenc
                 panel.errorbar(
                     mean, row, xerr=None if math.isnan(reach) else reach, fmt="o", ms=3, color="C0", capsize=2
                 )
-        panel.set_yticks(range(len(clips)), clips)
-        panel.set_ylim(len(clips) - 0.5, -0.5)
+        panel.set_yticks(range(len(arms)), list(arms))
+        panel.set_ylim(len(arms) - 0.5, -0.5)
         panel.locator_params(axis="x", nbins=5)
         panel.set_title(f"{kind}, less " + (NOTHING if kind == data[0] else "its own sound"), fontsize=9)
     return figure

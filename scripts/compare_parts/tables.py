@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from compare_parts.rows import RATE_SEEDS, Comparison
@@ -54,8 +54,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def detail(
     found: Comparison,
-    plain: Run,
-    clips: Sequence[str],
+    arms: Mapping[str, Run],
     data: Sequence[str],
     seeds: Sequence[int],
     others: Sequence[str] = (STOCK,),
@@ -64,27 +63,26 @@ def detail(
 
     Args:
         found: all outcomes.
-        plain: of the task, the optimizer and the learning rate, without clipping, on sound data.
-        clips: the rows.
+        arms: the rows: by clip its run on sound data, with its learning rate. Where they differ, they have a column.
         data: the columns; "sound" first.
         seeds: what is averaged over.
         others: of the rows, those that all are compared with, beside `none`.
     """
-    against = [clip for clip in dict.fromkeys((NOTHING, *others)) if clip in clips]
+    against = [clip for clip in dict.fromkeys((NOTHING, *others)) if clip in arms]
+    rated = len({arm.lr for arm in arms.values()}) > 1
     rows = []
-    for clip in clips:
-        mine = replace(plain, clip=clip)
+    for clip, mine in arms.items():
         sound = found.ends(mine, seeds)
-        row = [f"`{clip}`", number(sound), found.clipped(mine, seeds)]
-        row += ["" if clip == c else paired(sound, found.ends(replace(plain, clip=c), seeds)) for c in against]
+        row = [f"`{clip}`", *[f"{mine.lr:g}"] * rated, number(sound), found.clipped(mine, seeds)]
+        row += ["" if clip == c else paired(sound, found.ends(arms[c], seeds)) for c in against]
         for kind in data[1:]:
             broken = replace(mine, data=kind)
             ends = found.ends(broken, seeds)
             row += [number(ends), paired(ends, sound), found.clipped(broken, seeds)]
-            theirs = [found.ends(replace(broken, clip=c), seeds) for c in against[1:]]
+            theirs = [found.ends(replace(arms[c], data=kind), seeds) for c in against[1:]]
             row += ["" if clip == c else paired(ends, end) for c, end in zip(against[1:], theirs, strict=True)]
         rows.append(row)
-    head = ["clip", "sound", "clipped", *(f"less `{c}`" for c in against)]
+    head = ["clip", *["lr"] * rated, "sound", "clipped", *(f"less `{c}`" for c in against)]
     for kind in data[1:]:
         head += [kind, "less its own sound", "clipped", *(f"less `{c}`, {kind}" for c in against[1:])]
     return markdown(head, rows)
@@ -95,7 +93,7 @@ LEGEND = f"""\
 ends no better than it began.
 - less ...: the difference of the losses, seed by seed: mean and 95 % interval (Student's t). Below 0 is better.
 - The learning rate is the one that is best for `{NOTHING}` on sound data, on the seeds {RATE_SEEDS}, which are not \
-judged; or the task's own, or what --lr says.
+judged; or the task's own, or what --lr says. With --own_rates it is the best for each clip, found in the same way.
 - Of broken data so many batches as are {BROKEN:.0%} of the run are broken, after its first {UNBROKEN:.0%}. loud: \
 their loss is {FAULTS["loud"]:g} times too large. tensor: the gradient of one tensor is {FAULTS["tensor"]:g} times too \
 large. noise: random inputs with random labels. one: the gradient of the first parameter is {FAULTS["one"]:g} times \

@@ -61,6 +61,11 @@ def run_of(script, **fields):
     return script.training.Run(**{**plain, "steps": STEPS, **fields})
 
 
+def arms_of(plain, clips):
+    """The same run with each clip."""
+    return {clip: replace(plain, clip=clip) for clip in clips}
+
+
 class ByTorch:
     """The same run in a loop of torch: its losses, its norms, and whose gradient was `tensor` times too large."""
 
@@ -302,7 +307,7 @@ def test_numbers_of_a_table(script) -> None:
             run, share = run_of(script, clip=clip, data=data, seed=seed), 0.2 + 0.1 * seed
             found.outcomes[run] = script.training.Outcome(run, 20.0, end, [], share, share / 2, 0)
     clips = ("none", stock, "zclip", "none/zclip")
-    head, _, *rows = script.tables.detail(found, plain, clips, ("sound", "tensor"), (0, 1)).splitlines()
+    head, _, *rows = script.tables.detail(found, arms_of(plain, clips), ("sound", "tensor"), (0, 1)).splitlines()
     assert cells(head) == [
         *("clip", "sound", "clipped", "less `none`", f"less `{stock}`"),
         *("tensor", "less its own sound", "clipped", f"less `{stock}`, tensor"),
@@ -402,6 +407,43 @@ def test_a_task_with_a_rate_of_its_own_is_not_searched(script, asked) -> None:
     script.command.main([*WORDS, "--task", "lora"])
     assert len(asked) == JUDGED
     assert {run.lr for run in asked} == {5e-4}
+
+
+def test_each_clip_at_the_rate_that_is_best_with_it(script, asked, monkeypatch) -> None:
+    """0.004 for `none`, 0.032 for zclip; with the third the best is beyond all that is tried."""
+    train, bests = script.training.train, {"none": 0.004, "zclip": 0.032, "global_norm:max_norm=1": 9.0}
+
+    def by_clip(run):
+        return replace(train(run), end=5 + abs(run.lr - bests[run.clip]) + 0.5 * (run.data == "loud"))
+
+    monkeypatch.setattr(script.training, "train", by_clip)
+    text = script.command.main([*WORDS, "--own_rates", "--data", "loud"])
+    judged = [run for run in asked if run.seed not in script.rows.RATE_SEEDS]
+    assert {(run.clip, run.lr) for run in judged} == {
+        *(("none", 0.004), ("zclip", 0.032), ("global_norm:max_norm=1", 0.512))  # the highest of all, four times twice
+    }
+    where = "at a learning rate of its own (edge for `global_norm:max_norm=1`: none beyond it was tried)"
+    assert f"20.000 at the start, each {where}\n" in text
+    table = [cells(line) for line in text.splitlines() if line.startswith(("| clip", "| `"))]
+    assert [row[:3] for row in table] == [
+        ["clip", "lr", "sound"],
+        ["`none`", "0.004", "5.000"],
+        ["`zclip`", "0.032", "5.000"],
+        ["`global_norm:max_norm=1`", "0.512", "13.488"],
+    ]
+    assert table[2][4:] == [
+        "+0.000 [+0.000, +0.000]",
+        "-8.488 [-8.488, -8.488]",
+        "5.500",
+        "+0.500 [+0.500, +0.500]",
+        "25.0%",
+        "-8.488 [-8.488, -8.488]",
+    ]
+
+
+def test_rates_of_their_own_are_searched_where_a_task_has_one_too(script, asked) -> None:
+    script.command.main([*WORDS, "--task", "lora", "--own_rates"])
+    assert {run.lr for run in asked if run.seed in (0, 1)} == {0.004}
 
 
 def test_how_long_it_takes_is_said_before(script, asked, capsys) -> None:
@@ -531,6 +573,7 @@ class TestRowsAreKept:
         ("--workers 0", "--workers 0: must be at least 1."),
         ("--lr 0", "--lr 0.0: must be above 0 and finite."),
         ("--lr nan", "--lr nan: must be above 0 and finite."),
+        ("--own_rates --lr 0.1", "--own_rates searches for rates, and --lr 0.1 gives one. Leave one of them out."),
         ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1."),
         ("--weight_decay -1", "--weight_decay -1.0: must be at least 0 and finite."),
         ("--optimizer momentum --beta2 0.9", "are AdamW's. Leave them out with momentum."),
@@ -612,7 +655,7 @@ class TestPictures:
 
     def test_curves(self, script, found) -> None:
         plain = run_of(script, seed=0, steps=40)
-        sound, loud = script.pictures.curves(found, plain, ("none", "zclip"), ("sound", "loud"), 1).axes
+        sound, loud = script.pictures.curves(found, arms_of(plain, ("none", "zclip")), ("sound", "loud"), 1).axes
         lines = {line.get_label(): line for line in loud.get_lines()}
         assert lines["zclip"].get_xdata().tolist() == [5, 15, 25, 35], "of stretches of ten steps the middles"
         assert lines["zclip"].get_ydata().tolist() == [9, 7, 5, 4.5]
@@ -622,7 +665,8 @@ class TestPictures:
     def test_intervals(self, script, found) -> None:
         """Against the same clip on sound data: +1 and +0.5, t = 12.706; without a clip one of two learnt nothing."""
         plain = run_of(script, seed=0, steps=40)
-        sound, loud = script.pictures.intervals(found, plain, ("none", "zclip"), ("sound", "loud"), (0, 1)).axes
+        arms = arms_of(plain, ("none", "zclip"))
+        sound, loud = script.pictures.intervals(found, arms, ("sound", "loud"), (0, 1)).axes
         (bar,) = loud.containers
         assert bar.lines[0].get_xdata().tolist() == [0.75]
         (ends,) = bar.lines[2][0].get_segments()
@@ -638,7 +682,7 @@ class TestPictures:
         run = run_of(script, clip="zclip", data="loud", seed=1, steps=40)
         found.outcomes[run] = replace(found.outcomes[run], losses=[9.0, 9.5, 9.9], end=None)
         _, loud = script.pictures.curves(
-            found, replace(run, clip="none", data="sound"), ("zclip",), ("sound", "loud"), 1
+            found, arms_of(replace(run, data="sound"), ("zclip",)), ("sound", "loud"), 1
         ).axes
         assert loud.get_lines()[0].get_xdata().tolist() == [5, 15, 25]
 
@@ -646,7 +690,7 @@ class TestPictures:
         run = run_of(script, clip="zclip", data="loud", seed=1, steps=40)
         found.outcomes[run] = replace(found.outcomes[run], losses=[9.0, 8.0])
         _, loud = script.pictures.curves(
-            found, replace(run, clip="none", data="sound"), ("zclip",), ("sound", "loud"), 1
+            found, arms_of(replace(run, data="sound"), ("zclip",)), ("sound", "loud"), 1
         ).axes
         assert loud.get_lines()[0].get_xdata().tolist() == [10, 30]
 
@@ -657,7 +701,7 @@ class TestPictures:
         for run, outcome in list(found.outcomes.items()):
             found.outcomes[run] = replace(outcome, start=start)
             found.outcomes[level] = replace(outcome, run=(level := replace(run, data="level")))
-        figure = script.pictures.curves(found, plain, ("none", "zclip"), ("sound", "loud", "level"), 0)
+        figure = script.pictures.curves(found, arms_of(plain, ("none", "zclip")), ("sound", "loud", "level"), 0)
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["none", "zclip", "broken", "all broken"]
         figure.savefig(io.BytesIO())
