@@ -105,7 +105,8 @@ class Comparison:
             if row is None:
                 missing.append(run)
             else:
-                self.outcomes[run] = Outcome(run, *(row[field] for field in list(Outcome.__annotations__)[1:]))
+                fields = (row[name] for name in list(Outcome.__annotations__)[1:] if name in row)  # old rows have fewer
+                self.outcomes[run] = Outcome(run, *fields)
         if not missing:
             return
         seconds = seconds_of({(run.task, run.steps) for run in missing})
@@ -148,6 +149,12 @@ class Comparison:
         found = [self.outcomes[replace(run, seed=seed)] for seed in seeds]
         shares = [statistics.fmean(o.clipped for o in found), statistics.fmean(o.update_clipped for o in found)]
         return " / ".join(f"{share:.1%}" for share in shares[: 1 + ("/" in run.clip)])
+
+    def rises(self, run: Run, seeds: Sequence[int]) -> str:
+        """The mean of how many times larger its norms became in the second half of the run; "-" where one has none."""
+        found = [self.outcomes[replace(run, seed=seed)].rise for seed in seeds]
+        known = [rise for rise in found if rise is not None]
+        return f"{statistics.fmean(known):.2f}" if len(known) == len(found) else "-"
 
     def best(self, plains: Sequence[Run], rates: Sequence[float]) -> dict[Run, tuple[float, bool]]:
         """By run the learning rate with the lowest mean of the last evaluation losses, on the seeds RATE_SEEDS.

@@ -75,6 +75,8 @@ class Outcome:
         clipped: share of the steps whose gradient was clipped.
         update_clipped: share of the steps whose update was.
         skipped: steps that were left out.
+        rise: how many times larger the norm of the gradient became in the second half of the run, before clipping; None
+            for a run that stopped, or a row that was made before it was looked at.
     """
 
     run: Run
@@ -84,6 +86,7 @@ class Outcome:
     clipped: float
     update_clipped: float
     skipped: int
+    rise: float | None = None
 
 
 def places(clip: str) -> tuple[str, str]:
@@ -155,6 +158,7 @@ def train(run: Run) -> Outcome:
     drawn, broken, times = torch.Generator().manual_seed(run.seed), broken_steps(run), FAULTS[run.data]
     start, end = evaluate(model, task, data), None
     losses: list[float] = []
+    norms: list[float] = []
     try:
         for step in range(run.steps):
             index = torch.randint(task.evaluated, len(data["labels"]), (task.batch_size,), generator=drawn)
@@ -167,6 +171,7 @@ def train(run: Run) -> Outcome:
             spike = {"tensor": which, "one": 0}.get(run.data)
             if spike is not None and step in broken and (grad := parameters[spike].grad) is not None:
                 grad.mul_(times)
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
             for group in optimizer.param_groups:
                 group["lr"] = run.lr * factor(step, run.steps)
             if clipper is not None:
@@ -180,7 +185,18 @@ def train(run: Run) -> Outcome:
     update = optimizer.update_clipper.report.summary() if optimizer.update_clipper is not None else {}
     skipped = int(summary.get("skipped", 0) + update.get("skipped", 0))
     means = [round(statistics.fmean(part), 4) for part in stretches(losses, run.steps)]
-    return Outcome(run, start, end, means, summary.get("rate", 0.0), update.get("rate", 0.0), skipped)
+    return Outcome(
+        run, start, end, means, summary.get("rate", 0.0), update.get("rate", 0.0), skipped, rise(norms, run.steps)
+    )
+
+
+def rise(norms: Sequence[float], steps: int) -> float | None:
+    """The median of the norms in the last tenth of a run by that in the tenth after its middle; None if it stopped."""
+    if len(norms) < steps:
+        return None
+    tenth = max(steps // 10, 1)
+    last, middle = (statistics.median(norms[end - tenth : end]) for end in (steps, steps // 2 + tenth))
+    return last / middle if math.isfinite(last) and 0 < middle < math.inf else None
 
 
 def stretch(steps: int, means: int) -> int:
