@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from benchmark import circumstances, hardware
 from compare_parts import pictures
-from compare_parts.rows import Comparison
+from compare_parts.rows import RATE_SEEDS, Comparison
 from compare_parts.tables import LEGEND, STOCK, T95, detail
 from compare_parts.tasks import TASKS, missing
 from compare_parts.training import BETA2, FAULTS, NOTHING, RATES, WEIGHT_DECAY, Run, broken_steps, places
@@ -55,6 +55,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--against", nargs="+", help=f"Specs of these that all are compared with; {STOCK} without it.")
     parser.add_argument("--data", nargs="+", default=list(DATA[:3]), choices=DATA, help="Sound data comes with any.")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(T95) + 2), help="Runs of each kind.")
+    parser.add_argument("--first_seed", type=int, default=0, help="The lowest of the seeds; those above it follow.")
     parser.add_argument("--steps", type=int, default=200, help="Of each run.")
     parser.add_argument(
         "--lr", type=float, help="The highest learning rate; else the task's own, or it is searched for."
@@ -86,9 +87,12 @@ def wrong(args: argparse.Namespace) -> str:
     apart = [clip for clip in args.against if clip not in args.clip]
     packages = list(dict.fromkeys(package for task in args.task for package in missing(task)))
     own = args.optimizer != "adamw" and (args.beta2, args.weight_decay) != (BETA2, WEIGHT_DECAY)
+    last = min(RATE_SEEDS) - args.seeds
+    outside = not 0 <= args.first_seed <= last
     both = args.own_rates and args.lr is not None
     checks = {
         f"--steps {args.steps}: must be at least 1.": args.steps < 1,
+        f"--first_seed {args.first_seed}: must be from 0 to {last}; rates are chosen on {RATE_SEEDS}.": outside,
         f"--workers {args.workers}: must be at least 1.": args.workers < 1,
         f"--lr {args.lr}: must be above 0 and finite.": args.lr is not None and not 0 < args.lr < math.inf,
         f"--own_rates searches for rates, and --lr {args.lr} gives one. Leave one of them out.": both,
@@ -115,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     """Train everything; the tables."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     torch.set_num_threads(1)
-    cpu, seeds = torch.device("cpu"), range(args.seeds)
+    cpu, seeds = torch.device("cpu"), range(args.first_seed, args.first_seed + args.seeds)
     facts = circumstances("compare_strategies", args.argv, cpu, "none: nothing is timed")
     name = f"compare_{args.name or args.optimizer}_{hardware(cpu)[1]}"
     path = None if args.out is None else args.out / f"{name}.jsonl"
@@ -133,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     lines.append("- versions: " + ", ".join(f"{name} {facts['versions'][name]}" for name in ("python", "torch")))
     settings = f"beta2 {args.beta2:g} and weight decay {args.weight_decay:g}"
     lines.append(
-        f"- {args.seeds} seeds, {args.steps} steps each" + f"; AdamW has {settings}" * (args.optimizer == "adamw")
+        f"- seeds {seeds[0]} to {seeds[-1]}, {args.steps} steps each"
+        + f"; AdamW has {settings}" * (args.optimizer == "adamw")
     )
     parts = [f"# {name}", "\n".join(lines), LEGEND]
     for arms in tasks:

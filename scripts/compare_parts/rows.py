@@ -150,11 +150,12 @@ class Comparison:
         shares = [statistics.fmean(o.clipped for o in found), statistics.fmean(o.update_clipped for o in found)]
         return " / ".join(f"{share:.1%}" for share in shares[: 1 + ("/" in run.clip)])
 
-    def rises(self, run: Run, seeds: Sequence[int]) -> str:
-        """The mean of how many times larger its norms became in the second half of the run; "-" where one has none."""
-        found = [self.outcomes[replace(run, seed=seed)].rise for seed in seeds]
-        known = [rise for rise in found if rise is not None]
-        return f"{statistics.fmean(known):.2f}" if len(known) == len(found) else "-"
+    def norms(self, run: Run, seeds: Sequence[int]) -> list[str]:
+        """The means of its norm and its rise; "-" where one of the rows has none."""
+        found = [self.outcomes[replace(run, seed=seed)] for seed in seeds]
+        columns = ([outcome.norm for outcome in found], [outcome.rise for outcome in found])
+        known = [[value for value in column if value is not None] for column in columns]
+        return [f"{statistics.fmean(values):.3g}" if len(values) == len(found) else "-" for values in known]
 
     def best(self, plains: Sequence[Run], rates: Sequence[float]) -> dict[Run, tuple[float, bool]]:
         """By run the learning rate with the lowest mean of the last evaluation losses, on the seeds RATE_SEEDS.

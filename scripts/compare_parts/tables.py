@@ -74,7 +74,7 @@ def detail(
     for clip, mine in arms.items():
         sound = found.ends(mine, seeds)
         row = [f"`{clip}`", *[f"{mine.lr:g}"] * rated, number(sound), found.clipped(mine, seeds)]
-        row.append(found.rises(mine, seeds))
+        row += found.norms(mine, seeds)
         row += ["" if clip == c else paired(sound, found.ends(arms[c], seeds)) for c in against]
         for kind in data[1:]:
             broken = replace(mine, data=kind)
@@ -83,7 +83,7 @@ def detail(
             theirs = [found.ends(replace(arms[c], data=kind), seeds) for c in against[1:]]
             row += ["" if clip == c else paired(ends, end) for c, end in zip(against[1:], theirs, strict=True)]
         rows.append(row)
-    head = ["clip", *["lr"] * rated, "sound", "clipped", "rise", *(f"less `{c}`" for c in against)]
+    head = ["clip", *["lr"] * rated, "sound", "clipped", "norm", "rise", *(f"less `{c}`" for c in against)]
     for kind in data[1:]:
         head += [kind, "less its own sound", "clipped", *(f"less `{c}`, {kind}" for c in against[1:])]
     return markdown(head, rows)
@@ -101,5 +101,5 @@ large. noise: random inputs with random labels. one: the gradient of the first p
 too large. labels: each example has the label of another. level: from the middle of the run on all losses are \
 {FAULTS["level"]:g} times too large.
 - clipped: share of the steps; gradient / update. AdamW has beta1 {BETA1:g}.
-- rise: the norm of the gradient before clipping, the median over the last tenth of the steps by that over the tenth \
-after the middle."""
+- norm: the median of the norms of the gradient before clipping. rise: that over the last tenth of the steps by that \
+over the tenth after the middle."""

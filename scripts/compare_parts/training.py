@@ -75,8 +75,9 @@ class Outcome:
         clipped: share of the steps whose gradient was clipped.
         update_clipped: share of the steps whose update was.
         skipped: steps that were left out.
-        rise: how many times larger the norm of the gradient became in the second half of the run, before clipping; None
-            for a run that stopped, or a row that was made before it was looked at.
+        norm: median of the norms of the gradient before clipping; None for a run that stopped, or a row that was made
+            before it was looked at.
+        rise: how many times larger they became in the second half of the run.
     """
 
     run: Run
@@ -86,6 +87,7 @@ class Outcome:
     clipped: float
     update_clipped: float
     skipped: int
+    norm: float | None = None
     rise: float | None = None
 
 
@@ -185,18 +187,22 @@ def train(run: Run) -> Outcome:
     update = optimizer.update_clipper.report.summary() if optimizer.update_clipper is not None else {}
     skipped = int(summary.get("skipped", 0) + update.get("skipped", 0))
     means = [round(statistics.fmean(part), 4) for part in stretches(losses, run.steps)]
-    return Outcome(
-        run, start, end, means, summary.get("rate", 0.0), update.get("rate", 0.0), skipped, rise(norms, run.steps)
-    )
+    shares = summary.get("rate", 0.0), update.get("rate", 0.0)
+    return Outcome(run, start, end, means, *shares, skipped, *middle_and_rise(norms, run.steps))
 
 
-def rise(norms: Sequence[float], steps: int) -> float | None:
-    """The median of the norms in the last tenth of a run by that in the tenth after its middle; None if it stopped."""
-    if len(norms) < steps:
-        return None
+def middle_and_rise(norms: Sequence[float], steps: int) -> tuple[float, float] | tuple[None, None]:
+    """The median of a run's norms; and that of its last tenth by that of the tenth after its middle.
+
+    None for a run that stopped, or whose medians are not finite or 0.
+    """
     tenth = max(steps // 10, 1)
-    last, middle = (statistics.median(norms[end - tenth : end]) for end in (steps, steps // 2 + tenth))
-    return last / middle if math.isfinite(last) and 0 < middle < math.inf else None
+    parts = [norms, norms[steps - tenth : steps], norms[steps // 2 : steps // 2 + tenth]]
+    if len(norms) < steps:
+        return None, None
+    whole, last, middle = map(statistics.median, parts)
+    usual = all(0 < median < math.inf for median in (whole, last, middle))
+    return (whole, last / middle) if usual else (None, None)
 
 
 def stretch(steps: int, means: int) -> int:

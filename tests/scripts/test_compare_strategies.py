@@ -131,17 +131,19 @@ def test_clipping_is_what_it_says(short) -> None:
     assert outcome.end != pytest.approx(ByTorch(short, run).end, rel=1e-4)
     assert 0 < sum(norm > 2 for norm in expected.norms) < STEPS
     assert outcome.clipped == sum(norm > 2 for norm in expected.norms) / STEPS
-    assert outcome.rise == pytest.approx(expected.norms[9] / expected.norms[5], rel=1e-4), "norms before clipping"
+    median = sum(sorted(expected.norms)[4:6]) / 2
+    assert outcome.norm == pytest.approx(median, rel=1e-4), "before clipping"
+    assert outcome.rise == pytest.approx(expected.norms[9] / expected.norms[5], rel=1e-4)
 
 
 def test_how_norms_rise(script) -> None:
     """Of 30 steps the three last, and the three from the middle on; one of each stands out."""
-    norms = [9.0] * 15 + [2.0, 2.0, 50.0] + [9.0] * 9 + [80.0, 3.0, 3.0]
-    assert script.training.rise(norms, 30) == 1.5
-    assert script.training.rise(norms[:29], 30) is None
-    assert script.training.rise([*norms[:27], math.nan, math.inf, math.inf], 30) is None
-    assert script.training.rise([0.0] * 30, 30) is None
-    assert script.training.rise([4.0], 1) == 1.0
+    norms, found = [7.0] * 15 + [2.0, 2.0, 50.0] + [9.0] * 9 + [80.0, 3.0, 3.0], script.training.middle_and_rise
+    assert found(norms, 30) == (7.0, 1.5)
+    assert found(norms[:29], 30) == (None, None)
+    assert found([*norms[:27], math.nan, math.inf, math.inf], 30) == (None, None)
+    assert found([0.0] * 30, 30) == (None, None)
+    assert found([4.0], 1) == (4.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -316,21 +318,22 @@ def test_numbers_of_a_table(script) -> None:
     for (clip, data), by_seed in ends.items():
         for seed, end in enumerate(by_seed):
             run, share = run_of(script, clip=clip, data=data, seed=seed), 0.2 + 0.1 * seed
-            rise = {"none": 1.0 + seed, "zclip": None if seed else 1.0}.get(clip)
-            found.outcomes[run] = script.training.Outcome(run, 20.0, end, [], share, share / 2, 0, rise)
+            norms = {"none": (7.0 + seed, 1.0 + seed), "zclip": (7.0, None if seed else 1.0)}.get(clip, (None, None))
+            found.outcomes[run] = script.training.Outcome(run, 20.0, end, [], share, share / 2, 0, *norms)
     clips = ("none", stock, "zclip", "none/zclip")
     head, _, *rows = script.tables.detail(found, arms_of(plain, clips), ("sound", "tensor"), (0, 1)).splitlines()
     assert cells(head) == [
-        *("clip", "sound", "clipped", "rise", "less `none`", f"less `{stock}`"),
+        *("clip", "sound", "clipped", "norm", "rise", "less `none`", f"less `{stock}`"),
         *("tensor", "less its own sound", "clipped", f"less `{stock}`, tensor"),
     ]
     lost, more = "no better than at the start in 1 of 2", "+0.500 [+0.500, +0.500]"
     assert [cells(row) for row in rows] == [
-        ["`none`", "4.000", "25.0%", "1.50", "", "+0.500 [-5.853, +6.853]", "-", lost, "25.0%", lost],
+        ["`none`", "4.000", "25.0%", "7.5", "1.5", "", "+0.500 [-5.853, +6.853]", "-", lost, "25.0%", lost],
         [
             f"`{stock}`",
             "3.500",
             "25.0%",
+            "-",
             "-",
             "-0.500 [-6.853, +5.853]",
             "",
@@ -343,6 +346,7 @@ def test_numbers_of_a_table(script) -> None:
             "`zclip`",
             "2.000",
             "25.0%",
+            "7",
             "-",
             "-2.000 [-2.000, -2.000]",
             "-1.500 [-7.853, +4.853]",
@@ -352,7 +356,7 @@ def test_numbers_of_a_table(script) -> None:
             lost,
         ],
         [
-            *("`none/zclip`", "4.500", "25.0% / 12.5%", "-", more, "+1.000 [-5.353, +7.353]"),
+            *("`none/zclip`", "4.500", "25.0% / 12.5%", "-", "-", more, "+1.000 [-5.353, +7.353]"),
             *("4.500", "+0.000 [+0.000, +0.000]", "25.0% / 12.5%", "-0.500 [-0.500, -0.500]"),
         ],
     ]
@@ -433,6 +437,12 @@ def test_a_task_with_a_rate_of_its_own_is_not_searched(script, asked) -> None:
     assert {run.lr for run in asked} == {5e-4}
 
 
+def test_seeds_that_no_clip_was_chosen_on(script, asked) -> None:
+    text = script.command.main([*WORDS, "--lr", "0.5", "--first_seed", "5"])
+    assert {run.seed for run in asked} == {5, 6}
+    assert "\n- seeds 5 to 6, 200 steps each" in text
+
+
 def test_each_clip_at_the_rate_that_is_best_with_it(script, asked, monkeypatch) -> None:
     """0.004 for `none`, 0.032 for zclip; with the third the best is beyond all that is tried."""
     train, bests = script.training.train, {"none": 0.004, "zclip": 0.032, "global_norm:max_norm=1": 9.0}
@@ -455,7 +465,7 @@ def test_each_clip_at_the_rate_that_is_best_with_it(script, asked, monkeypatch) 
         ["`zclip`", "0.032", "5.000"],
         ["`global_norm:max_norm=1`", "0.512", "13.488"],
     ]
-    assert table[2][5:] == [
+    assert table[2][6:] == [
         "+0.000 [+0.000, +0.000]",
         "-8.488 [-8.488, -8.488]",
         "5.500",
@@ -598,6 +608,8 @@ class TestRowsAreKept:
         ("--lr 0", "--lr 0.0: must be above 0 and finite."),
         ("--lr nan", "--lr nan: must be above 0 and finite."),
         ("--own_rates --lr 0.1", "--own_rates searches for rates, and --lr 0.1 gives one. Leave one of them out."),
+        ("--first_seed -1", "--first_seed -1: must be from 0 to 998; rates are chosen on (1000, 1001)."),
+        ("--first_seed 999", "--first_seed 999: must be from 0 to 998"),
         ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1."),
         ("--weight_decay -1", "--weight_decay -1.0: must be at least 0 and finite."),
         ("--optimizer momentum --beta2 0.9", "are AdamW's. Leave them out with momentum."),
@@ -652,7 +664,7 @@ def test_a_comparison_from_end_to_end(script, tmp_path, monkeypatch) -> None:
     mean, reach = (a + b) / 2, 12.706 * abs(a - b) / 2  # t of one degree of freedom; the deviation is |a - b| / sqrt 2
     table = [cells(line) for line in text.splitlines() if line.startswith("| `")]
     assert [row[0] for row in table] == ["`none`", "`adaptive`"]
-    assert table[1][4] == f"{mean:+.3f} [{mean - reach:+.3f}, {mean + reach:+.3f}]"
+    assert table[1][5] == f"{mean:+.3f} [{mean - reach:+.3f}, {mean + reach:+.3f}]"
     assert {file.name for file in tmp_path.glob("*.png")} == {
         f"{path.stem}_decoder_{kind}.png" for kind in ("curves", "intervals")
     }
