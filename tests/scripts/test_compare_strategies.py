@@ -560,6 +560,16 @@ class TestRowsAreKept:
         edit(zclip, '\n"""Words."""\n# and more of them\n')
         assert trained("--workers", "2") == []
 
+    def test_from_before_norms_were_looked_at(self, script, trained, tmp_path) -> None:
+        (path,) = tmp_path.glob("*.jsonl")
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for row in rows:
+            del row["norm"], row["rise"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        assert trained() == []
+        (table,) = tmp_path.glob("*.md")
+        assert "| `zclip` | 5.003 | 25.0% | - | - |" in table.read_text("utf-8")
+
     def test_not_after_a_change_of_the_strategy(self, trained, edit) -> None:
         edit(zclip, "\nclass Another: ...\n")
         assert sorted(trained()) == sorted(2 * [("zclip", data) for data in ("sound", "loud", "tensor")])
