@@ -31,7 +31,7 @@ from hf_gradclip.run.startup import check_run, in_force, insist_on_one_layout
 from hf_gradclip.run.updates import Updates, stepped_by
 from hf_gradclip.say import announce, logger
 from hf_gradclip.views import view_of
-from hf_gradclip.views.trainable import named_parameters
+from hf_gradclip.views.trainable import Part, named_parameters
 from hf_gradclip.watching import Events
 
 PACKAGES = ("lightning", "pytorch_lightning")
@@ -162,7 +162,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
         """A clipper of the parameters that an optimizer has now, the same on all ranks."""
         device, mine = trainer.strategy.root_device, {*map(id, stepped_by(optimizer))}
         named = [(name, p) for name, p in named_parameters(pl_module) if id(p) in mine]
-        clipper = Clipper(self.config, view_of(named), f"clip_{i}" if i else "clip")
+        clipper = Clipper(self.config, view_of(Part(pl_module, named)), f"clip_{i}" if i else "clip")
         insist_on_one_layout(clipper, device)
         self._hears.begin(clipper, f"optimizer {i}" if len(trainer.optimizers) > 1 else "", device)
         clipper.events.hold([optimizer])

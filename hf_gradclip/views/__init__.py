@@ -18,7 +18,7 @@ def view_of(model: Watched, unscale: Callable[[], None] | None = None, guarded: 
     """The view for a model's `.grad`: local memory, DTensor shards where any parameter is one, or FSDP1's flat shards.
 
     Args:
-        model: wrapped or not; or named parameters, which cannot be FSDP1's.
+        model: wrapped or not; or a part of one, or named parameters, which cannot be FSDP1's.
         unscale: called before each measurement, to take a loss scale out of the gradients.
         guarded: True if a GradScaler skips the steps with a non-finite gradient.
 

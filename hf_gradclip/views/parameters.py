@@ -26,7 +26,8 @@ class Parameters(Here):
     """The trainable parameters of a model.
 
     Args:
-        source: a model, wrapped by DDP or torch.compile, or not; or named parameters, those of an optimizer, say.
+        source: a model, wrapped by DDP or torch.compile, or not; or a part of one; or named parameters, of which names
+            and shapes alone tell the heads, the adapters and the units.
 
     Raises:
         ValueError: if no parameter is trainable.

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import attrgetter, is_
 
 from torch import Tensor, nn
 
-Watched = nn.Module | Sequence[tuple[str, Tensor]]
-"""A model, or named parameters."""
+
+@dataclass(frozen=True)
+class Part:
+    """Some parameters of a model, those of one optimizer, say. The model tells which of them are heads and adapters.
+
+    Args:
+        model: the model, wrapped or not.
+        named: its parameters with their names.
+    """
+
+    model: nn.Module
+    named: Sequence[tuple[str, Tensor]]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.named)
+
+
+Watched = nn.Module | Part | Sequence[tuple[str, Tensor]]
+"""A model, some parameters of one, or named parameters of a model that is not known."""
 
 _INNER = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _is_trained = attrgetter("requires_grad")
@@ -26,7 +44,7 @@ class Trainable:
     a look takes a tenth of a measurement where there are hundreds of small ones.
 
     Args:
-        source: a model, wrapped by DDP or torch.compile, or not; or named parameters, those of an optimizer, say.
+        source: a model, wrapped by DDP or torch.compile, or not; or a part of one; or named parameters.
 
     Attributes:
         names: without the prefixes of wrappers.
@@ -45,7 +63,9 @@ class Trainable:
 
     @property
     def model(self) -> nn.Module | None:
-        """Without its wrappers; None for named parameters."""
+        """Without its wrappers; None for named parameters alone."""
+        if isinstance(self._source, Part):
+            return unwrap(self._source.model)
         return self._source if isinstance(self._source, nn.Module) else None
 
     @property
@@ -103,9 +123,10 @@ class Trainable:
         """Take what is trainable of these parameters, or known, from here on."""
         trainable = [(name, p) for name, p in named if p.requires_grad or id(p) in known]
         if not trainable:
+            asked = self._source if self.model is None else self.model
             raise ValueError(
-                f"{type(self._source).__name__} has no trainable parameter (requires_grad=True), so there is nothing "
-                "to clip. Unfreeze or add some before training."
+                f"{type(asked).__name__} has no trainable parameter (requires_grad=True), so there is nothing to clip. "
+                "Unfreeze or add some before training."
             )
         self.names = tuple(name for name, _ in trainable)
         self.parameters = [p for _, p in trainable]

@@ -20,6 +20,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_gradclip import Clipper
 from hf_gradclip.integrations.lightning import GradClip
@@ -70,6 +71,20 @@ class Eager(torch.optim.Optimizer):
         return loss
 
 
+class Gpt2(Module):
+    """Its head is tied to the embedding, and its `Conv1D` keeps an output per column: names tell neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes: dict[str, Any] = {"vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        none: dict[str, Any] = {f"{place}_pdrop": 0.0 for place in ("resid", "embd", "attn")}
+        self.net: Any = GPT2LMHeadModel(GPT2Config(**sizes, **none, bos_token_id=0, eos_token_id=0))
+
+    def loss_of(self, batch: Any, number: int) -> torch.Tensor:
+        ids = (batch[0] * 10).long() % 16
+        return self.net(input_ids=ids, labels=ids).loss
+
+
 class TestClips:
     @pytest.mark.parametrize(
         "settings", [{}, {"accumulate_grad_batches": 2, "max_steps": 6}, {"precision": "bf16-mixed"}], ids=str
@@ -95,6 +110,23 @@ class TestClips:
         assert torch.equal(weights_of(trainer.lightning_module), weights_of(module))
         assert trainer.clip.clipper.report.summary() == clipper.report.summary()
         assert clipper.report.summary()["clipped"] > 0
+
+    def test_the_module_tells_what_is_a_head_and_what_a_unit(self, tmp_path):
+        """In a step of SGD each column of a `Conv1D` moves by its limit at most, and a tied head as without a clip."""
+        columns, head, limit = "net.transformer.h.0.mlp.c_fc.weight", "net.transformer.wte.weight", 1e-3
+        moved = []
+        for spec in (f"agc:clip_factor={limit}", None):
+            module = Gpt2()
+            module.make = lambda ps: torch.optim.SGD(ps, lr=1.0)
+            before = {name: p.detach().double() for name, p in module.named_parameters()}
+            fit(tmp_path, spec, module, max_steps=1)
+            moved.append({name: before[name] - p.detach().double() for name, p in module.named_parameters()})
+        most = limit * before[columns].norm(dim=0).clamp(min=1e-3)
+        ours, free = (m[columns].norm(dim=0) for m in moved)
+        assert (free > most).any()
+        torch.testing.assert_close(ours, torch.minimum(free, most), rtol=1e-3, atol=1e-8)
+        assert torch.equal(moved[0][head], moved[1][head])
+        assert moved[0][head].norm() > limit * before[head].norm()
 
     def test_a_tiny_limit_moves_nothing(self, tmp_path):
         make = lambda ps: torch.optim.SGD(ps, lr=1.0)  # noqa: E731
