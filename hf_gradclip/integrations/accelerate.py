@@ -23,7 +23,7 @@ from hf_gradclip.run.hearing import Hearing
 from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, numbered, save_state, save_updates
 from hf_gradclip.run.wrapping import wrap
-from hf_gradclip.say import announce
+from hf_gradclip.say import announce, logger
 from hf_gradclip.strategy import name_of
 
 
@@ -110,9 +110,10 @@ class LoopAttachment(Attachment):
         self._folder = record
         self._by_name: dict[str, Recording] = {}
         self._frozen: list[weakref.ref[nn.Module]] = []
-        self._said_max_norm = False
+        self._said_max_norm = self._said_value = False
         super().__init__(accelerator, *args, **kwargs)
         accelerator.clip_grad_norm_ = self._clip_call
+        wrap(accelerator, "clip_grad_value_", before=self._before_clip_value)
         self._hook_checkpoints()
         self._start()
 
@@ -167,6 +168,18 @@ class LoopAttachment(Attachment):
             clipper = self.clipper_of(model)
             return clipper.view.measure(clipper.config.gradient.needs).total
         return self.clip(model)
+
+    def _before_clip_value(self, parameters: Any, clip_value: float) -> None:
+        """Say once that a loop clips elements itself, before a strategy or after it."""
+        if not self._said_value and self._is_main:
+            self._said_value = True
+            logger.warning(
+                "accelerator.clip_grad_value_(clip_value=%s): it clips beside the strategy. Called before it, it hides "
+                "from the strategy, and from the record, how large the gradients were. Leave it out, or put it at the "
+                "end of the spec: +value:max_value=%s.",
+                clip_value,
+                clip_value,
+            )
 
     def _model_of(self, parameters: Iterable[Tensor]) -> nn.Module:
         """The prepared model whose trainable parameters these are.

@@ -284,3 +284,23 @@ class TestWordsForSmallThings:
             p.grad = torch.ones_like(p)
         clipper.step()
         assert "the statistics of adaptive_norm+value start anew" in caplog.text
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_clip_of_elements_beside_the_strategy_is_said_once(auto, caplog) -> None:
+    accelerator = Accelerator(cpu=True)
+    attachment = attach(accelerator, "none", auto=auto)
+    model = torch.nn.Linear(4, 4)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        accelerator.backward(model(torch.ones(8, 4)).square().sum())
+        accelerator.clip_grad_value_(model.parameters(), clip_value=1e-4)
+        if not auto:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert attachment.scalars()["clip/norm_max"] <= 1e-4 * 20**0.5 * 1.001, "of what the loop left"
+    said = [r.message for r in caplog.records if "clip_grad_value_" in r.message]
+    assert len(said) == 1
+    assert "clip_value=0.0001" in said[0]
+    assert "+value:max_value=0.0001" in said[0]
