@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run")
     replay.add_argument("--clip", action="append", default=[], metavar="SPEC", help=help_of_clip)
     replay.add_argument("--place", choices=["gradient", "update"], default="gradient", help="which norms")
-    replay.add_argument("--out", type=Path, default=None, help="the picture; RUN/gradclip/replay.png if left out")
+    replay.add_argument("--out", type=Path, default=None, help="a folder, or the picture; RUN/gradclip if left out")
     replay.set_defaults(run_command=_replay)
 
     suggest = commands.add_parser("suggest", help="a threshold for a wanted share of clipped steps")
@@ -140,7 +140,9 @@ def _replay(args: argparse.Namespace) -> None:
         if run.spec == record.meta["spec"] and not record.earlier:
             say("", f"What was recorded is {run.spec}: its scales differ by {difference(record, run):.1e} at most.")
     say("", LIMIT_OF_REPLAY)
-    path = args.out or folder_of(args.run) / "replay.png"
+    path = args.out or folder_of(args.run)
+    if path.is_dir() or not path.suffix:
+        path /= "replay.png"
     draw_replay(record, found, specs, path)
     print(path)
 
@@ -152,9 +154,10 @@ def _suggest(args: argparse.Namespace) -> None:
     from hf_gradclip.analysis.terminal import say, show_table
     from hf_gradclip.record.files import read_record
 
-    outcomes = suggest(read_record(args.run), args.rate)
+    record = read_record(args.run)
+    outcomes = suggest(record, args.rate)
     show_table(COLUMNS, outcome_rows(outcomes), f"To clip {args.rate:.1%} of the steps:")
-    say("", *misses(outcomes, args.rate), LIMIT_OF_REPLAY)
+    say("", *misses(outcomes, args.rate, int(record.finite_T.sum())), LIMIT_OF_REPLAY)
 
 
 def _watch(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_gradclip.analysis.run import Run, by_parameter, clipped_steps
+from hf_gradclip.analysis.run import Run, by_parameter, clipped_steps, threshold_of_norm
 from hf_gradclip.record.files import Record
 from hf_gradclip.say import printable
 
@@ -133,8 +133,8 @@ def draw_rate(figure: Any, runs: Sequence[Run], narrow: bool) -> None:
 def _norm_lines(axes: Any, record: Record, style: dict[str, str], name: str, many: bool, first: bool) -> None:
     norms = np.where(record.finite_T & (record.norm_T > 0), record.norm_T, np.nan)
     _overlay(axes, *thin(record.step_T, norms), style, name, many)
-    if not many and np.isfinite(record.threshold_T).any():
-        found = thin(record.step_T, record.threshold_T, np.nanmin)
+    if not many and np.isfinite(threshold_T := threshold_of_norm(record)).any():
+        found = thin(record.step_T, threshold_T, np.nanmin)
         axes.plot(*found, color=COLORS[1], linewidth=1.3, label="threshold")
     broken = ~record.finite_T
     if broken.any():

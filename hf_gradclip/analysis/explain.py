@@ -119,6 +119,8 @@ def _limits(strategy: Strategy) -> str:
     if strategy.per_parameter:
         said.append("refused under FSDP1 and with fold=True, since it treats parameters apart")
     if strategy.bounds:
+        if not strategy.per_parameter:
+            said.append("refused with fold=True")
         said.append("last in a chain and without replay, since the norm after it is not known")
     elif strategy.needs.units is not None or strategy.needs.max_abs:
         said.append("no replay of a record, which holds norms by parameter")

@@ -9,7 +9,7 @@ import numpy as np
 from hf_gradclip.analysis.heat import broken_tensors
 from hf_gradclip.analysis.names import is_factor, plain
 from hf_gradclip.analysis.replay import spec_recorded
-from hf_gradclip.analysis.run import Run, by_config, by_parameter, clipped_steps, total_scale
+from hf_gradclip.analysis.run import Run, by_config, by_parameter, clipped_steps, threshold_of_norm, total_scale
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import Record
 from hf_gradclip.record.spikes import KEPT
@@ -21,7 +21,7 @@ MOST_NAMES = 5
 
 @dataclass(frozen=True)
 class Tensor:
-    """A parameter over the run.
+    """A parameter over the run, from when it was trained.
 
     Args:
         name: of the parameter.
@@ -49,24 +49,26 @@ def tensors_of(record: Record) -> list[Tensor]:
     finite = record.finite_T
     if not finite.any():
         return []
-    measured, scales = record.norm_TP[finite].astype(np.float64), record.scale_TP[finite]
-    norms = np.nan_to_num(measured)  # NaN where a parameter was not there yet
-    totals = np.maximum((norms**2).sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    shares = np.median(norms**2 / totals, axis=0)
-    largest = norms.argmax(axis=0)
-    found = [
-        Tensor(
+    norm_TP, scale_TP = record.norm_TP[finite].astype(np.float64), record.scale_TP[finite]
+    step_T = record.step_T[finite]
+    totals_T = np.maximum(np.nansum(norm_TP**2, axis=1), np.finfo(np.float64).tiny)
+    found = []
+    for p, name in enumerate(record.names):
+        there = ~np.isnan(norm_TP[:, p])  # not before a parameter was trained
+        if not there.any():
+            continue
+        norms, scales = norm_TP[there, p], scale_TP[there, p]
+        tensor = Tensor(
             name=name,
-            median_norm=float(np.median(norms[:, p])),
-            largest_norm=float(norms[largest[p], p]),
-            largest_step=int(record.step_T[finite][largest[p]]),
-            share=float(shares[p]),
-            clipped=float((scales[:, p] < 1).mean()),
-            smallest_scale=float(scales[:, p].min()),
-            zeros=int((measured[:, p] == 0).sum()),
+            median_norm=float(np.median(norms)),
+            largest_norm=float(norms.max()),
+            largest_step=int(step_T[there][norms.argmax()]),
+            share=float(np.median(norms**2 / totals_T[there])),
+            clipped=float((scales < 1).mean()),
+            smallest_scale=float(scales.min()),
+            zeros=int((norms == 0).sum()),
         )
-        for p, name in enumerate(record.names)
-    ]
+        found.append(tensor)
     return sorted(found, key=lambda tensor: -tensor.largest_norm)
 
 
@@ -105,7 +107,8 @@ def _rate(record: Record, what: str) -> str:
     clipped, scale = clipped_steps(record)[finite], total_scale(record)[finite]
     count = f"The {what} was clipped in {clipped.sum():,} of {finite.sum():,} steps ({clipped.mean():.0%})"
     if not clipped.any():
-        known = record.threshold_T[np.isfinite(record.threshold_T)]
+        threshold_T = threshold_of_norm(record)
+        known = threshold_T[np.isfinite(threshold_T)]
         margin = f" The largest norm was {record.norm_T[finite].max():.3g}"
         return f"{count}.{margin}{f', the threshold at least {known.min():.3g}.' if len(known) else '.'}"
     if record.bounded_T[finite].any():
@@ -119,8 +122,9 @@ def _rate(record: Record, what: str) -> str:
     rate = clipped[late].mean() if late.any() else clipped.mean()
     if by_parameter(record):
         share = (record.scale_TP[finite] < 1).mean()
-        above = (record.norm_T > record.threshold_T)[finite].sum()
-        known = np.isfinite(record.threshold_T[finite]).any()
+        threshold_T = threshold_of_norm(record)
+        above = (record.norm_T > threshold_T)[finite].sum()
+        known = np.isfinite(threshold_T[finite]).any()
         whole = f" The norm of the whole was above its threshold in {above:,} steps." if known else ""
         usual = (
             " Many clipped steps are usual with agc: it limits single rows, some in most steps."
@@ -186,7 +190,7 @@ def _spikes(run: Run) -> list[str]:
     rows = {int(step): row for row, step in enumerate(record.step_T)}
     known = [rows[spike["step"]] for spike in run.spikes if spike["step"] in rows]
     finite = [row for row in known if record.finite_T[row] and not record.skipped_T[row]]
-    caught = [row for row in finite if scale[row] < 1]
+    caught = [row for row in finite if scale[row] < 1 or record.bounded_T[row]]
     steps = ", ".join(str(spike["step"]) for spike in run.spikes[:MOST_NAMES])
     more = f" and {len(run.spikes) - MOST_NAMES} more" if len(run.spikes) > MOST_NAMES else ""
     one = len(run.spikes) == 1
@@ -197,9 +201,11 @@ def _spikes(run: Run) -> list[str]:
         return [f"{said}."]
     if not caught:
         return [f"{said}; {'it was not' if one else 'none was'} clipped."]
+    count = "it was" if one else "all were" if len(caught) == len(run.spikes) else f"{len(caught)} were"
+    if any(record.bounded_T[row] for row in caught):
+        return [f"{said}; {count} clipped, single elements too, so the norm after it is not known."]
     hardest = min(float(scale[row]) for row in caught)
     how = f"to {hardest:.2g} of its norm" if len(caught) == 1 else f"the hardest to {hardest:.2g} of its norm"
-    count = "it was" if one else "all were" if len(caught) == len(run.spikes) else f"{len(caught)} were"
     return [f"{said}; {count} clipped, {how}."]
 
 

@@ -68,10 +68,11 @@ def _span(first: str, last: str) -> str:
 def broken_tensors(record: Record) -> np.ndarray:
     """Which tensors had a NaN or inf in which step, bool, shape (T, P).
 
-    A step that a loss scaler dropped has none: nothing was measured of its tensors.
+    A step that a loss scaler dropped has none: nothing was measured of its tensors. Nor has one that was not trained
+    yet, which has no scale either.
     """
     unmeasured_T = np.isinf(record.norm_T) & np.isnan(record.norm_TP).all(axis=1)
-    broken_TP = ~record.finite_T[:, None] & ~np.isfinite(record.norm_TP)
+    broken_TP = ~record.finite_T[:, None] & ~np.isfinite(record.norm_TP) & ~np.isnan(record.scale_TP)
     return np.asarray(broken_TP & ~unmeasured_T[:, None])
 
 

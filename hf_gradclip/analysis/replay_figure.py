@@ -11,6 +11,7 @@ import numpy as np
 
 from hf_gradclip.analysis.curves import COLORS, DARK, DASHES, GREY, label, legend_above, logarithmic, plainly, thin
 from hf_gradclip.analysis.replay import Replay
+from hf_gradclip.analysis.run import limits_norm
 from hf_gradclip.analysis.svg import settings
 from hf_gradclip.record.files import Record
 
@@ -41,7 +42,7 @@ def draw_panels(figure: Any, record: Record, found: Sequence[Replay], specs: Seq
             "linewidth": 1.2,
             "label": label("\n".join(textwrap.wrap(spec.replace("+", " + "), 60))),
         }
-        known = np.isfinite(run.threshold_T).any()
+        known = limits_norm(run.spec) and np.isfinite(run.threshold_T).any()
         top.plot(*(thin(steps, run.threshold_T, np.nanmin) if known else ([], [])), **style)
         with np.errstate(invalid="ignore", divide="ignore"):
             scale = np.sqrt((squares * run.scale_TP**2).sum(axis=1) / squares.sum(axis=1))

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradclip.config import ClipConfig
 from hf_gradclip.record.files import FOLDER, Record, folder_of, read_record
-from hf_gradclip.record.parts import parts_of
+from hf_gradclip.record.parts import parts_of as files_of
 from hf_gradclip.record.spikes import read_spike
+from hf_gradclip.spec import is_own
+from hf_gradclip.strategy import SpecError, parts_of
 
 UPDATE = "update"
 
@@ -48,7 +51,7 @@ def load_run(path: Path) -> Run:
     folder = folder_of(path)
     whole = folder.resolve()
     name = whole.parent.name if whole.name == FOLDER else whole.name
-    update = read_record(folder, UPDATE) if parts_of(folder, UPDATE) else None
+    update = read_record(folder, UPDATE) if files_of(folder, UPDATE) else None
     return Run(name, folder, read_record(folder), update, *_spikes(folder))
 
 
@@ -93,6 +96,32 @@ def by_parameter(record: Record) -> bool:
     """Whether the parameters of a step were scaled apart."""
     scales = np.where(record.norm_TP > 0, record.scale_TP, np.nan)[record.finite_T & (record.norm_T > 0)]
     return bool(len(scales) and (np.nanmax(scales, axis=1) - np.nanmin(scales, axis=1) > 1e-6).any())
+
+
+def threshold_of_norm(record: Record) -> np.ndarray:
+    """Where each step begins to clip by the norm of the whole, shape (T,).
+
+    NaN where the threshold is of something else: of each parameter or element, or of what an earlier part of a chain
+    has left of the norm.
+    """
+    return np.concatenate(
+        [
+            part.threshold_T if limits_norm(part.meta["spec"]) else np.full(len(part), np.nan)
+            for part in (by_config(record) if record.earlier else [record])
+        ]
+    )
+
+
+def limits_norm(spec: str) -> bool:
+    """Whether the threshold of a strategy, where it has one, is one for the norm of the whole.
+
+    A class of somebody's own is not asked, since a record may name it, and is taken to be.
+    """
+    try:
+        part = parts_of(ClipConfig.parse(spec).gradient)[0] if is_own(spec) else None
+    except SpecError:
+        part = None
+    return part is None or not (part.per_parameter or part.bounds or part.needs.max_abs or part.needs.units is not None)
 
 
 def configs_of(record: Record) -> str:

@@ -9,12 +9,14 @@ import numpy as np
 
 from hf_gradclip.analysis.replay import Outcome, outcome_of, replay, strategy_for_replay
 from hf_gradclip.record.files import Record
+from hf_gradclip.strategy import name_of
 
 ROUNDS = 12
 NEAR = 0.02
 """A share that is within this part of the wanted one is the wanted one."""
 PERCENTILES = (0.01, 100.0)
 Z_RANGE = (0.1, 10.0)
+OTHERWISE = "Set its other fields, or take one of the others."
 
 
 def suggest(record: Record, rate: float) -> list[Outcome]:
@@ -44,19 +46,30 @@ def suggest(record: Record, rate: float) -> list[Outcome]:
     ]
 
 
-def misses(outcomes: list[Outcome], rate: float) -> list[str]:
-    """A sentence for each strategy that clips another share than was wanted, by more than a quarter of it."""
+def misses(outcomes: list[Outcome], rate: float, steps: int) -> list[str]:
+    """A sentence for each strategy that clips another share than was wanted, by more than a quarter of it.
+
+    Args:
+        outcomes: what was found.
+        rate: the wanted share.
+        steps: how many there are with a finite norm.
+    """
     return [
         f"{outcome.spec.partition(':')[0]} comes no nearer than {outcome.rate:.1%} with these norms: "
-        + (
-            "it also clips while it warms up or the level of the norm moves. "
-            if outcome.rate > rate
-            else "it follows norms that fall, and few stand out above it. "
-        )
-        + "Set its other fields, or take one of the others."
+        + _why(outcome, rate, steps)
         for outcome in outcomes
         if abs(outcome.rate - rate) > rate / 4
     ]
+
+
+def _why(outcome: Outcome, rate: float, steps: int) -> str:
+    if abs(outcome.rate - rate) * steps < 1:
+        return f"one step of {steps:,} is {1 / steps:.1%}. Record a longer run, or give a higher --rate."
+    if name_of(strategy_for_replay(outcome.spec)) == "global_norm":
+        return "it clips norms that are alike together, and those below 1e-6 in any case. Take one of the others."
+    if outcome.rate > rate:
+        return f"it also clips while it warms up or the level of the norm moves. {OTHERWISE}"
+    return f"few norms lie above those that it follows. {OTHERWISE}"
 
 
 def of_the_whole(record: Record) -> Record:
@@ -81,7 +94,7 @@ def _nearest(record: Record, rate: float, spec: str, ends: tuple[float, float], 
     share, meets the wanted one; and in the bracket's middle where the last one moved the same end as the one before.
     """
     tried: list[Outcome] = []
-    fewest = 0.5 / len(record)  # stands for no step at all
+    fewest = min(1 / len(record), rate) / 2  # stands for no step at all
     (low, high), side = ends, 0
     above, below = -log(rate), log(fewest / rate)
     at = guess

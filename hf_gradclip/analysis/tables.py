@@ -63,12 +63,13 @@ def summary_rows(runs: Iterable[Run]) -> list[tuple[str, ...]]:
     for run in runs:
         record = run.gradient
         norms, losses = record.norm_T[record.finite_T], record.loss_T[np.isfinite(record.loss_T)]
+        known = len(norms) and not record.bounded_T.any()  # the norm after a bound on elements is not
         rows.append(
             (
                 run.name,
                 f"{len(record):,}",
                 f"{clipped_steps(record).sum() / max(record.finite_T.sum(), 1):.1%}",
-                f"{total_scale(record)[record.finite_T].mean():.3f}" if len(norms) else "-",
+                f"{total_scale(record)[record.finite_T].mean():.3f}" if known else "-",
                 f"{np.median(norms):.4g}" if len(norms) else "-",
                 f"{norms.max():.4g}" if len(norms) else "-",
                 f"{len(run.spikes)}" + " or more" * (len(run.spikes) == KEPT),

@@ -22,6 +22,8 @@ from hf_gradclip.say import printable
 
 BARS = "▁▂▃▄▅▆▇█"
 LAST, MOST_SPIKES = 100, 5
+DAY = 86_400
+"""Of seconds, the longest wait between looks."""
 MOST_BLOCKS, INDENT = 60, 15
 
 
@@ -114,8 +116,8 @@ def watch(path: Path, every: float, once: bool, rounds: Iterator[Any] | None = N
         ImportError: without rich, unless `once`.
         ValueError: for no time between looks.
     """
-    if not every > 0:
-        raise ValueError(f"--every {every:g}: must be seconds, above 0. 2 is what is left out.")
+    if not 0 < every <= DAY:
+        raise ValueError(f"--every {every:g}: must be seconds, above 0 and at most a day. 2 is what is left out.")
     looks = Watch(path)
 
     def lines() -> list[str]:

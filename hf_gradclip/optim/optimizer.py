@@ -210,15 +210,17 @@ class ClippedOptimizer(Optimizer, ABC):
 
         return self.clipper.decide(loss, measure), jobs
 
-    def _judged(self, loss: Any) -> Tensor | None:
-        """The loss for a strategy that judges it."""
+    def _judged(self, loss: Any) -> Any:
+        """The loss for a strategy that judges it; else only where it is a tensor, for the record."""
         assert self.clipper is not None
-        if loss is None and self.clipper.config.gradient.needs.loss:
+        if not self.clipper.config.gradient.needs.loss:
+            return loss if isinstance(loss, Tensor) else None
+        if loss is None:
             raise ValueError(
                 f"{type(self).__name__}(clip={describe(self.clipper.config.gradient)!r}): judges the loss, so give "
                 "step() a closure that computes it."
             )
-        return loss if isinstance(loss, Tensor) else None
+        return loss
 
     def _watches_all(self) -> bool:
         """False after a group was added, or a wrapper (FSDP2 by Accelerate) put other parameters into the groups."""

@@ -17,7 +17,7 @@ def insist_on_options(name: str, defaults: dict[str, Any]) -> None:
         ValueError: with the call, the value and the rule; for an option that chooses among torch's own implementations.
     """
     for key in ("foreach", "fused", "capturable", "differentiable"):
-        if defaults.get(key) not in (None, key == "foreach"):
+        if defaults.get(key) not in (None, False, key == "foreach"):
             raise ValueError(
                 f"{name}({key}={defaults[key]}): is torch's; here the device and the dtype say what serves. Leave "
                 f"{key} out, or use torch.optim.{name}."

@@ -158,7 +158,7 @@ class Recorder:
             "learning_rate": np.array([float(note["learning_rate"]) for note in notes]),
             "norm": total,
             "threshold": threshold,
-            "finite": finite > 0,
+            "finite": (finite > 0) | (np.isnan(finite) & np.isfinite(total)),  # NaN: nobody asked, the step is void
             "skipped": skipped > 0,
             "bounded": bounded[:, 0] > 0,
             "scale_max": largest[:, 0],

@@ -77,7 +77,7 @@ class AdaGC(Strategy):
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self, "lambda_rel", lambda v: v > 0, "must be > 0. The paper uses 1.04.")
+        require(self, "lambda_rel", lambda v: 0 < v < float("inf"), "must be > 0. The paper uses 1.04.")
         require(self, "beta", lambda v: 0 <= v < 1, "must be in [0, 1). The paper uses 0.99.")
         require(self, "warmup_steps", lambda v: v >= 1, "must be >= 1. The paper uses 100.")
         require(self, "max_norm", lambda v: v > 0, "must be > 0. The paper uses 1.0; inf is no fixed limit.")

@@ -15,7 +15,7 @@ class AdaptiveNorm(Strategy):
 
     Median and spread are of the logarithms of the last 64 norms, see `hf_gradclip.outlier` for the rule. A norm three
     times the median is the least that can stand out, and in the first 16 steps eight times. From the third step on
-    the rule protects. A norm that stays at another level is the new level after 32 steps at most. Nothing is to be set,
+    the rule protects. A norm that stays at another level is the new level after 33 steps at most. Nothing is to be set,
     and the norm's own unit does not matter: norms times a constant are clipped alike.
 
     Example:

@@ -94,6 +94,7 @@ class Normalize(Strategy):
             mean_S = size_S = _entered(state.mean_S, torch.minimum(norm_S, cap_S), self.gamma1, seen_S, present_S)
         else:
             mean_S = _entered(state.mean_S, norm_S, self.gamma1, seen_S, present_S)
+            square_S = torch.where(square_S > 0, square_S, state.mean_S.square())  # of a state that `to="mean"` made
             square_S = _entered(square_S, stats.sumsq_S, self.gamma2, seen_S, present_S)
             size_S = mean_S / square_S.sqrt()
         scale_S = torch.where(present_S, (size_S / norm_S).clamp(max=self.max_scale), 1.0)

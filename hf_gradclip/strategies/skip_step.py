@@ -45,11 +45,12 @@ class SkipStep(Strategy):
     moment, decay or counter moves. Clipping is left to others: `skip_step+zclip`.
 
     The published rule is kept, with its holes closed. A NaN or inf is kept out of the window, where it would skip every
-    step for `window` steps. A skipped value enters the window as the limit that it broke, else one loud step would let
-    the next one pass; from the third in a row on it enters as it is, so that a lasting change of level is accepted
-    after a few steps. Before `min_values` are known, from the third step on, a norm is skipped that stands out by the
-    rule of `adaptive_norm`, three times in a row at most. The deviation is at least `min_sigma` * mean, so that
-    constant values do not make every change an outlier. The window is saved with the checkpoint.
+    step for `window` steps, and so is a norm of 0, of which many would skip every other step. A skipped value enters
+    the window as the limit that it broke, else one loud step would let the next one pass; from the third in a row on it
+    enters as it is, so that a lasting change of level is accepted after a few steps. Before `min_values` are known,
+    from the third step on, a norm is skipped that stands out by the rule of `adaptive_norm`, three times in a row at
+    most. The deviation is at least `min_sigma` * mean, so that constant values do not make every change an outlier. The
+    window is saved with the checkpoint.
 
     Args:
         window: values remembered; >= 2.
@@ -79,13 +80,13 @@ class SkipStep(Strategy):
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self, "window", lambda v: v >= 2, "must be >= 2. OLMo uses 128.")
-        require(self, "sigmas", lambda v: v > 0, "must be > 0. OLMo uses 6.")
+        require(self, "window", lambda v: 2 <= v <= 1_000_000, "must be from 2 to 1000000. OLMo uses 128.")
+        require(self, "sigmas", lambda v: 0 < v < float("inf"), "must be > 0. OLMo uses 6.")
         require(
             self, "min_values", lambda v: 2 <= v <= self.window, f"must be 2 to window ({self.window}). OLMo uses 64."
         )
         require(self, "on", lambda v: v in ("norm", "loss", "both"), "must be norm, loss or both.")
-        require(self, "min_sigma", lambda v: v >= 0, "must be >= 0. The default is 0.05.")
+        require(self, "min_sigma", lambda v: 0 <= v < float("inf"), "must be >= 0. The default is 0.05.")
 
     @property
     def needs(self) -> Needs:
@@ -110,14 +111,16 @@ class SkipStep(Strategy):
             limit = torch.where(state.norms_seen < self.min_values, begin, limit)
             skip = skip | ~(norm <= limit)
             threshold = limit.exp() if self.log_norm else limit
-            norms, norms_seen = self._enter(norm, limit, state.row, state.norms, state.norms_seen)
+            known = norm.isfinite() & (stats.total > 0)
+            norms, norms_seen = self._enter(norm, limit, state.row, state.norms, state.norms_seen, known)
             state = state._replace(norms=norms, norms_seen=norms_seen, past=past)
         if self.on != "norm":
             assert stats.loss is not None  # needs says so
             limit = self._limit(state.losses, state.losses_seen, False)
             limit = torch.where(state.losses_seen < self.min_values, float("inf"), limit)
             skip = skip | ~(stats.loss <= limit)
-            losses, losses_seen = self._enter(stats.loss, limit, state.row, state.losses, state.losses_seen)
+            known = stats.loss.isfinite()
+            losses, losses_seen = self._enter(stats.loss, limit, state.row, state.losses, state.losses_seen, known)
             state = state._replace(losses=losses, losses_seen=losses_seen)
         plan = ClipPlan(stats.sumsq_S.new_ones(()), threshold=threshold, skip=skip)
         return plan, state._replace(row=(state.row + 1) * skip)
@@ -131,9 +134,10 @@ class SkipStep(Strategy):
         least = self.min_sigma * (torch.ones_like(mean) if log else mean.abs())
         return mean + self.sigmas * torch.maximum(sigma, least)
 
-    def _enter(self, value: Tensor, limit: Tensor, row: Tensor, ring: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The ring with a value in it if it is finite, and how many were ever written."""
+    def _enter(
+        self, value: Tensor, limit: Tensor, row: Tensor, ring: Tensor, seen: Tensor, written: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The ring with a value in it if it is to be `written`, and how many ever were."""
         place = torch.arange(self.window, device=ring.device)
-        written = value.isfinite()
         entered = torch.where(row < ALONE - 1, torch.minimum(value, limit), value)
         return torch.where(written & (place == seen % self.window), entered, ring), seen + written

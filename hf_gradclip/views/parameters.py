@@ -110,8 +110,9 @@ class Parameters(Here):
         """See Here."""
         if self._places is None:
             axes = {} if self._cuts is None else self._cuts.by_axes()
+            last = len(self.layout) - 1  # an empty matrix has no units, and so no segment of its own
             numbered = enumerate(zip(self._trainable.parameters, self._first, strict=True))
-            self._places = {id(p): (first, axes.get(i)) for i, (p, first) in numbered}
+            self._places = {id(p): (min(first, last), axes.get(i)) for i, (p, first) in numbered}
         return self._places
 
     def measure(self, needs: Needs, rescale: bool) -> NormStats:

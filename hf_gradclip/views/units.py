@@ -1,7 +1,7 @@
 """Which axes of a parameter count its units, the weights of one output each.
 
-That depends on the layer: `nn.Linear` and `nn.Embedding` have a unit per row, the `Conv1D` of GPT-2 one per column, a
-convolution one per output channel, fused experts of shape (experts, out, in) one per expert and row.
+That depends on the layer: `nn.Linear` and `nn.Embedding` have a unit per row, the `Conv1D` of GPT-2 one per column,
+convolutions and `nn.Bilinear` one per output, fused experts of shape (experts, out, in) one per expert and row.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _matrix_axes(layer: nn.Module | None, name: str, ndim: int, axis: int | None
         return (0,)
     if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return (1,)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or ndim > 3:
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Bilinear)) or ndim > 3:
         return (0,)
     if axis is None:  # transformers' Conv1D, and the experts of GPT-OSS, store (in, out)
         axis = int(type(layer).__name__ == "Conv1D" or getattr(layer, "is_transposed", None) is True)

@@ -9,9 +9,10 @@ import torch
 from hf_gradclip.analysis.ready import READY, ready_of
 from hf_gradclip.analysis.replay import difference, outcome_of, replay, strategy_for_replay
 from hf_gradclip.analysis.suggest import misses, suggest
+from hf_gradclip.cli import main
 from hf_gradclip.strategy import SpecError
 from hf_gradclip.types import Layout, NormStats
-from tests.analysis.records import norms_of, record_by_hand, recorded
+from tests.analysis.records import norms_of, record_by_hand, recorded, save
 from tests.strategies.past import Past
 
 SPECS = (
@@ -135,7 +136,7 @@ def test_a_suggestion_clips_about_the_wanted_share(rate) -> None:
     assert limit.rate == pytest.approx(rate, abs=0.01)
     assert z.rate == pytest.approx(rate, abs=0.02)
     assert percentile.rate == pytest.approx(rate, abs=0.02)
-    assert misses(found, rate) == []
+    assert misses(found, rate, 400) == []
 
 
 def test_a_share_that_cannot_be_reached_is_said() -> None:
@@ -144,9 +145,28 @@ def test_a_share_that_cannot_be_reached_is_said() -> None:
     found = limit, _, z = suggest(record, 0.05)
     assert limit.rate == pytest.approx(0.05, abs=0.01)
     assert z.rate == 2 / 200
-    said = misses(found, 0.05)
+    said = misses(found, 0.05, 200)
     assert said[-1].startswith(f"zclip comes no nearer than {z.rate:.1%} with these norms")
     assert not any(sentence.startswith("global_norm") for sentence in said)
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(1, 0.05), (5, 0.05), (9, 0.05), (30, 0.001), (120, 0.001)])
+def test_a_run_that_is_too_short_for_a_share_says_so(steps, rate) -> None:
+    found = suggest(record_by_hand(norms_of()[:steps]), rate)
+    assert 0.1 <= float(found[2].spec.partition("z_threshold=")[2]) <= 10
+    assert 0 < float(found[1].spec.partition("percentile=")[2]) <= 100
+    near = [outcome for outcome in found if rate / 4 < abs(outcome.rate - rate) < 1 / steps]
+    assert near
+    said = misses(near, rate, steps)
+    assert all(f"one step of {steps} is {1 / steps:.1%}. Record a longer run" in sentence for sentence in said)
+
+
+def test_norms_that_are_alike_are_said_to_be_clipped_together() -> None:
+    norms = np.full((100, 4), 0.5)
+    (said, *_) = misses(suggest(record_by_hand(norms), 0.05), 0.05, 100)
+    assert said.startswith("global_norm comes no nearer than 100.0%")
+    assert "alike" in said
+    assert "warms up" not in said
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -1.0, 5.0])
@@ -239,3 +259,12 @@ class TestReady:
         found = ready_of(record_by_hand(norms_of(120)))
         assert found.replays == ()
         assert len(found.fixed) > 20
+
+
+def test_the_picture_goes_into_a_folder_or_a_file(tmp_path, capsys) -> None:
+    save(record_by_hand(norms_of()), tmp_path / "run")
+    (tmp_path / "there").mkdir()
+    for out, file in (("there", "there/replay.png"), ("new", "new/replay.png"), ("x.png", "x.png"), ("x.svg", "x.svg")):
+        assert main(["replay", str(tmp_path / "run"), "--clip", "zclip", "--out", str(tmp_path / out)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / file)
+        assert (tmp_path / file).stat().st_size > 1000

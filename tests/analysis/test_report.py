@@ -416,3 +416,51 @@ def test_many_examples_are_cut_short() -> None:
     (row,) = spike_rows(run_of(record_by_hand(norms_of()), [spike(61, examples=list(range(40)), z="inf", loss=None)]))
     assert row[2:4] == ("inf", "-")
     assert row[5].endswith("11 and 28 more")
+
+
+def test_a_spike_that_was_bounded_is_not_said_to_be_unclipped() -> None:
+    bounded = np.arange(120) == 60
+    record = record_by_hand(norms_of(), bounded_T=bounded, meta={**record_by_hand(norms_of()).meta, "spec": "value"})
+    said = findings(run_of(record, [spike(61)]))
+    assert "it was clipped, single elements too, so the norm after it is not known." in " ".join(said)
+    assert summary_rows([run_of(record)])[0][SUMMARY_COLUMNS.index("mean scale")] == "-"
+
+
+@pytest.mark.parametrize(
+    ("spec", "of_norm"),
+    [
+        ("adaptive_norm", True),
+        ("global_norm:max_norm=0.1", True),
+        ("adaptive_norm+agc", True),
+        ("none", True),
+        ("agc+adaptive_norm", False),
+        ("param_norm:max_norm=0.1", False),
+        ("value:max_value=0.1", False),
+        ("global_norm:max_norm=0.1,norm_type=inf", False),
+        ("somebody.elses.Class", True),
+    ],
+)
+def test_a_threshold_of_something_else_is_not_compared_with_the_norm(spec, of_norm) -> None:
+    made = record_by_hand(norms_of())
+    threshold = {"threshold_T": np.full(120, 0.1), "meta": {**made.meta, "spec": spec}}
+    said = findings(run_of(replace(made, **threshold)))[0]
+    assert ("the threshold at least 0.1" in said) == of_norm
+    scales = np.ones_like(norms_of())
+    scales[:, 0] = 0.5
+    said = findings(run_of(replace(record_by_hand(norms_of(), scales), **threshold)))[0]
+    assert ("above its threshold in 120 steps" in said) == of_norm
+
+
+def test_a_tensor_counts_from_when_it_was_trained() -> None:
+    """A NaN before that is not in it, and what it is like is not known then."""
+    norms, scales = norms_of(), np.ones_like(norms_of())
+    norms[:20, :2] = scales[:20, :2] = np.nan
+    norms[5, 2] = np.nan
+    scales[40, 0] = 0.5
+    finite = np.arange(120) != 5
+    record = record_by_hand(norms, scales, finite_T=finite, skipped_T=~finite)
+    assert f"In step 6 it was in 1 of 4 tensors: {NAMES[2]}." in findings(run_of(record))
+    late = next(tensor for tensor in tensors_of(record) if tensor.name == NAMES[0])
+    assert (late.smallest_scale, late.clipped) == (0.5, pytest.approx(1 / 100))
+    assert late.median_norm == pytest.approx(np.median(norms[20:, 0]))
+    assert not heat_of(record).broken_RB[:2].any()

@@ -110,8 +110,9 @@ def test_the_command(tmp_path, capsys, monkeypatch) -> None:
     assert main(["watch", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said == "hf-gradclip watch: needs rich: pip install 'hf_gradclip[report]'. Or look once: watch RUN --once.\n"
-    assert main(["watch", str(tmp_path), "--every", "0"]) == 2
-    assert "must be seconds, above 0" in capsys.readouterr().err
+    for every in ("0", "inf", "1e30", "nan"):
+        assert main(["watch", str(tmp_path), "--every", every]) == 2
+        assert "must be seconds, above 0" in capsys.readouterr().err
 
 
 def test_the_screen_is_drawn_anew(tmp_path, monkeypatch) -> None:

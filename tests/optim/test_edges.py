@@ -116,3 +116,37 @@ def test_an_empty_parameter_is_not_clipped() -> None:
     p.grad, empty.grad = torch.full((4,), 0.1), torch.zeros(0)
     optimizer.step()
     assert optimizer.update_clipper.report.summary()["clipped"] == 0
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD])
+@pytest.mark.parametrize("clip", ["adaptive", "agc", "adaptive_norm"])
+def test_an_empty_matrix_at_the_end_steps_along(make, clip) -> None:
+    net = nn.ModuleDict({"full": nn.Linear(4, 5), "empty": nn.Linear(3, 0, bias=False)})
+    twin = copy.deepcopy(net)
+    ours = make(net.named_parameters(), lr=0.1, clip=clip)
+    clipper = Clipper.for_model(twin, clip)
+    theirs = getattr(torch.optim, make.__name__)(twin.parameters(), lr=0.1)
+    for step in range(3):
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.full_like(p, 1.0 + step)
+            q.grad = p.grad.clone()
+        clipper.step()
+        theirs.step()
+        ours.step()
+    torch.testing.assert_close(net.full.weight, twin.full.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_closure_may_give_the_loss_as_a_number() -> None:
+    net = nn.Linear(3, 2)
+    optimizer = optim.SGD(net.named_parameters(), lr=0.1, clip="skip_step:on=loss,window=8,min_values=4")
+
+    def closure(loss: float) -> float:
+        optimizer.zero_grad()
+        net(torch.ones(1, 3)).sum().backward()
+        return loss
+
+    for loss in (1.0, 1.1, 0.9, 1.0, 1.1, 50.0):
+        assert optimizer.step(lambda loss=loss: closure(loss)) == loss
+    assert optimizer.clipper.report.summary()["skipped"] == 1
+    with pytest.raises(TypeError, match="must be one number"):
+        optimizer.step(lambda: closure("much"))

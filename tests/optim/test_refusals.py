@@ -12,7 +12,7 @@ from hf_gradclip import optim
 from hf_gradclip.strategy import SpecError
 
 NAMES = ["AdamW", "Adam", "RMSprop", "SGD"]
-TORCH_ONLY = {"fused": True, "foreach": False, "capturable": True, "differentiable": True}
+TORCH_ONLY = {"fused": True, "capturable": True, "differentiable": True}
 LACKING = {("RMSprop", "fused"), ("SGD", "capturable")}
 """Which torch's optimizer of the name does not have either."""
 
@@ -35,7 +35,7 @@ def test_options_of_torch_alone(name: str, option: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_usual_values_of_these_options_are_taken(name: str) -> None:
-    for options in ({"foreach": True}, {"foreach": None, "differentiable": False}):
+    for options in ({"foreach": True}, {"foreach": False}, {"foreach": None, "differentiable": False}):
         getattr(optim, name)([weight()], **options)
 
 

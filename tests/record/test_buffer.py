@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_gradclip import Clipper
+from hf_gradclip import Clipper, optim
 from hf_gradclip.record.buffer import Recorder
 from tests.tiny import SkipThird, tiny_llama
 
@@ -145,3 +146,21 @@ def test_nothing_is_read_before_the_drain() -> None:
     with HostReads() as reads:
         float(decision.stats.total)
     assert reads.count == 1, "the counter sees a read"
+
+
+def test_an_update_whose_step_is_void_is_left_out_and_finite() -> None:
+    """With `skip_sync=False` it is measured before anybody knows that the gradient was left out."""
+    net = nn.Linear(4, 5)
+    optimizer = optim.AdamW(
+        net.named_parameters(), lr=0.01, clip={"gradient": "skip_step", "skip_sync": False}, update_clip="block_rms"
+    )
+    recorder = optimizer.update_clipper.recorder = Recorder()
+    for step in range(12):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p) * (200 if step == 9 else 1)
+        if step == 5:
+            net.bias.grad[0] = float("nan")
+        optimizer.step()
+    found = recorder.drain()
+    assert np.flatnonzero(found["skipped"]).tolist() == [5, 9]
+    assert np.flatnonzero(~found["finite"]).tolist() == [5]

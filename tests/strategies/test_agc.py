@@ -36,6 +36,7 @@ def layers() -> nn.ModuleDict:
         "embedding": nn.Embedding(9, 3),
         "conv1d": nn.Conv1d(3, 4, 2),
         "conv2d": nn.Conv2d(3, 4, 2),
+        "bilinear": nn.Bilinear(3, 4, 5),
         "transposed": nn.ConvTranspose2d(3, 4, 2),
         "experts": Experts(False),
         "transposed_experts": Experts(True),
@@ -48,7 +49,7 @@ def layers() -> nn.ModuleDict:
 
 OTHER_AXES = {
     "linear.weight": (1,), "columns.weight": (0,), "embedding.weight": (1,), "conv1d.weight": (1, 2),
-    "conv2d.weight": (1, 2, 3), "transposed.weight": (0, 2, 3), "experts.weight": (2,),
+    "conv2d.weight": (1, 2, 3), "transposed.weight": (0, 2, 3), "bilinear.weight": (1, 2), "experts.weight": (2,),
     "transposed_experts.weight": (1,),
 }  # fmt: skip
 """Per cut parameter the axes within a unit."""

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from hf_gradclip import ClipConfig, Clipper
 from tests.strategies.past import Past
@@ -114,3 +115,19 @@ def test_the_first_step_is_left_alone_and_a_tensor_in_its_first_too():
 def test_the_preset_has_the_numbers_of_the_paper():
     found = ClipConfig.parse("normalize_paper").gradient
     assert (found.to, found.gamma1, found.gamma2, found.max_scale) == ("ratio", 0.7, 0.9, math.inf)
+
+
+def test_the_ratio_goes_on_from_the_state_of_the_mean() -> None:
+    """The mean of the squares is not in it. The norm after is about 1 at once, as after a run under the ratio alone."""
+    torch.manual_seed(0)
+    model, after = Tiny(), []
+    first, second = Clipper.for_model(model, "normalize"), Clipper.for_model(model, "normalize:to=ratio")
+    for clipper in (first, second):
+        if clipper is second:
+            second.load_state_dict(first.state_dict())
+        for _ in range(60):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape)
+            clipper.step()
+            after.append(max(float(p.grad.norm()) for p in model.parameters()))
+    assert max(after[60:]) < 1.5

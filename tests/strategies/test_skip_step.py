@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_gradclip import ClipConfig, Clipper
+from hf_gradclip.preview import preview
 from hf_gradclip.strategy import SpecError, flatten
 from tests.strategies.past import Past
 from tests.strategies.sequence import NAN, SPIKES, TENSOR_SPIKES, Tiny, gradients, norm_of, set_gradients
@@ -18,6 +19,8 @@ from tests.strategies.sequence import NAN, SPIKES, TENSOR_SPIKES, Tiny, gradient
 
 class Judge:
     """Skip a value above mean + sigmas * deviation of the last `window` finite ones, this one not among them.
+
+    Norms of 0 are not among them either.
 
     Before `min_values` are known a norm is skipped that stands out by the rule of `adaptive_norm`, three times in a row
     at most; a loss is not. The first two values in a row that are skipped are remembered as the limit they broke.
@@ -40,7 +43,7 @@ class Judge:
         if len(self.values) >= self.min_values:
             mean, sigma = np.mean(self.values), np.std(self.values, ddof=1)
             limit = mean + self.sigmas * max(sigma, self.min_sigma * (1.0 if self.log else abs(mean)))
-        if math.isfinite(value):
+        if math.isfinite(value) and (value != 0 or self.log or self.past is None):
             self.values.append(value if row >= 2 else min(value, limit))
         return not value <= limit
 
@@ -283,3 +286,12 @@ def test_with_a_clip_after_it():
 def test_refused_for_an_update(spec):
     with pytest.raises(SpecError, match=r"update=skip_step.*moments have moved.*Put skip_step under 'gradient'"):
         ClipConfig.parse({"gradient": "none", "update": spec})
+
+
+@pytest.mark.parametrize("log_norm", ["true", "false"])
+def test_norms_of_zero_do_not_lock_it_up(log_norm):
+    """As of batches that are masked as a whole: what is learnt between them is not skipped, and a loud step is."""
+    strategy = ClipConfig.parse(f"skip_step:log_norm={log_norm}").gradient
+    sparse = [0.0, 0.0, 0.0, 1.0] * 80
+    assert preview(strategy, sparse) == sparse
+    assert preview(strategy, [*sparse, 50.0])[-1] is None
