@@ -42,6 +42,13 @@ class Lowered:
         _holders[optimizer].add(self)
 
 
+def factor_of(optimizer: Any) -> float:
+    """What the rate of the coming step of an optimizer will be multiplied by; 1 where that is done already."""
+    if optimizer in _kept:
+        return 1.0
+    return min((lowered.factor for lowered in _holders.get(optimizer, ()) if lowered.left), default=1.0)
+
+
 _holders: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Lowered]] = weakref.WeakKeyDictionary()
 """Who lowers the rate of an optimizer."""
 _kept: weakref.WeakKeyDictionary[Any, list[tuple[dict[str, Any], Any]]] = weakref.WeakKeyDictionary()
@@ -50,11 +57,11 @@ _kept: weakref.WeakKeyDictionary[Any, list[tuple[dict[str, Any], Any]]] = weakre
 
 def _lower(optimizer: Any, *_: Any) -> None:
     _raise(optimizer)  # after a step that raised
-    factors = [lowered.factor for lowered in _holders.get(optimizer, ()) if lowered.left]
-    if factors:
+    factor = factor_of(optimizer)
+    if factor != 1:
         _kept[optimizer] = [(group, group["lr"]) for group in optimizer.param_groups]
         for group, lr in _kept[optimizer]:
-            group["lr"] = lr * min(factors)
+            group["lr"] = lr * factor
 
 
 def _raise(optimizer: Any, *_: Any) -> None:

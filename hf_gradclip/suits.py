@@ -73,7 +73,7 @@ def refuse_a_record(call: str, config: ClipConfig) -> None:
 
     Args:
         call: as it was typed, up to its last argument.
-        config: that may ask for a record, or for some of the logs.
+        config: that may ask for a record, for some of the logs, or for a look at replicas.
 
     Raises:
         SpecError: with what to use instead.
@@ -84,3 +84,8 @@ def refuse_a_record(call: str, config: ClipConfig) -> None:
                 f"{call}, {word}={getattr(config, word)!r}): there is no run here that could write it. Leave "
                 f"{word} out and log `clipper.report.scalars()`, or use GradClipTrainer or attach()."
             )
+    if config.check_every not in (0, ClipConfig.check_every):
+        raise SpecError(
+            f"{call}, check_every={config.check_every}): nobody compares the replicas of a loop without a Trainer or "
+            "an Accelerator. Leave it out, or use GradClipTrainer or attach()."
+        )

@@ -136,8 +136,8 @@ class Events:
             self.look()
 
     def start_after(self, step: int) -> None:
-        """Count on from a step of the run, where a checkpoint did not say that it is so far."""
-        self._step = max(self._step, step)
+        """Count on from a step of the run."""
+        self._step = step
 
     def pass_over(self) -> None:
         """Count a step that a loss scaler dropped before anything was measured."""

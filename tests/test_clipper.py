@@ -671,6 +671,13 @@ class TestZeroNorm:
         assert self.messages(caplog, [*[0.0] * 9, 1e-3, *[0.0] * 9], reads) == []
 
 
+def test_replicas_that_nobody_compares_are_not_asked_for() -> None:
+    for check_every in (0, 100):
+        Clipper.for_model(nn.Linear(2, 2), "zclip", check_every=check_every)
+    with pytest.raises(SpecError, match=r"Clipper.for_model\(..., check_every=5\): nobody compares"):
+        Clipper.for_model(nn.Linear(2, 2), "zclip", check_every=5)
+
+
 @pytest.mark.parametrize("word", ["record", "histogram_every"])
 def test_what_a_plain_loop_cannot_write_is_refused(word) -> None:
     with pytest.raises(SpecError, match=f"{word}=.*no run here that could write it.*clipper.report.scalars"):

@@ -363,6 +363,8 @@ class TestUnread:
         clipper = Clipper.for_model(model, "none")
         clipper.events.start_after(20)
         assert [event.step for event in run(clipper, model, range(21))] == [41]
+        clipper.events.start_after(0)  # a second train() begins at 0
+        assert [event.step for event in run(clipper, model, range(21))] == [21]
 
 
 class TestLowerRate:

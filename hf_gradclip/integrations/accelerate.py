@@ -171,6 +171,7 @@ class LoopAttachment(Attachment):
 
     def _before_clip_value(self, parameters: Any, clip_value: float) -> None:
         """Say once that a loop clips elements itself, before a strategy or after it."""
+        self._steps_of.marks.proof.expect_edit()
         if not self._said_value and self._is_main:
             self._said_value = True
             logger.warning(
@@ -260,7 +261,9 @@ class LoopAttachment(Attachment):
         self._start_late()
         if self._clippers.seams is not None:
             self._norm_of_engine()
-        elif self.auto and self._steps == 0 and not self.accelerator._optimizers:
+            return
+        self._steps_of.marks.after_backward(self._clippers.made)
+        if self.auto and self._steps == 0 and not self.accelerator._optimizers:
             self._steps_of.say_strays([], needed=True)
 
     def _numbered(self) -> list[tuple[int, Clipper]]:

@@ -32,6 +32,7 @@ from hf_gradclip.run.recording import Recording
 from hf_gradclip.run.replicas import Replicas
 from hf_gradclip.run.startup import in_force, substitute_for
 from hf_gradclip.run.tested import insist_on_hooks
+from hf_gradclip.run.unscaling import forget_unscaled
 from hf_gradclip.run.updates import Updates, innermost
 from hf_gradclip.run.wrapping import weakly, wrap
 from hf_gradclip.say import announce, logger
@@ -79,9 +80,9 @@ class Attachment:
         loss = weakly(self._judged_loss) if self._hears_loss else lambda: None
         self._clippers = Clippers(models, self.updates, loss, hearing or Hearing(), accelerator.device)
         clip, look = weakly(self._clip), weakly(self._watch_updates)
-        self._steps_of = Steps(models.configs, self._clippers, clip if auto else None, look, missing)
-        self._prepared: tuple[int, int] | None = None
         self._replicas, self._loss, self._advice = Replicas(config.check_every), StepLoss(), Advice()
+        self._steps_of = Steps(models.configs, self._clippers, clip if auto else None, look, missing, self._loss.drop)
+        self._prepared: tuple[int, int] | None = None
         self._loss_of_step: Tensor | None = None
         self._steps, self._finished = 0, False
         self._follow(accelerator)
@@ -222,7 +223,9 @@ class Attachment:
             self.watch_optimizers()
         if (norm := self._steps_of.norm_of(clipper)) is not None:
             return norm  # a second call for one step
+        self._steps_of.marks.proof.before_clip(clipper)
         if (recording := self._recordings.get(clipper)) is not None:
+            recording.begin()
             recording.before_step()
         self._steps += 1
         norm = clipper.step(self._judged_loss(clipper) if self._hears_loss else None, self._steps_of.taker(clipper))
@@ -234,7 +237,7 @@ class Attachment:
             if self._is_main and (words := self.models.absent(model for model, _ in self._clippers.models)):
                 logger.warning(words)
         self._replicas.compare(clipper.view, clipper.steps)
-        self._steps_of.marks.set(clipper, norm)
+        self._steps_of.marks.set(clipper, norm, self._steps_of.stepping(clipper, self.accelerator._optimizers))
         return norm
 
     def _norm_of_engine(self) -> Tensor | None:
@@ -282,8 +285,11 @@ class Attachment:
                 self._advice.at_start(innermost(optimizer), self._steps_of.configs_of(optimizer))
         for clipper in self._clippers.made:
             clipper.events.hold(self._steps_of.stepping(clipper, accelerator._optimizers))
-        if self._clippers.seams is not None:
-            return  # DeepSpeed steps inside backward; the optimizer's own step does nothing
+        if self._clippers.seams is not None:  # DeepSpeed steps inside backward; the optimizer's own step does nothing
+            for optimizer in accelerator._optimizers:
+                if hasattr(optimizer.optimizer, "overflow"):  # without ZeRO it was not there when Accelerate looked
+                    optimizer.__has_overflow__ = True
+            return
         self._steps_of.watch(accelerator._optimizers)
         self._watch_updates()
         if self.models.config.fold or not self.models.config.skip_sync:
@@ -315,6 +321,7 @@ class Attachment:
         self._steps_of.ended = False
         if self._clippers.seams is None:
             self._steps_of.marks.before_backward()
+            forget_unscaled(self.accelerator.scaler)
         if self._hears_loss:
             self._loss.add(loss, self.accelerator.gradient_accumulation_steps)
         for recording in self._recordings.values():

@@ -16,8 +16,8 @@ from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_joint, refuse_second_engine
 from hf_gradclip.run.hearing import Hearing
 from hf_gradclip.run.startup import insist_on_one_layout
+from hf_gradclip.run.unscaling import unscaling
 from hf_gradclip.run.updates import Updates
-from hf_gradclip.run.wrapping import weakly
 from hf_gradclip.views import view_of
 from hf_gradclip.views.trainable import Together, unwrap
 
@@ -121,7 +121,7 @@ class Clippers:
         """A clipper of a model's configuration for the `.grad` of what `source` has, beside an optimizer."""
         scaler = accelerator.scaler
         guarded = scaler is not None and scaler.is_enabled()
-        unscale = weakly(accelerator.unscale_gradients) if guarded else None
+        unscale = unscaling(accelerator, source) if guarded else None
         return Clipper(self._models.of(model), view_of(source, unscale, guarded), self._models.prefix(model))
 
     def _inside(self, engine: Any) -> Clipper:

@@ -73,11 +73,13 @@ class WithoutZero(Seams):
         self._engine = engine
         self._loss = loss
         engine.clip_fp32_gradients = lambda: None
+        engine.optimizer.overflow = False
         engine.optimizer.register_step_pre_hook(self._before_step)
         updates.watch([engine.optimizer], [engine.module])
 
     def _before_step(self, *_: Any) -> None:
         self.norm = self._engine._global_grad_norm = self.clipper.step(self._loss())
+        self._engine.optimizer.overflow = self.clipper.step_was_skipped  # for which schedulers wait, as under ZeRO
         self.stepped = True
 
 

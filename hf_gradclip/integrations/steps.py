@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from hf_gradclip.integrations.refusals import refuse_several_gradients
 from hf_gradclip.optim.optimizer import ClippedOptimizer
 from hf_gradclip.run.closure import once
 from hf_gradclip.run.marks import Marks, Owners, is_idle
+from hf_gradclip.run.unscaling import kept_unscaled
 from hf_gradclip.run.updates import innermost, stepped_by
-from hf_gradclip.run.wrapping import wrap_step
+from hf_gradclip.run.wrapping import wrap, wrap_step
 
 
 class Steps:
@@ -29,6 +31,7 @@ class Steps:
         clip: clips what no clip call preceded; None where a call is insisted on.
         look: called where an optimizer is new, or has other parameters.
         missing: the error for a step that no clip call preceded; None lets it pass, since somebody else clips it.
+        zeroed: called where an optimizer's gradients are taken away.
 
     Attributes:
         ended: whether the run is over, so that somebody else may have the optimizers.
@@ -41,6 +44,7 @@ class Steps:
         clip: Callable[[Clipper], Any] | None,
         look: Callable[[], None],
         missing: str | None,
+        zeroed: Callable[[], None],
     ) -> None:
         self.marks = Marks(auto=clip is not None)
         self.owners = Owners()
@@ -49,6 +53,7 @@ class Steps:
         self._clip = clip
         self._look = look
         self._missing = missing
+        self.zeroed = zeroed
         self._paused = False
         self._making = 0
         self._takers: dict[Clipper, weakref.ref[ClippedOptimizer]] = {}
@@ -69,6 +74,7 @@ class Steps:
             refuse_several_gradients(innermost(optimizer), self._configs)
             if not hasattr(optimizer, "_gradclip_steps"):
                 wrap_step(optimizer, _step)
+                wrap(optimizer, "zero_grad", before=functools.partial(_zero_grad, weakref.ref(optimizer)))
             self._hear(innermost(optimizer))
             optimizer._gradclip_steps = self
 
@@ -193,7 +199,8 @@ class Steps:
         skips = self.marks.take(optimizer, self._before(optimizer))
         self._making += 1
         try:
-            result = None if skips and optimizer.scaler is None else inner(closure)
+            with kept_unscaled(optimizer.scaler, innermost(optimizer)):
+                result = None if skips and optimizer.scaler is None else inner(closure)
         finally:
             self._making -= 1
         if skips or optimizer.scaler is None:
@@ -204,6 +211,12 @@ class Steps:
 def _step(optimizer: Any, inner: Callable[..., Any], closure: Any) -> Any:
     steps: Steps = optimizer._gradclip_steps
     return steps.make(optimizer, inner, closure)
+
+
+def _zero_grad(optimizer: weakref.ref[Any], *_: Any, **__: Any) -> None:
+    found = optimizer()
+    if found is not None and found.gradient_state.sync_gradients:  # else nothing happens in the middle of a step
+        found._gradclip_steps.zeroed()
 
 
 def taker_of(clipper: Clipper, optimizers: Sequence[Any]) -> ClippedOptimizer | None:

@@ -265,11 +265,11 @@ class ClippedOptimizer(Optimizer, ABC):
                 entry["step"] = step.cpu()  # a fused or capturable optimizer keeps it on the device
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim; with a stateful `clip` or `update_clip` a third key, `clip`, which torch.optim ignores."""
+        """As in torch.optim; where `clip` or `update_clip` has a state also a key `clip`, which torch.optim ignores."""
         saved = super().state_dict()
         saved["state"] = on_host(saved["state"])
         clippers = self._own()
-        if any(flatten(clipper.state) for clipper in clippers.values()):
+        if any(flatten(clipper.state) or clipper.guard.in_a_row() for clipper in clippers.values()):
             saved["clip"] = {place: clipper.state_dict() for place, clipper in clippers.items()}
         return saved
 

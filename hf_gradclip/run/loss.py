@@ -23,6 +23,10 @@ class StepLoss:
         """Start anew."""
         self._sum, self._last, self._told = None, None, set()
 
+    def drop(self) -> None:
+        """The step that was begun is not made: forget what was added to its loss."""
+        self._sum = None
+
     def add(self, loss: Tensor, micro_batches: int) -> None:
         """One of the micro-batches of a step."""
         part = loss.detach().float() / micro_batches

@@ -14,6 +14,31 @@ from hf_gradclip.run.updates import are_same, innermost, stepped_by
 from hf_gradclip.say import logger
 
 
+class Seen(NamedTuple):
+    """A gradient, to know it again.
+
+    Args:
+        place: of its parameter among those that were looked at.
+        grad: the gradient.
+        version: of its memory.
+    """
+
+    place: int
+    grad: weakref.ref[Tensor]
+    version: int
+
+    def is_other(self, parameters: Sequence[Tensor], edited: bool) -> bool:
+        """Whether there is another gradient in its place now, or where `edited` counts the same one was written to."""
+        now = parameters[self.place].grad
+        return now is not None and (now is not self.grad() or (edited and now._version != self.version))
+
+
+def first_of(parameters: Sequence[Tensor]) -> Seen | None:
+    """The first gradient of some parameters; None where there is none."""
+    grads = ((i, p.grad) for i, p in enumerate(parameters))
+    return next((Seen(i, weakref.ref(grad), grad._version) for i, grad in grads if grad is not None), None)
+
+
 class Mark(NamedTuple):
     """What one clipper did for the coming step.
 
@@ -22,14 +47,16 @@ class Mark(NamedTuple):
         taken: the `id` of each optimizer that has stepped with it.
         norm: before clipping, 0-d.
         backwards: how many backward passes there were by then.
-        grad: the place of the first parameter with a gradient, that gradient, and the version of its memory.
+        grad: the first gradient.
+        apart: the first gradient of each of several optimizers, by their `id`.
     """
 
     skips: bool
     taken: set[int]
     norm: Tensor
     backwards: int
-    grad: tuple[int, weakref.ref[Tensor], int] | None
+    grad: Seen | None
+    apart: dict[int, Seen | None]
 
 
 class Marks:
@@ -41,25 +68,28 @@ class Marks:
 
     Args:
         auto: whether a step that no clip call preceded is clipped.
+
+    Attributes:
+        proof: what is looked at in the first steps.
     """
 
     def __init__(self, auto: bool = False) -> None:
         self._auto = auto
         self._of: dict[Clipper, Mark] = {}
         self._backwards = 0
-        self._proof = Proof()
+        self.proof = Proof()
 
     def clear(self) -> None:
         """Forget everything."""
         self._of.clear()
 
-    def set(self, clipper: Clipper, norm: Tensor) -> None:
-        """A clipper has clipped, and measured this norm."""
-        self._proof.clipped(clipper, self._backwards)
-        grads = ((i, p.grad) for i, p in enumerate(clipper.view.here.watched()))
-        first = next(((i, weakref.ref(grad), grad._version) for i, grad in grads if grad is not None), None)
+    def set(self, clipper: Clipper, norm: Tensor, optimizers: Sequence[Any]) -> None:
+        """A clipper has clipped, and measured this norm; these optimizers, without wrappers, step what it clips."""
+        self.proof.clipped(clipper, self._backwards)
+        first = first_of(clipper.view.here.watched())
+        apart = {id(o): first_of(stepped_by(o)) for o in optimizers} if len(optimizers) > 1 else {}
         skips = clipper.config.skip_sync and clipper.step_was_skipped  # else the optimizer reads that itself
-        self._of[clipper] = Mark(skips, set(), norm, self._backwards, first)
+        self._of[clipper] = Mark(skips, set(), norm, self._backwards, first, apart)
 
     def norm_of(self, clipper: Clipper) -> Tensor | None:
         """The norm of the clip of the coming step, if there was one and no backward since; None where one is due."""
@@ -67,26 +97,31 @@ class Marks:
         if mark is None or mark.taken or mark.backwards != self._backwards:
             return None
         watched = clipper.view.watched()
-        if mark.grad is None or mark.grad[0] >= len(watched):
+        if mark.grad is None or mark.grad.place >= len(watched):
             return mark.norm if all(p.grad is None for p in watched) else None
-        place, grad, version = mark.grad
-        now = watched[place].grad
-        return mark.norm if now is not None and now is grad() and now._version == version else None
+        gone = watched[mark.grad.place].grad is None
+        return None if gone or mark.grad.is_other(watched, edited=True) else mark.norm
 
     def prove(self, clippers: Sequence[Clipper]) -> None:
         """In the first steps, insist that what is stepped is what these have clipped; see `Proof.stepped`."""
         for clipper in clippers:
-            self._proof.stepped(clipper, self._backwards)
+            self.proof.stepped(clipper, self._backwards)
 
     def void(self, clippers: Sequence[Clipper]) -> None:
         """What these have clipped counts no longer."""
         for clipper in clippers:
             self._of.pop(clipper, None)
-            self._proof.forget(clipper)
+            self.proof.forget(clipper)
 
     def missing(self, optimizer: Any, clippers: Sequence[Clipper]) -> list[Clipper]:
         """Which of an optimizer's clippers have not clipped for its coming step."""
-        return [c for c in clippers if c not in self._of or id(optimizer) in self._of[c].taken or self._is_stale(c)]
+        return [
+            clipper
+            for clipper in clippers
+            if (mark := self._of.get(clipper)) is None
+            or id(optimizer) in mark.taken
+            or (self._is_stale_for(optimizer, mark) if mark.taken else self._is_stale(clipper))
+        ]
 
     def _is_stale(self, clipper: Clipper) -> bool:
         """Whether a clip was of other gradients: its step was left out, and a backward has come since.
@@ -95,14 +130,23 @@ class Marks:
         where a step that is not clipped is clipped anyway an edit too.
         """
         mark, watched = self._of[clipper], clipper.view.here.watched()
-        if mark.taken or (0 < self._backwards == mark.backwards):
+        if 0 < self._backwards == mark.backwards:
             return False
-        if mark.grad is None or mark.grad[0] >= len(watched):
+        if mark.grad is None or mark.grad.place >= len(watched):
             return self._backwards > 0 and not mark.skips and any(p.grad is not None for p in watched)
-        place, grad, version = mark.grad
-        now = watched[place].grad
-        seen = self._auto or self._backwards > 0
-        return now is not None and (now is not grad() or (seen and now._version != version))
+        return mark.grad.is_other(watched, edited=self._auto or self._backwards > 0)
+
+    def _is_stale_for(self, optimizer: Any, mark: Mark) -> bool:
+        """Whether an optimizer has other gradients than those that were clipped, after another one has stepped.
+
+        Where backward passes are counted, one of them has made the mark void.
+        """
+        stepped, seen = stepped_by(innermost(optimizer)), mark.apart.get(id(innermost(optimizer)))
+        if self._backwards > 0:
+            return False
+        if seen is None or seen.place >= len(stepped):
+            return any(p.grad is not None for p in stepped)
+        return seen.is_other(stepped, edited=self._auto)
 
     def take(self, optimizer: Any, clippers: Sequence[Clipper]) -> bool:
         """Use up the marks of an optimizer's clippers for its step; whether one of them skips it."""
@@ -110,6 +154,11 @@ class Marks:
         for mark in marks:
             mark.taken.add(id(optimizer))
         return any(mark.skips for mark in marks)
+
+    def after_backward(self, clippers: Sequence[Clipper]) -> None:
+        """Know the gradients again in the first steps; see `Proof.went_back`."""
+        for clipper in clippers:
+            self.proof.went_back(clipper, self._backwards)
 
     def before_backward(self) -> None:
         """What was clipped for a model that has been stepped since counts no longer."""

@@ -21,7 +21,7 @@ STEPS = 5
 
 
 class Seen(NamedTuple):
-    """The gradients of a model right after its clip.
+    """The gradients of a model right after its clip, or after a backward.
 
     Args:
         backwards: how many there were.
@@ -39,20 +39,47 @@ class Seen(NamedTuple):
         )
 
 
+def seen_of(clipper: Clipper, backwards: int) -> Seen:
+    """The gradients of a clipper's model now, after so many backward passes."""
+    grads = [p.grad for p in clipper.view.watched()]
+    return Seen(backwards, [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads])
+
+
 class Proof:
     """Compares the gradients at the step with those at the clip. See Marks, which counts the backward passes."""
 
     def __init__(self) -> None:
+        self._fresh: weakref.WeakKeyDictionary[Clipper, Seen] = weakref.WeakKeyDictionary()
+        self._said_edit = False
         self._steps: weakref.WeakKeyDictionary[Clipper, int] = weakref.WeakKeyDictionary()
         self._seen: weakref.WeakKeyDictionary[Clipper, Seen] = weakref.WeakKeyDictionary()
+
+    def went_back(self, clipper: Clipper, backwards: int) -> None:
+        """A backward is over. A loss scaler's edits are not looked for."""
+        if self._steps.get(clipper, 0) < STEPS and not clipper.view.guarded:
+            self._fresh[clipper] = seen_of(clipper, backwards)
+
+    def expect_edit(self) -> None:
+        """Gradients are about to be edited, as somebody was told."""
+        self._fresh.clear()
+
+    def before_clip(self, clipper: Clipper) -> None:
+        """Say once that gradients were edited since the backward, as a clip of the loop's own does it."""
+        fresh = self._fresh.pop(clipper, None)
+        grads = [p.grad for p in clipper.view.watched()]
+        if fresh is None or self._said_edit or len(grads) != len(fresh.grads) or not fresh.changed(grads):
+            return
+        self._said_edit = True
+        logger.warning(
+            "clip: the gradients were changed in place after backward and before the clip. The strategy, and a record, "
+            "see what that left. If it was torch.nn.utils.clip_grad_norm_, or another clip, leave it out."
+        )
 
     def clipped(self, clipper: Clipper, backwards: int) -> None:
         """A clipper has clipped, after so many backward passes."""
         if self._steps.setdefault(clipper, 0) < STEPS:
-            grads = [p.grad for p in clipper.view.watched()]
-            refs = [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
-            self._seen[clipper] = Seen(backwards, refs)
-            if not any(refs) and not clipper.step_was_skipped and self._steps[clipper] == 0:
+            self._seen[clipper] = seen = seen_of(clipper, backwards)
+            if not any(seen.grads) and not clipper.step_was_skipped and self._steps[clipper] == 0:
                 logger.warning(
                     "clip: no trainable parameter has a gradient in the first step, so nothing is clipped. Clip after "
                     "backward; an optimizer that steps inside backward cannot be clipped at all."

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.device import local, moved, number_on
 from hf_gradclip.guard import NonFiniteError
+from hf_gradclip.lowered import factor_of
 from hf_gradclip.run.recovery import decay_of, recover_, refuse_recovery
 from hf_gradclip.types import ClipPlan
 
@@ -48,8 +49,12 @@ class WeightDifference:
     def _before(self, optimizer: Any, *_: Any) -> None:
         """Copy the weights that will move, into memory that is kept."""
         self._stepping = {}
+        left_out = getattr(optimizer, "found_inf", None)  # by a loss scaler or `skip_sync=False`, for a fused kernel
+        if left_out is not None and bool(left_out):
+            return
+        factor = factor_of(optimizer)  # of `after_spike`, whose hook may come later
         for group in optimizer.param_groups:
-            rates = float(group["lr"]), decay_of(optimizer, group)
+            rates = float(group["lr"]) * factor, decay_of(optimizer, group)
             for p in group["params"]:
                 if p.grad is None or not p.requires_grad:
                     continue

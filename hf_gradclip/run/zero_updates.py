@@ -6,6 +6,7 @@ import torch
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.lowered import factor_of
 from hf_gradclip.optim.optimizer import PLACES
 from hf_gradclip.run.recovery import decay_of, recover_, refuse_recovery
 from hf_gradclip.run.updates import Updates, innermost
@@ -47,7 +48,8 @@ class ZeroUpdates:
         if part not in self._moved.memory:
             self._moved.memory[part] = torch.empty_like(weight)
         self._moved.memory[part].copy_(weight)
-        self._rates[part] = (float(group["lr"]), decay_of(self._optimizer, group))
+        lr = float(group["lr"]) * factor_of(self._optimizer)  # its step, in which that is put in, comes later
+        self._rates[part] = (lr, decay_of(self._optimizer, group))
 
     @torch.no_grad()
     def after(self, part: int) -> None:

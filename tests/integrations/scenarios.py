@@ -431,6 +431,28 @@ def noted(name: str) -> dict[str, Any]:
     return {"losses": losses, "record": record.loss_T, "rates": record.learning_rate_T, "steps": record.step_T}
 
 
+def reacts(name: str) -> dict[str, Any]:
+    """A linear regression under SGD, with two steps that are skipped, and a spike after which the rate is lower."""
+    accelerator = accelerator_for({"deepspeed": deepspeed_config(int(name.removeprefix("zero")))})
+    clip = {"gradient": "none", "update": "none", "after_spike": "lower_rate:factor=0.01,steps=3"}
+    attachment = hf_gradclip.attach(accelerator, clip)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    norms, updates = [], []
+    for i in range(24):
+        factor = {5: float("nan"), 6: float("nan"), 20: 1000.0}.get(i, 1.0)
+        accelerator.backward(model(torch.ones(2, 4)).mean() * factor)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        norms.append(attachment.clipper.report.scalars()["clip/norm_mean"])
+        updates.append(attachment.updates.clippers[0].report.scalars().get("clip_update/norm_mean"))
+    return {"norms": norms, "updates": updates, "scheduled": scheduler.scheduler.last_epoch}
+
+
 def lacking(name: str) -> dict[str, Any]:
     """A checkpoint without a clip state on rank 1 alone: does the run go on as where both have it?"""
     folder, found = shared_folder(), {}
@@ -489,6 +511,6 @@ SCENARIOS = {
     f.__name__: f
     for f in (
         table, thirds, others, loud, kinds, engaged, unhooked, collectives, resume, bf16, fp16, skips, variants,
-        poisoned, updates, folded, flat, scaled, swap, accumulated, noted, lacking, looked, policies,
+        poisoned, updates, folded, flat, scaled, swap, accumulated, noted, lacking, looked, policies, reacts,
     )
 }  # fmt: skip

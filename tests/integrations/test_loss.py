@@ -69,3 +69,19 @@ def test_a_torch_loop_must_give_the_loss() -> None:
         clipper.step()
     clipper.step(loss)
     assert torch.equal(before, weights_of(model))
+
+
+@pytest.mark.parametrize("left_out", [1.0, float("nan")])
+def test_the_loss_of_a_batch_that_the_loop_leaves_out_is_not_of_the_next_step(left_out) -> None:
+    accelerator = Accelerator(cpu=True)
+    attachment = hf_gradclip.attach(accelerator, SPEC, auto=True)
+    model = torch.nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    for i in range(14):
+        loss = model(torch.ones(1, 2)).sum() * 0 + (left_out if i in (5, 9) else 1.0)
+        accelerator.backward(loss)
+        if i not in (5, 9):
+            optimizer.step()
+        optimizer.zero_grad()
+    assert attachment.clipper.state.losses[:12].tolist() == [1.0] * 12
+    assert attachment.clipper.report.summary()["skipped"] == 0

@@ -304,3 +304,24 @@ def test_a_clip_of_elements_beside_the_strategy_is_said_once(auto, caplog) -> No
     assert len(said) == 1
     assert "clip_value=0.0001" in said[0]
     assert "+value:max_value=0.0001" in said[0]
+
+
+@pytest.mark.parametrize("auto", [True, False])
+@pytest.mark.parametrize("clips", [True, False])
+def test_a_clip_by_torch_before_ours_is_said_once(auto, clips, caplog) -> None:
+    """Two micro-batches, and a mask between clip and step, are none."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    attach(accelerator, "none", auto=auto)
+    model = torch.nn.Linear(4, 4)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(8):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(8, 4)).square().sum())
+            if clips and accelerator.sync_gradients:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            if not auto and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                model.weight.grad[0] = 0
+            optimizer.step()
+            optimizer.zero_grad()
+    assert caplog.text.count("were changed in place after backward and before the clip") == int(clips)

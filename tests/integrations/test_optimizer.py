@@ -370,6 +370,38 @@ def test_a_swap_for_deepspeed_cpu_adam_is_refused(device, force, refused) -> Non
         refuse_swap(accelerator, ours)
 
 
+@pytest.mark.parametrize("by", ["scaler", "skip_sync"])
+def test_a_step_that_a_fused_optimizer_leaves_out_by_a_flag_has_no_update(by) -> None:
+    """Its weights stand still, which is not an update of minus the decay. The other optimizer is not called at all."""
+    spec: dict[str, Any] = {"gradient": "none", "update": "normalize"}
+    spec |= {"skip_sync": False} if by == "skip_sync" else {}
+    norms: dict[bool, list[float | None]] = {True: [], False: []}
+    for fused in (True, False):
+        accelerator = Accelerator(cpu=True, mixed_precision="fp16" if by == "scaler" else None)
+        if by == "scaler":
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+            accelerator.native_amp = True
+        attachment = hf_gradclip.attach(accelerator, spec if fused else {**spec, "skip_sync": True}, auto=True)
+        torch.manual_seed(0)
+        model = nn.Linear(16, 16)
+        model, optimizer = accelerator.prepare(
+            model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+        )
+        for step in range(8):
+            accelerator.backward(model(torch.ones(4, 16) * (1 + step % 3)).float().square().mean())
+            if step in (0, 3, 4):
+                model.weight.grad[0, 0] = float("inf" if by == "scaler" else "nan")
+            before = model.weight.detach().clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert torch.equal(before, model.weight) == (step in (0, 3, 4))
+            (update,) = attachment.updates.clippers
+            norms[fused].append(update.report.scalars().get("clip_update/norm_mean"))
+    assert [norm is None for norm in norms[True]] == [step in (0, 3, 4) for step in range(8)]
+    known = [[norm for norm in norms[fused] if norm is not None] for fused in (True, False)]
+    assert known[0] == pytest.approx(known[1], rel=1e-3)
+
+
 def test_the_trainer_clips_logs_and_resumes_updates(tmp_path) -> None:
     clip = {
         "gradient": "zclip:warmup_steps=5,z_threshold=1",

@@ -172,6 +172,23 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_record(tmp_path, caplog) -> No
     assert kept["norm"].to_pylist() == old["norm"].tolist()
 
 
+@pytest.mark.parametrize("by_accelerator", [True, False])
+def test_a_new_loop_in_an_old_folder_keeps_the_old_record(by_accelerator, tmp_path, caplog) -> None:
+    for steps in (6, 3):
+        accelerator = Accelerator(cpu=True)
+        hf_gradclip.attach(accelerator, "none", record=tmp_path, auto=True)
+        model = torch.nn.Linear(2, 1)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in range(steps):
+            loss = model(torch.ones(1, 2)).sum()
+            accelerator.backward(loss) if by_accelerator else loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        accelerator.end_training()
+    assert record_of(tmp_path)["step"].tolist() == [1, 2, 3]
+    assert "it is kept as gradclip.old1" in caplog.text
+
+
 def test_an_exception_leaves_the_record_of_every_step(tmp_path) -> None:
     class Fails(GradClipTrainer):
         def compute_loss(self, *args, **kwargs):

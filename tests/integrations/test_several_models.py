@@ -70,6 +70,39 @@ def test_two_optimizers_that_step_in_turn_are_both_clipped(auto) -> None:
     assert attachment.scalars()["clip/rate"] == 1.0
 
 
+def test_optimizers_in_turn_are_both_clipped_without_accelerators_backward() -> None:
+    """Nobody counts the backward passes then: the gradients of the second tell that they are new."""
+    accelerator = Accelerator(cpu=True)
+    attachment = hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}", auto=True)
+    model, x = two_layers()
+    turns = [sgd(layer) for layer in model]
+    model, *turns = accelerator.prepare(model, *turns)
+    for turn in range(6):
+        before = vector(model)
+        model[turn % 2](x).square().sum().backward()
+        turns[turn % 2].step()
+        turns[turn % 2].zero_grad(set_to_none=turn < 4)
+        assert 0 < moved(model, before) <= LIMIT * 1.001
+    assert attachment.clipper.report.summary()["steps"] == 6
+
+
+def test_one_backward_without_accelerator_is_clipped_once_for_both() -> None:
+    accelerator = Accelerator(cpu=True)
+    attachment = hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}", auto=True)
+    model, x = two_layers()
+    turns = [sgd(layer) for layer in model]
+    model, *turns = accelerator.prepare(model, *turns)
+    for _ in range(3):
+        before = vector(model)
+        model(x).square().sum().backward()
+        for optimizer in turns:
+            optimizer.step()
+        for optimizer in turns:
+            optimizer.zero_grad()
+        assert moved(model, before) == pytest.approx(LIMIT, rel=1e-3)
+    assert attachment.clipper.report.summary()["steps"] == 3
+
+
 def test_a_clip_before_another_backward_does_not_count_for_it() -> None:
     accelerator = Accelerator(cpu=True)
     hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}")

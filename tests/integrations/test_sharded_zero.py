@@ -31,6 +31,7 @@ def on_zero(tmp_path_factory) -> Found:
     words += ["variants:zero", "poisoned:zero2", "updates:zero2_offload", "updates:zero3_offload", "swap:zero2_offload"]
     words += [f"{s}:{b}" for s in ("accumulated", "noted") for b in ("zero2", "zero3")]
     words += [f"policies:{b}" for b in ("zero1", "zero2", "zero3")]
+    words += [f"reacts:{b}" for b in ("zero0", "zero1", "zero2", "zero3")]
     return launch(2, "sharded_main", tmp_path_factory.mktemp("zero"), *words)[0]
 
 
@@ -52,6 +53,16 @@ class TestZero:
     )
     def test_updates_equal_one_process(self, on_zero, update_reference, name, word) -> None:
         assert_same_update(on_zero[f"updates:{name}"][word], update_reference[word])
+
+    @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+    def test_a_lowered_rate_is_no_smaller_update_and_schedulers_wait(self, on_zero, name) -> None:
+        """With SGD the update is the gradient, whatever the rate."""
+        found = on_zero[f"reacts:{name}"]
+        assert found["scheduled"] == 24 - 2
+        pairs = [(n, u) for n, u in zip(found["norms"], found["updates"], strict=True) if u is not None]
+        assert len(pairs) == 24 - 2
+        assert [u for _, u in pairs] == pytest.approx([n for n, _ in pairs], rel=1e-3)
+        assert max(n for n, _ in pairs) > 900 * min(n for n, _ in pairs)
 
     @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
     def test_updates_of_an_offloaded_optimizer(self, on_zero, update_reference, name) -> None:

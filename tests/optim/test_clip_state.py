@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradclip import optim
+from hf_gradclip.guard import NonFiniteError
 from hf_gradclip.strategy import flatten
 
 NAMES = ["AdamW", "Adam", "RMSprop", "SGD"]
@@ -187,3 +188,24 @@ def test_a_new_group_is_clipped_and_the_clip_state_starts_anew(caplog: Any) -> N
     run(optimizer, net, 9, 20)
     assert not caplog.records
     assert optimizer.clipper.state.seen == 12
+
+
+@pytest.mark.parametrize("clip", ["global_norm:max_norm=1", "adaptive_norm"])
+def test_skips_in_a_row_go_on_after_a_resume(clip) -> None:
+    """Also where the strategy has no state: a run that is resumed often still comes to its limit."""
+    net = nn.Linear(3, 2)
+    spec = {"gradient": clip, "max_consecutive_skips": 5}
+
+    def go(optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+        for _ in range(steps):
+            for p in net.parameters():
+                p.grad = torch.full_like(p, float("nan"))
+            optimizer.step()
+        return through_a_file(optimizer.state_dict())
+
+    saved = go(optim.AdamW(net.named_parameters(), clip=spec), 3)
+    resumed = optim.AdamW(net.named_parameters(), clip=spec)
+    resumed.load_state_dict(saved)
+    go(resumed, 1)
+    with pytest.raises(NonFiniteError, match="5 steps in a row"):
+        go(resumed, 1)
