@@ -448,7 +448,7 @@ def reacts(name: str) -> dict[str, Any]:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        norms.append(attachment.clipper.report.scalars()["clip/norm_mean"])
+        norms.append(attachment.clipper.report.scalars().get("clip/norm_mean"))
         updates.append(attachment.updates.clippers[0].report.scalars().get("clip_update/norm_mean"))
     return {"norms": norms, "updates": updates, "scheduled": scheduler.scheduler.last_epoch}
 

@@ -58,7 +58,7 @@ class TestZero:
     def test_a_lowered_rate_is_no_smaller_update_and_schedulers_wait(self, on_zero, name) -> None:
         """With SGD the update is the gradient, whatever the rate."""
         found = on_zero[f"reacts:{name}"]
-        assert found["scheduled"] == 24 - 2
+        assert found["scheduled"] == 2 * (24 - 2), "Accelerate steps it once for each process"
         pairs = [(n, u) for n, u in zip(found["norms"], found["updates"], strict=True) if u is not None]
         assert len(pairs) == 24 - 2
         assert [u for _, u in pairs] == pytest.approx([n for n, _ in pairs], rel=1e-3)
