@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable
-from operator import is_
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,6 +15,7 @@ from hf_gradclip.config import Clip
 from hf_gradclip.events import Handler
 from hf_gradclip.integrations.arguments import insist_on_accelerator, insist_on_switches, record_folder
 from hf_gradclip.integrations.attachment import Attachment
+from hf_gradclip.integrations.calls import model_of, norm_of
 from hf_gradclip.integrations.models import Models
 from hf_gradclip.integrations.refusals import refuse_replaced
 from hf_gradclip.misuse import listed
@@ -110,7 +110,7 @@ class LoopAttachment(Attachment):
         self._folder = record
         self._by_name: dict[str, Recording] = {}
         self._frozen: list[weakref.ref[nn.Module]] = []
-        self._said_max_norm = self._said_value = False
+        self._said_max_norm = self._said_value = self._said_others = False
         super().__init__(accelerator, *args, **kwargs)
         accelerator.clip_grad_norm_ = self._clip_call
         wrap(accelerator, "clip_grad_value_", before=self._before_clip_value)
@@ -160,7 +160,19 @@ class LoopAttachment(Attachment):
 
     def _clip_call(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor | None:
         """In the place of `accelerator.clip_grad_norm_`."""
-        model = self._model_of(listed(parameters, "accelerator.clip_grad_norm_"))
+        given = listed(parameters, "accelerator.clip_grad_norm_")
+        try:
+            model = model_of(given, self._clippers.models, self.accelerator._models, self.models.joint)
+        except ValueError:
+            if not self.auto or self._clippers.seams is not None or self.accelerator.scaler is not None:
+                raise
+            if not self._said_others and self._is_main:
+                self._said_others = True
+                announce(
+                    "clip_grad_norm_ of other parameters than those of one model clips nothing: with auto=True every "
+                    "step is clipped when it is made. attach(..., joint=True) takes one norm over all models."
+                )
+            return norm_of(given)
         if not self._said_max_norm and self._is_main:
             self._said_max_norm = True
             announce(f"clip_grad_norm_(max_norm={max_norm}): the strategy decides, this number is not used.")
@@ -181,35 +193,6 @@ class LoopAttachment(Attachment):
                 clip_value,
                 clip_value,
             )
-
-    def _model_of(self, parameters: Iterable[Tensor]) -> nn.Module:
-        """The prepared model whose trainable parameters these are.
-
-        Raises:
-            ValueError: if they are not all those of one model.
-        """
-        in_order = [p for p in parameters if p.requires_grad]
-        for model, clipper in self._clippers.models:
-            watched = clipper.view.watched()
-            if watched and len(watched) == len(in_order) and all(map(is_, watched, in_order)):
-                return model
-        given, sizes = {*map(id, in_order)}, []
-        models = self.accelerator._models
-        trainable = [{id(p) for p in model.parameters() if p.requires_grad} for model in models]
-        together = set().union(*trainable)
-        for model, own in zip(models, trainable, strict=True):  # in another order, or not known to the view
-            if own and given == (together if self.models.joint else own):
-                return model
-            sizes.append(len(own))
-        must, call = "of one prepared model, which", "model.parameters()"
-        if self.models.joint:
-            must, call = "of all prepared models (joint=True), which", "those of each, itertools.chain(...)"
-        elif given == together:
-            call = "the parameters of each in a call of its own, or use attach(..., joint=True) for one norm over all"
-        raise ValueError(
-            f"accelerator.clip_grad_norm_({len(given)} trainable parameters): must be all trainable parameters {must} "
-            f"have {sizes or 'none been prepared'}. Pass {call}."
-        )
 
     def _follow(self, accelerator: Accelerator) -> None:
         """Make the clippers for what is prepared now, and for what `prepare` brings later."""

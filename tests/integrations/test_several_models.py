@@ -560,3 +560,25 @@ def test_a_named_model_that_is_not_prepared_is_said(caplog) -> None:
     accelerator.backward(a(x).square().sum())
     of_a.step()
     assert "Sequential is named and was not prepared by the first step" in caplog.text
+
+
+def test_a_clip_call_over_two_models_stands_beside_auto(caplog) -> None:
+    """As in a script that `hf-gradclip run` runs: the call gives the norm, and each model is clipped at the step."""
+    caplog.set_level("INFO", logger="hf_gradclip")
+    accelerator = Accelerator(cpu=True)
+    hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}", auto=True)
+    (a, x), (b, _) = two_layers(), two_layers()
+    a, b, optimizer = accelerator.prepare(a, b, sgd(a, b))
+    for _ in range(3):
+        before = vector(a), vector(b)
+        accelerator.backward(b(a(x)).square().sum())
+        both = [*a.parameters(), *b.parameters()]
+        norm = accelerator.clip_grad_norm_(itertools.chain(a.parameters(), b.parameters()), 1.0)
+        assert float(norm) == pytest.approx(sum(float(p.grad.double().square().sum()) for p in both) ** 0.5, rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [moved(model, was) for model, was in zip((a, b), before, strict=True)] == pytest.approx(
+            [LIMIT] * 2, rel=1e-3
+        )
+    assert caplog.text.count("with auto=True every step is clipped when it is made") == 1
+    assert "changed in place" not in caplog.text
