@@ -71,12 +71,8 @@ class Clipper:
         squared: bool = True,
     ) -> None:
         insist_on_parts(config, view)
-        refuse_unsuited(config.gradient, view)
-        if (units := config.gradient.needs.units) is not None:
-            view.divide(units)
-        refuse_idle(config.gradient, view)
         self.config = config
-        self.view = view
+        self._show(view)
         self.withheld = False
         self.recorder: Recorder | None = None
         self._fold: Fold | None = None
@@ -141,18 +137,37 @@ class Clipper:
         config = self.config
         self._fold = Fold(optimizer, self.view, config.gradient, scale=config.fold, skip=not config.skip_sync)
 
+    def _show(self, view: View) -> None:
+        """Take a view, divided as the strategy needs it."""
+        refuse_unsuited(self.config.gradient, view)
+        if (units := self.config.gradient.needs.units) is not None:
+            view.divide(units)
+        refuse_idle(self.config.gradient, view)
+        self.view = view
+
+    def turn_to(self, view: View) -> None:
+        """Clip what another view shows from now on. The strategy starts anew; report, events and counts go on.
+
+        Raises:
+            UnsupportedBackendError, SpecError: as where a clipper is made.
+        """
+        self._show(view)
+        self._go_on(view.layout)
+
     def reset(self) -> None:
         """Forget everything: the strategy's state, the counters, the report."""
         self.steps = 0
         self.events.forget()
-        self._start_anew(self.view.layout)
+        layout = self.view.layout
+        self.guard = Guard(self.config, layout.device, self.view.guarded, math.inf)
+        self._start_anew(layout)
         self.report = ClipReport(self._layout.by_param.device, self._layout.dtype, self.prefix, self.events.look)
 
     def _start_anew(self, layout: Layout) -> None:
-        """Forget what was learnt of other parameters; what the run has done so far stays in the report."""
+        """Forget what was learnt of other parameters; the report and the guard know the run so far."""
         self._measured = layout
         largest = largest_of(self.view.watched()) if self.squared else math.inf
-        self.guard = Guard(self.config, layout.device, self.view.guarded, largest)
+        self.guard.follow(layout.device, self.view.guarded, largest)
         self._layout = self.seen(layout)
         self.state: State = self.config.gradient.init(self._layout)
         self._skipped: bool | Tensor = False
@@ -300,12 +315,15 @@ class Clipper:
         """Start the strategy anew for other parameters, and say which."""
         strategy = name_of(self.config.gradient)
         logger.warning("%s: the statistics of %s start anew.", layout.changed_from(self._measured), strategy)
-        self._start_anew(layout)
+        self._go_on(layout)
         if self._fold is not None:
             self._fold.insist(self.view)
-        self.report.move_to(self._layout.by_param.device, self._layout.dtype)
         if words := idle(self.config.gradient, self.view):
             logger.warning(words)
+
+    def _go_on(self, layout: Layout) -> None:
+        self._start_anew(layout)
+        self.report.move_to(self._layout.by_param.device, self._layout.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, on the CPU, loadable with `weights_only=True`; keyed by parameter name."""

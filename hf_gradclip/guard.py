@@ -45,6 +45,12 @@ class Guard:
         self._since_look = 0
         self._unread = self._most = torch.zeros((), dtype=torch.int64, device=device)
 
+    def follow(self, device: torch.device, guarded: bool, largest: float) -> None:
+        """Go on with other parameters; the counts go on."""
+        self._largest = largest
+        self.adopt(self.config, guarded)
+        self._unread, self._most = self._unread.to(device), self._most.to(device)
+
     def adopt(self, config: ClipConfig, guarded: bool) -> None:
         """Go on with another configuration; the counts go on."""
         self.config = config

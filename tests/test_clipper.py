@@ -166,6 +166,25 @@ class TestSkip:
         scalars = clipper.report.scalars()
         assert (scalars["clip/skipped"], scalars["clip/nonfinite"]) == (3, 0)
 
+    @pytest.mark.parametrize("read", [True, False])
+    def test_an_unfrozen_layer_does_not_end_a_row(self, read):
+        """Three skipped steps, a layer that is unfrozen, a fourth."""
+        model = mlp()
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+        clipper = Clipper.for_model(
+            model, "adaptive_norm", optimizer=optimizer, max_consecutive_skips=4, skip_sync=read
+        )
+        for step in range(3):
+            backward(model, step, math.nan)
+            clipper.step()
+            clipper.check_skips()
+        model[0].requires_grad_(True)
+        backward(model, 3, math.nan)
+        with pytest.raises(NonFiniteError, match="4 steps in a row were skipped"):  # noqa: PT012
+            clipper.step()
+            clipper.check_skips()
+
 
 @dataclass(frozen=True)
 class Picky(Strategy):

@@ -158,11 +158,16 @@ class GradClip(*_bases()):  # type: ignore[misc]
         if trainer.is_global_zero and (words := _strays(pl_module, optimizers)):
             logger.warning(words)
 
-    def _clipper_for(self, trainer: Any, pl_module: Any, i: int, optimizer: Any) -> Clipper:
-        """A clipper of the parameters that an optimizer has now, the same on all ranks."""
+    def _clipper_for(
+        self, trainer: Any, pl_module: Any, i: int, optimizer: Any, before: Clipper | None = None
+    ) -> Clipper:
+        """A clipper of the parameters that an optimizer has now, the same on all ranks; `before` goes on with them."""
         device, mine = trainer.strategy.root_device, {*map(id, stepped_by(optimizer))}
         named = [(name, p) for name, p in named_parameters(pl_module) if id(p) in mine]
-        clipper = Clipper(self.config, view_of(Part(pl_module, named)), f"clip_{i}" if i else "clip")
+        view = view_of(Part(pl_module, named))
+        clipper = before or Clipper(self.config, view, f"clip_{i}" if i else "clip")
+        if before is not None:
+            clipper.turn_to(view)
         insist_on_one_layout(clipper, device)
         self._hears.begin(clipper, f"optimizer {i}" if len(trainer.optimizers) > 1 else "", device)
         clipper.events.hold([optimizer])

@@ -29,13 +29,13 @@ class Stepped:
 
     Args:
         optimizer: without wrappers.
-        make: a clipper of the parameters that it has now.
+        make: a clipper of the parameters that it has now; given the one that it had before, that one goes on.
         loss: gives the loss of the step, for a strategy that judges it.
         replicas: of the run.
         recording: where every step is kept; None for nowhere.
 
     Attributes:
-        clipper: of its gradients; another one where it has other parameters since.
+        clipper: of its gradients; the same one where it has other parameters since.
         due: a loss scaler is about to make or drop a step.
         stepped: whether a step was made, skipped or dropped since somebody set this to False.
     """
@@ -43,7 +43,7 @@ class Stepped:
     def __init__(
         self,
         optimizer: Any,
-        make: Callable[[Any], Clipper],
+        make: Callable[[Any, Clipper | None], Clipper],
         loss: Callable[[], Tensor | None],
         replicas: Replicas,
         recording: Recording | None,
@@ -55,12 +55,12 @@ class Stepped:
         self._replicas = replicas
         self._optimizer = weakref.ref(optimizer)
         self._before = vars(optimizer).get("step")
-        self._begin(optimizer)
+        self._begin(optimizer, None)
         wrap_step(optimizer, weakly(self._step))
 
-    def _begin(self, optimizer: Any) -> None:
+    def _begin(self, optimizer: Any, before: Clipper | None) -> None:
         self._parameters = stepped_by(optimizer)
-        self.clipper = self._make(optimizer)
+        self.clipper = self._make(optimizer, before)
         self.clipper.withheld = True  # the step of all that it clips is ours to leave out
 
     def is_of(self, optimizer: Any) -> bool:
@@ -88,8 +88,10 @@ class Stepped:
             closure = once(optimizer, closure)
         self.due = False
         if not are_same(self._parameters, stepped_by(optimizer)):
-            logger.warning("%s has other parameters now, so its clip state starts anew.", type(optimizer).__name__)
-            self._begin(optimizer)
+            logger.warning(
+                "%s has other parameters now, so the statistics of its clip start anew.", type(optimizer).__name__
+            )
+            self._begin(optimizer, self.clipper)
         if is_idle(self.clipper):
             return inner(closure)  # no backward came, as where training_step returns None
         if self.recording is not None:

@@ -1,0 +1,55 @@
+"""What GradClip keeps, says and gives back where a Lightning run changes on its way, is resumed, or ends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from hf_gradclip.clipper import NonFiniteError
+from hf_gradclip.integrations.lightning import GradClip
+from tests.integrations.lightning_runs import STEPS, Module, fit
+from tests.test_events import stands_out
+
+THAWED = 5
+"""The batch, from 0, before which the optimizer of `head` gets the other parameters."""
+
+
+class Thaw(pl.Callback):
+    """Gives the optimizer parameters on the way, as Lightning's BaseFinetuning does."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, number: int) -> None:
+        if number == THAWED:
+            trainer.optimizers[0].add_param_group({"params": [*pl_module.net[0].parameters()]})
+
+
+def head(factors: dict[int, float | None]) -> Module:
+    """A module whose optimizer begins with its last layer alone."""
+    module = Module(factors=factors)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.net[4].parameters(), lr=1e-2)
+    return module
+
+
+class TestParametersThatCome:
+    def test_skips_before_and_after_are_in_a_row(self, tmp_path):
+        clip = GradClip({"gradient": "adaptive_norm", "max_consecutive_skips": 4})
+        module = head(dict.fromkeys(range(3, 8), math.nan))
+        with pytest.raises(NonFiniteError, match="Step 7: 4 steps in a row were skipped"):
+            fit(tmp_path, clip, module, callbacks=[Thaw()])
+
+    def test_events_and_report_go_on(self, tmp_path):
+        """A norm of 1000 times the others in the ninth step, four after the exchange, stands out among nine."""
+        told: list[tuple[int, float]] = []
+        clip = GradClip("adaptive_norm", on_spike=lambda event: told.append((event.step, event.threshold)))
+        trainer = fit(tmp_path, clip, head({8: 1000.0}), callbacks=[Thaw()])
+        assert [step for step, _ in told] == [9]
+        assert told[0][1] == pytest.approx(stands_out(trainer.watch.norms)[8][1], rel=1e-5), (
+            "judged by all eight before"
+        )
+        summary = clip.clipper.report.summary()
+        assert (summary["steps"], summary["clipped"]) == (STEPS, 1)
+        assert summary["norm_max"] == pytest.approx(max(trainer.watch.norms), rel=1e-5)
+        assert len(clip.clipper.view.watched()) == 4
