@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +18,7 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.events import KINDS, Event, Handler
 from hf_gradclip.integrations.lightning_refusals import insist_on_spec, refuse_optimizers, refuse_run
-from hf_gradclip.integrations.lightning_steps import Stepped
+from hf_gradclip.integrations.lightning_steps import Stepped, strays
 from hf_gradclip.logged import pick
 from hf_gradclip.run.advice import Advice
 from hf_gradclip.run.hearing import Hearing
@@ -155,7 +154,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
             self._steps.append(Stepped(optimizer, make, self._loss_of_step, self._replicas, self._recording))
             if trainer.is_global_zero:
                 self._advice.at_start(optimizer, [self.config])
-        if trainer.is_global_zero and (words := _strays(pl_module, optimizers)):
+        if trainer.is_global_zero and (words := strays(pl_module, optimizers)):
             logger.warning(words)
 
     def _clipper_for(
@@ -184,6 +183,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
         """The step is known now, that of a checkpoint or 0."""
         if self._recording is not None:
             self._recording.start_after(trainer.global_step)
+        self._count_on(trainer)
         steps = trainer.estimated_stepping_batches
         if trainer.is_global_zero and self._steps:
             for words in check_run(self._steps[0].clipper, int(steps) if steps != float("inf") else None):
@@ -195,8 +195,14 @@ class GradClip(*_bases()):  # type: ignore[misc]
         if len(optimizers) != len(self._steps) or not all(map(Stepped.is_of, self._steps, optimizers)):
             logger.warning("The optimizers are other ones now, so the clip state starts anew.")
             self._begin(trainer, pl_module)
+            self._count_on(trainer)
         for steps in self._steps:
             steps.stepped = False
+
+    def _count_on(self, trainer: Any) -> None:
+        """Events count on from the step of the run. Of several each counts its own; the run adds them up."""
+        if len(self._steps) == 1:
+            self.clipper.events.start_after(trainer.global_step)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Hear the loss, which Lightning has divided by `accumulate_grad_batches`, and multiplied by a loss scale."""
@@ -289,15 +295,3 @@ class GradClip(*_bases()):  # type: ignore[misc]
 def _obey(trainer: Any, event: Event) -> None:
     if "stop" in event.asked:
         trainer.should_stop = True
-
-
-def _strays(pl_module: Any, optimizers: Sequence[Any]) -> str:
-    """Words for trainable parameters that no optimizer steps; "" where there are none."""
-    mine = {id(p) for optimizer in optimizers for p in stepped_by(optimizer)}
-    strays = [name for name, p in named_parameters(pl_module) if p.requires_grad and id(p) not in mine]
-    if not strays:
-        return ""
-    return (
-        f"clip: {len(strays)} trainable parameters are in no optimizer ({', '.join(strays[:5])}"
-        f"{', ...' if len(strays) > 5 else ''}), so that their gradients are neither measured nor clipped."
-    )

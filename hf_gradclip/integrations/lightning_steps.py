@@ -8,7 +8,7 @@ the optimizer's step are the gradients before clipping, as with Lightning's own 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from hf_gradclip.run.replicas import Replicas
 from hf_gradclip.run.updates import are_same, stepped_by
 from hf_gradclip.run.wrapping import weakly, wrap_step
 from hf_gradclip.say import logger
+from hf_gradclip.views.trainable import named_parameters
 
 
 class Stepped:
@@ -107,3 +108,15 @@ class Stepped:
         if self.clipper.config.skip_sync and self.clipper.step_was_skipped:
             return None if closure is None else closure()
         return inner(closure)
+
+
+def strays(pl_module: Any, optimizers: Sequence[Any]) -> str:
+    """Words for trainable parameters that no optimizer steps; "" where there are none."""
+    mine = {id(p) for optimizer in optimizers for p in stepped_by(optimizer)}
+    strays = [name for name, p in named_parameters(pl_module) if p.requires_grad and id(p) not in mine]
+    if not strays:
+        return ""
+    return (
+        f"clip: {len(strays)} trainable parameters are in no optimizer ({', '.join(strays[:5])}"
+        f"{', ...' if len(strays) > 5 else ''}), so that their gradients are neither measured nor clipped."
+    )

@@ -11,7 +11,7 @@ import torch
 
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.integrations.lightning import GradClip
-from tests.integrations.lightning_runs import STEPS, Module, fit
+from tests.integrations.lightning_runs import LOUD, STEPS, Module, fit
 from tests.test_events import stands_out
 
 THAWED = 5
@@ -53,3 +53,34 @@ class TestParametersThatCome:
         assert (summary["steps"], summary["clipped"]) == (STEPS, 1)
         assert summary["norm_max"] == pytest.approx(max(trainer.watch.norms), rel=1e-5)
         assert len(clip.clipper.view.watched()) == 4
+
+
+class Exchange(pl.Callback):
+    """Puts in another optimizer on the way."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, number: int) -> None:
+        if number == THAWED:
+            trainer.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=1e-2)]
+
+
+class TestStepsOfEvents:
+    """An event's step is that of the run, from 1: the batch counts them too."""
+
+    @pytest.mark.parametrize("made_with", [None, "adaptive_norm"])
+    def test_they_go_on_from_a_checkpoint_without_events(self, tmp_path, made_with):
+        fit(tmp_path, made_with, max_steps=-1, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+        steps: list[int] = []
+        module = Module()
+        module.loss_of = lambda batch, number: (
+            Module.loss_of(module, batch, number) * (1e3 if (module.current_epoch, number) == (1, LOUD - 1) else 1.0)
+        )
+        clip = GradClip("adaptive_norm", on_spike=lambda event: steps.append(event.step))
+        fit(tmp_path, clip, module, max_steps=-1, max_epochs=2, resume=tmp_path / "half.ckpt")
+        assert steps == [STEPS + LOUD]
+
+    def test_they_go_on_under_another_optimizer(self, tmp_path):
+        steps: list[int] = []
+        clip = GradClip("none", on_spike=lambda event: steps.append(event.step))
+        module = Module(factors={STEPS - 1: 1e4})
+        fit(tmp_path, None, module, callbacks=[Exchange(), clip])
+        assert steps == [STEPS]
