@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.events import KINDS, Event, Handler
-from hf_gradclip.integrations.lightning_refusals import insist_on_spec, refuse_optimizers, refuse_run
+from hf_gradclip.integrations.lightning_refusals import insist_on_spec, refuse_clips, refuse_optimizers, refuse_run
 from hf_gradclip.integrations.lightning_steps import Stepped, strays
 from hf_gradclip.logged import pick
 from hf_gradclip.run.advice import Advice
@@ -84,6 +85,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
         Events(self.config).hear(self._handlers)  # which says at once what cannot be called
         self._loaded: dict[str, Any] = {}
         self._steps: list[Stepped] = []
+        self._undo: Callable[[], None] | None = None
         self._updates = Updates(self.config, say=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,6 +95,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
+        self._undo = None
         self._updates = Updates(self.config, say=False)
 
     @property
@@ -132,6 +135,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
             self._recording = Recording(trainer.default_root_dir, trainer.global_rank, together=True)
         self._steps = []
         self._begin(trainer, pl_module)
+        self._undo = refuse_clips(trainer.precision_plugin)
         for clipper, saved in zip(self.clippers, self._loaded.get("gradient", ()), strict=False):
             self._take(clipper, saved, trainer)
         for clipper, saved in zip(self._updates.clippers, self._loaded.get("update", ()), strict=False):
@@ -275,6 +279,9 @@ class GradClip(*_bases()):  # type: ignore[misc]
             self._recording.flush(force=True, alone=True)
 
     def _release(self) -> None:
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
         for steps in self._steps:
             steps.release()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.refusals import refuse_several_gradients
 from hf_gradclip.record.options import read_record_options
 from hf_gradclip.run.refusal import Refusal, refuse
+from hf_gradclip.run.updates import innermost
+from hf_gradclip.run.wrapping import wrap
 from hf_gradclip.strategy import SpecError
 
 SERVED = ("SingleDeviceStrategy", "DDPStrategy")
@@ -73,6 +75,40 @@ def _of_run(trainer: Any, module: Any) -> Iterator[Refusal]:
         "the module clips by itself first, and GradClip would judge what it left.",
         "Leave one of the two out.",
     )
+
+
+def refuse_clips(precision: Any) -> Callable[[], None]:
+    """Stop, from now on, where a module clips by itself: `self.clip_gradients(optimizer, ...)`.
+
+    Args:
+        precision: the plugin of the run, whose `clip_gradients` Lightning calls for it.
+
+    Returns:
+        What undoes that.
+    """
+    before = vars(precision).get("clip_gradients")
+    wrap(precision, "clip_gradients", before=_refuse_clip)
+
+    def undo() -> None:
+        if before is None:
+            vars(precision).pop("clip_gradients", None)
+        else:
+            precision.clip_gradients = before
+
+    return undo
+
+
+def _refuse_clip(optimizer: Any, clip_val: Any = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
+    limit = float(clip_val or 0)
+    how = str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm))
+    same = f"'value:max_value={limit:g}'" if how == "value" else f"{limit:g}"
+    own = Refusal(
+        limit > 0,
+        f"self.clip_gradients({type(innermost(optimizer)).__name__}, gradient_clip_val={clip_val!r}) beside GradClip",
+        "the module clips by itself first, and GradClip would judge what it left.",
+        f"Leave one of the two out; GradClip({same}) does the same.",
+    )
+    refuse([own])
 
 
 def refuse_optimizers(optimizers: list[Any], config: ClipConfig, scaler: Any) -> None:

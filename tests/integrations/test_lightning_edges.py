@@ -11,8 +11,10 @@ import torch
 
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.integrations.lightning import GradClip
+from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.lightning_runs import LOUD, STEPS, Module, fit
 from tests.test_events import stands_out
+from tests.tiny import weights_of
 
 THAWED = 5
 """The batch, from 0, before which the optimizer of `head` gets the other parameters."""
@@ -84,3 +86,40 @@ class TestStepsOfEvents:
         module = Module(factors={STEPS - 1: 1e4})
         fit(tmp_path, None, module, callbacks=[Exchange(), clip])
         assert steps == [STEPS]
+
+
+class Clips(Module):
+    """Clips by itself in manual optimization, as Lightning's documentation shows it."""
+
+    def __init__(self, limit: float, how: str) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.limit, self.how = limit, how
+
+    def training_step(self, batch: Any, number: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss_of(batch, number))
+        self.clip_gradients(optimizer, gradient_clip_val=self.limit, gradient_clip_algorithm=self.how)
+        optimizer.step()
+
+
+class TestAModuleThatClips:
+    @pytest.mark.parametrize(
+        ("how", "instead"), [("norm", r"GradClip\(0.1\)"), ("value", r"GradClip\('value:max_value=0.1'\)")]
+    )
+    def test_it_is_refused_where_it_does(self, tmp_path, how, instead):
+        module = Clips(0.1, how)
+        before = weights_of(module)
+        words = rf"self.clip_gradients\(AdamW, gradient_clip_val=0.1\) beside GradClip: .* {instead} does the same"
+        with pytest.raises(UnsupportedBackendError, match=words):
+            fit(tmp_path, "adaptive_norm", module)
+        assert torch.equal(weights_of(module), before)
+
+    def test_no_limit_is_no_clip_and_after_the_run_it_may(self, tmp_path):
+        trainer = fit(tmp_path, "adaptive_norm", Clips(0.0, "norm"))
+        assert trainer.clip.clipper.report.summary()["steps"] == STEPS
+        (w, *_) = trainer.optimizers[0].param_groups[0]["params"]
+        w.grad = torch.full_like(w, 3.0)
+        trainer.precision_plugin.clip_gradients(trainer.optimizers[0], 1.0)
+        assert w.grad.norm() < 1.001
