@@ -135,7 +135,16 @@ class Clipper:
             UnsupportedBackendError: for an optimizer that cannot.
         """
         config = self.config
+        if self._fold is not None:
+            self._fold.let_go()
         self._fold = Fold(optimizer, self.view, config.gradient, scale=config.fold, skip=not config.skip_sync)
+
+    def let_go(self) -> None:
+        """Leave the optimizers as they would be: none takes a coefficient or a flag, and no rate is lowered."""
+        if self._fold is not None:
+            self._fold.let_go()
+            self._fold = None
+        self.events.let_go()
 
     def _show(self, view: View) -> None:
         """Take a view, divided as the strategy needs it."""

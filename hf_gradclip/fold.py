@@ -41,8 +41,13 @@ class Fold:
         self._refuse(optimizer, view, strategy)
         self._optimizer = weakref.ref(optimizer)
         self._device = view.layout.device
-        if not _heeds(optimizer):
-            optimizer.register_step_post_hook(_take_back)
+        self._hook = None if _heeds(optimizer) else optimizer.register_step_post_hook(_take_back)
+
+    def let_go(self) -> None:
+        """Leave the optimizer as it would be."""
+        if self._hook is not None:
+            self._hook.remove()
+            _take_back(self._optimizer())
 
     def hand(self, outcome: Outcome) -> None:
         """Give the optimizer what this step needs."""

@@ -37,9 +37,18 @@ class Lowered:
         """Put the factor in around every step of an optimizer without wrappers."""
         if optimizer not in _holders:
             _holders[optimizer] = weakref.WeakSet()
-            optimizer.register_step_pre_hook(_lower)
-            optimizer.register_step_post_hook(_raise)
+            _hooks[optimizer] = [optimizer.register_step_pre_hook(_lower), optimizer.register_step_post_hook(_raise)]
         _holders[optimizer].add(self)
+
+    def let_go(self) -> None:
+        """Leave every optimizer as it would be."""
+        for optimizer, holders in list(_holders.items()):
+            holders.discard(self)
+            if not holders:
+                _raise(optimizer)  # a step may have raised
+                del _holders[optimizer]
+                for hook in _hooks.pop(optimizer):
+                    hook.remove()
 
 
 def factor_of(optimizer: Any) -> float:
@@ -51,6 +60,8 @@ def factor_of(optimizer: Any) -> float:
 
 _holders: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Lowered]] = weakref.WeakKeyDictionary()
 """Who lowers the rate of an optimizer."""
+_hooks: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+"""What is called around the steps of an optimizer for them."""
 _kept: weakref.WeakKeyDictionary[Any, list[tuple[dict[str, Any], Any]]] = weakref.WeakKeyDictionary()
 """The groups of an optimizer in the middle of a step that is lowered, and their rates."""
 

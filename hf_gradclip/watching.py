@@ -83,6 +83,11 @@ class Events:
             for optimizer in optimizers:
                 self._rate.hold(optimizer)
 
+    def let_go(self) -> None:
+        """Lower no rate any longer. Whoever goes on from this state begins where it was."""
+        if self._rate is not None:
+            self._rate.let_go()
+
     def hear(self, handlers: Mapping[str, Handler | None]) -> None:
         """Call these from now on.
 

@@ -153,6 +153,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
         before, self._steps = self._steps, []
         for steps in before:
             steps.release()
+        self._updates.forget()
         for i, optimizer in enumerate(optimizers):
             make = functools.partial(self._clipper_for, trainer, pl_module, i)
             self._steps.append(Stepped(optimizer, make, self._loss_of_step, self._replicas, self._recording))
@@ -284,6 +285,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
             self._undo = None
         for steps in self._steps:
             steps.release()
+        self._updates.release()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: of each optimizer the state of its clippers."""

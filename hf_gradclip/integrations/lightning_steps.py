@@ -69,7 +69,8 @@ class Stepped:
         return self._optimizer() is optimizer
 
     def release(self) -> None:
-        """Give the optimizer its own step back."""
+        """Give the optimizer its own step back, and lower its rate no longer."""
+        self.clipper.let_go()
         optimizer = self._optimizer()
         if optimizer is None or "step" not in vars(optimizer):
             return

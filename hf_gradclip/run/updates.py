@@ -143,13 +143,17 @@ class Updates:
                 f"of this process's weights ({size / 2**20:.1f} MiB). hf_gradclip.optim needs none."
             )
 
-    def forget(self) -> None:
-        """Let go of every optimizer: those that are still there are watched anew, with new statistics."""
+    def release(self) -> None:
+        """Clip no longer; what the clippers know stays."""
         for optimizer, known in self._of.items():
             if isinstance(optimizer, ClippedOptimizer):
                 optimizer.update_clipper = None
             if known.hook is not None:
                 known.hook.remove()
+
+    def forget(self) -> None:
+        """Let go of every optimizer: those that are still there are watched anew, with new statistics."""
+        self.release()
         self._of.clear()
 
     def scalars(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,8 +12,9 @@ import torch
 
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.integrations.lightning import GradClip
+from hf_gradclip.optim import SGD
 from hf_gradclip.views.view import UnsupportedBackendError
-from tests.integrations.lightning_runs import LOUD, STEPS, Module, fit
+from tests.integrations.lightning_runs import LOUD, STEPS, Module, Watch, fit
 from tests.test_events import stands_out
 from tests.tiny import weights_of
 
@@ -123,3 +125,67 @@ class TestAModuleThatClips:
         w.grad = torch.full_like(w, 3.0)
         trainer.precision_plugin.clip_gradients(trainer.optimizers[0], 1.0)
         assert w.grad.norm() < 1.001
+
+
+def step_of(optimizer: Any) -> float:
+    """How far a step moves the weights under gradients of 1, by the learning rate: for plain SGD sqrt(weights)."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = torch.cat([p.detach().flatten() for p in params])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = torch.cat([p.detach().flatten() for p in params]) - before
+    return float(moved.norm() / optimizer.param_groups[0]["lr"] / len(before) ** 0.5)
+
+
+def stock(ps: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(ps, lr=1e-2)
+
+
+def ours(ps: Any) -> torch.optim.Optimizer:
+    return SGD(ps, lr=1e-2)
+
+
+class TestAfterTheRun:
+    """The optimizer is as it would be: a step of SGD is the gradient times the learning rate again."""
+
+    @pytest.mark.parametrize("make", [stock, ours])
+    def test_updates_are_not_clipped(self, tmp_path, make):
+        trainer = fit(tmp_path, {"gradient": "none", "update": "global_norm:max_norm=0.001"}, Module(make))
+        assert step_of(trainer.optimizers[0]) == pytest.approx(1, rel=1e-4)
+        (update,) = trainer.clip.state_dict()["update"]
+        assert update["spec"].startswith("global_norm"), "a checkpoint that is saved now has its state"
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_no_rate_is_lowered(self, tmp_path, fails):
+        """A spike in the step before the last, after which the rate is a thousandth for 50 steps."""
+
+        class Fails(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, number: int) -> None:
+                if fails and number == STEPS - 1:
+                    raise KeyError("a file")
+
+        clip = GradClip({"gradient": "none", "after_spike": "lower_rate:factor=0.001,steps=50"})
+        module, watch = Module(stock, {STEPS - 2: 1e4}), Watch()
+        try:
+            fit(tmp_path, clip, module, callbacks=[watch, Fails()])
+        except KeyError:
+            assert fails
+        moved = [float((b[0] - a[0]).norm()) for a, b in pairwise(watch.kept)]
+        assert moved[-1] < 0.01 * moved[0], "it was lowered"
+        optimizer = module.trainer.optimizers[0]
+        assert step_of(optimizer) == pytest.approx(1, rel=1e-4)
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+        assert clip.state_dict()["gradient"][0]["events"]["left"] == 48, (
+            "a checkpoint that is saved now goes on with it"
+        )
+
+    def test_a_grad_scaler_may_use_it(self, tmp_path):
+        """torch's scaler sets the two attributes that `fold` sets, and takes them away itself."""
+        spec = {"gradient": 1.0, "fold": True, "skip_sync": False}
+        trainer = fit(tmp_path, spec, Module(lambda ps: torch.optim.AdamW(ps, lr=1e-2, fused=True)))
+        optimizer, scaler = trainer.optimizers[0], torch.amp.GradScaler("cpu")
+        scaler.scale(trainer.lightning_module.net(torch.ones(2, 8)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
