@@ -18,7 +18,7 @@ from hf_gradclip.guard import Guard, NonFiniteError, largest_of
 from hf_gradclip.misuse import insist_on_model, insist_on_parts, is_scaling
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.report import ClipReport
-from hf_gradclip.say import logger
+from hf_gradclip.say import is_first, logger
 from hf_gradclip.seat import brought, seen_by
 from hf_gradclip.settings import LoopSettings, split
 from hf_gradclip.state import packed, unpacked
@@ -340,11 +340,18 @@ class Clipper:
         return {**kept, **self.events.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> str:
-        """Take the state of a checkpoint, bit for bit, or start anew and say why.
+        """Take the state of a checkpoint, bit for bit, or start anew. Why is said in a warning on the first process.
 
         Returns:
-            "" if the state was taken as it is, else a sentence about what happened instead.
+            "" if the state was taken as it is, else the sentence that was said.
         """
+        words = self.take_state(saved)
+        if words and is_first():
+            logger.warning("%s: %s", self.prefix, words)
+        return words
+
+    def take_state(self, saved: dict[str, Any]) -> str:
+        """The same for whoever says the sentence: `load_state_dict` without the warning."""
         state, words = unpacked(saved, self.config.gradient, self._layout)
         if state is None:
             self.reset()

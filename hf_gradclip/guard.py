@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.decision import LARGEST, NONFINITE, SKIP, Decision
-from hf_gradclip.say import logger, now_and_then
+from hf_gradclip.say import is_first, logger, now_and_then
 from hf_gradclip.types import NormStats
 
 LOOK_EVERY = 50
@@ -95,7 +94,7 @@ class Guard:
 
     def _say(self, action: int, stats: NormStats, step: int, by: str) -> None:
         self._skipped += 1
-        if not now_and_then(self._skipped) or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
+        if not now_and_then(self._skipped) or not is_first():
             return
         why = _culprits(stats) if action == NONFINITE else f"{by} asked for it."
         logger.warning(

@@ -22,6 +22,13 @@ def announce(text: str) -> None:
     logger.info(text)
 
 
+def is_first() -> bool:
+    """Whether this process is the first of a job, or its only one: what all of them know is said by that one."""
+    import torch.distributed as dist  # what only speaks, as the command line does, need not wait for torch
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def printable(text: str) -> str:
     """Words that may be of somebody's file, with what moves a cursor or turns a line written as `\\x1b`."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))

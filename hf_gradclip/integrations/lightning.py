@@ -19,6 +19,7 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.events import KINDS, Event, Handler
 from hf_gradclip.integrations.lightning_refusals import insist_on_spec, refuse_clips, refuse_optimizers, refuse_run
+from hf_gradclip.integrations.lightning_state import kept, take
 from hf_gradclip.integrations.lightning_steps import Stepped, strays
 from hf_gradclip.logged import pick
 from hf_gradclip.run.advice import Advice
@@ -84,13 +85,14 @@ class GradClip(*_bases()):  # type: ignore[misc]
         self._handlers = dict(zip(KINDS, (on_spike, on_skip, on_nonfinite), strict=True))
         Events(self.config).hear(self._handlers)  # which says at once what cannot be called
         self._loaded: dict[str, Any] = {}
+        self._resumes = False
         self._steps: list[Stepped] = []
         self._undo: Callable[[], None] | None = None
         self._updates = Updates(self.config, say=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, as for processes that are spawned, is of no run yet; it has the state that a checkpoint keeps."""
-        alone = {"_steps": [], "_loaded": self.state_dict()}
+        alone = {"_steps": [], "_loaded": self.state_dict(), "_resumes": False}
         return {"config": self.config, "_handlers": self._handlers, **alone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,7 +118,7 @@ class GradClip(*_bases()):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what would not be clipped, before a checkpoint is read."""
-        self._loaded = {}
+        self._loaded, self._resumes = {}, False
         if stage == "fit":
             refuse_run(trainer, pl_module)
 
@@ -136,15 +138,11 @@ class GradClip(*_bases()):  # type: ignore[misc]
         self._steps = []
         self._begin(trainer, pl_module)
         self._undo = refuse_clips(trainer.precision_plugin)
-        for clipper, saved in zip(self.clippers, self._loaded.get("gradient", ()), strict=False):
-            self._take(clipper, saved, trainer)
-        for clipper, saved in zip(self._updates.clippers, self._loaded.get("update", ()), strict=False):
-            self._take(clipper, saved, trainer)
-        self._loaded = {}
-
-    def _take(self, clipper: Clipper, saved: dict[str, Any], trainer: Any) -> None:
-        if (words := clipper.load_state_dict(saved)) and trainer.is_global_zero:
-            logger.warning("the checkpoint: %s", words)
+        if self._resumes or self._loaded:
+            for words in take(self._loaded, self.clippers, self._updates.clippers):
+                if trainer.is_global_zero:
+                    logger.warning("the checkpoint: %s", words)
+        self._loaded, self._resumes = {}, False
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Take over the steps of the optimizers that are there now, in the place of earlier ones."""
@@ -293,8 +291,11 @@ class GradClip(*_bases()):  # type: ignore[misc]
             return self._loaded
         if self._recording is not None:
             self._recording.flush(force=True)  # a checkpoint never holds a step that the record lacks
-        update = [clipper.state_dict() for clipper in self._updates.clippers]
-        return {"gradient": [clipper.state_dict() for clipper in self.clippers], "update": update}
+        return kept(self.clippers, self._updates.clippers)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """There is a checkpoint, with a state of this callback or without one."""
+        self._resumes = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint for `on_fit_start`, when there are optimizers."""

@@ -254,7 +254,7 @@ class ClippedOptimizer(Optimizer, ABC):
         if "_clip" in state:  # a copy
             self._make_clippers()
             for place, clipper in self._own().items():
-                clipper.load_state_dict(state["_clip"].get(place, {}))
+                clipper.take_state(state["_clip"].get(place, {}))
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
@@ -278,7 +278,7 @@ class ClippedOptimizer(Optimizer, ABC):
         super().load_state_dict(state_dict)
         for place, clipper in self._own().items():
             if place in state_dict.get("clip", {}):
-                message = clipper.load_state_dict(state_dict["clip"][place])
+                message = clipper.take_state(state_dict["clip"][place])
                 if message:
                     logger.warning("%s: %s", type(self).__name__, message)
             elif flatten(clipper.state):

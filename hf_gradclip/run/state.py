@@ -41,7 +41,7 @@ def load_state(clipper: Clipper, path: str, say: bool = True) -> None:
                 name_of(clipper.config.gradient),
             )
         return
-    message = clipper.load_state_dict(saved)
+    message = clipper.take_state(saved)
     if message and say:
         logger.warning("%s: %s", path, message)
 

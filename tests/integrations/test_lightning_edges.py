@@ -9,8 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 
-from hf_gradclip.clipper import NonFiniteError
+from hf_gradclip.clipper import Clipper, NonFiniteError
 from hf_gradclip.integrations.lightning import GradClip
 from hf_gradclip.optim import SGD
 from hf_gradclip.views.view import UnsupportedBackendError
@@ -177,7 +178,7 @@ class TestAfterTheRun:
         assert step_of(optimizer) == pytest.approx(1, rel=1e-4)
         assert not optimizer._optimizer_step_pre_hooks
         assert not optimizer._optimizer_step_post_hooks
-        assert clip.state_dict()["gradient"][0]["events"]["left"] == 48, (
+        assert clip.state_dict()["gradient"][0]["events"]["left"] == 49, (
             "a checkpoint that is saved now goes on with it"
         )
 
@@ -189,3 +190,83 @@ class TestAfterTheRun:
         scaler.scale(trainer.lightning_module.net(torch.ones(2, 8)).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
+
+
+LEARNS = "zclip:warmup_steps=2"
+BOTH = {"gradient": LEARNS, "update": "adagc:warmup_steps=3"}
+
+
+class Two(Module):
+    """Steps one optimizer for each of its first and last layer, or the first one alone."""
+
+    def __init__(self, both: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.both = both
+
+    def training_step(self, batch: Any, number: int) -> None:
+        optimizers: Any = self.optimizers() if self.both else [self.optimizers()]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(self.loss_of(batch, number))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        parts = self.net[0].parameters(), self.net[4].parameters()
+        return [torch.optim.AdamW(part, lr=1e-2) for part in (parts if self.both else parts[:1])]
+
+
+class TestWhatACheckpointLacks:
+    """A warning says, once, what a resumed run does without."""
+
+    @pytest.mark.parametrize(
+        ("made_with", "spec", "modules", "said"),
+        [
+            (None, LEARNS, (Module, Module), "it was made without GradClip. zclip starts anew."),
+            (None, 1.0, (Module, Module), ""),
+            (LEARNS, LEARNS, (Module, Module), ""),
+            (
+                LEARNS,
+                BOTH,
+                (Module, Module),
+                "a clip state of the update for no optimizers. adagc of optimizer 0 starts",
+            ),
+            (BOTH, BOTH, (Module, Module), ""),
+            (LEARNS, LEARNS, (Two, Two), ""),
+            (LEARNS, LEARNS, (lambda: Two(False), Two), "of the gradient for 1 optimizer. zclip of optimizer 1 starts"),
+            (LEARNS, LEARNS, (Two, lambda: Two(False)), "of the gradient for 2 optimizers, and the run has 1 now."),
+        ],
+    )
+    def test_it_is_said(self, tmp_path, caplog, made_with, spec, modules, said):
+        first, second = (make() for make in modules)
+        fit(tmp_path, made_with, first, max_steps=-1, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+        saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
+        if type(first) is Two and first.both != second.both:  # Lightning itself insists on as many optimizers
+            saved["optimizer_states"] = [optimizer.state_dict() for optimizer in second.configure_optimizers()]
+            torch.save(saved, tmp_path / "half.ckpt")
+        caplog.clear()
+        fit(tmp_path, spec, second, max_steps=-1, max_epochs=2, resume=tmp_path / "half.ckpt")
+        warnings = [words for words in caplog.messages if words.startswith("the checkpoint: ")]
+        assert len(warnings) == bool(said)
+        assert said in "".join(warnings)
+
+    def test_a_run_of_its_own_says_nothing(self, tmp_path, caplog):
+        fit(tmp_path, BOTH)
+        assert "the checkpoint" not in caplog.text
+
+
+class TestFabric:
+    """A loop of Fabric: what GradClip cannot see of it, the clipper says and does."""
+
+    def test_a_state_of_another_strategy_is_said_once(self, tmp_path, caplog):
+        fabric = Fabric(accelerator="cpu", devices=1)
+        net = torch.nn.Linear(4, 1)
+        saved = Clipper.for_model(net, LEARNS)
+        fabric.save(tmp_path / "fabric.ckpt", {"clipper": saved})
+        fabric.load(tmp_path / "fabric.ckpt", {"clipper": Clipper.for_model(net, LEARNS)})
+        assert "starts anew" not in caplog.text
+        fabric.load(tmp_path / "fabric.ckpt", {"clipper": Clipper.for_model(net, "adagc:warmup_steps=2")})
+        said = [words for words in caplog.messages if "starts anew" in words]
+        assert len(said) == 1
+        assert said[0].startswith("clip: The checkpoint's clip state is of zclip:")
