@@ -34,7 +34,8 @@ class Lowered:
         self.left = max(0, self.left - 1)
 
     def hold(self, optimizer: Any) -> None:
-        """Put the factor in around every step of an optimizer without wrappers."""
+        """Put the factor in around every step of an optimizer, with wrappers or without."""
+        optimizer = innermost(optimizer)  # whose hooks are called, and with it
         if optimizer not in _holders:
             _holders[optimizer] = weakref.WeakSet()
             _hooks[optimizer] = [optimizer.register_step_pre_hook(_lower), optimizer.register_step_post_hook(_raise)]
@@ -56,6 +57,13 @@ def factor_of(optimizer: Any) -> float:
     if optimizer in _kept:
         return 1.0
     return min((lowered.factor for lowered in _holders.get(optimizer, ()) if lowered.left), default=1.0)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of Accelerate, DeepSpeed and Fabric."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 _holders: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Lowered]] = weakref.WeakKeyDictionary()

@@ -6,6 +6,8 @@ from typing import Any
 
 from hf_gradclip.budgets import Budgets
 from hf_gradclip.config import ClipConfig
+from hf_gradclip.lowered import innermost
+from hf_gradclip.misuse import shown
 from hf_gradclip.reactions import LowerRate, written
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 from hf_gradclip.views.view import UnsupportedBackendError, View
@@ -60,11 +62,17 @@ def refuse_in_a_loop(config: ClipConfig, optimizer: Any) -> None:
             "update is known to the optimizer only. Give hf_gradclip.optim.AdamW(..., update_clip=...), or use "
             "GradClipTrainer or attach()."
         )
-    if optimizer is None and any(isinstance(reaction, LowerRate) for reaction in config.after_spike):
-        raise SpecError(
-            f"Clipper.for_model(..., after_spike={written(config.after_spike)!r}): it lowers the rate of an optimizer, "
-            "and there is none here. Add optimizer=optimizer."
-        )
+    if any(isinstance(reaction, LowerRate) for reaction in config.after_spike):
+        call = f"Clipper.for_model(..., after_spike={written(config.after_spike)!r}"
+        if optimizer is None:
+            raise SpecError(
+                f"{call}): it lowers the rate of an optimizer, and there is none here. Add optimizer=optimizer."
+            )
+        if not hasattr(innermost(optimizer), "register_step_pre_hook"):
+            raise SpecError(
+                f"{call}, optimizer={shown(optimizer)}): it lowers the rate in the steps of a torch.optim.Optimizer, "
+                "and this is none. Pass the optimizer that steps the model."
+            )
     refuse_a_record("Clipper.for_model(...", config)
 
 

@@ -78,7 +78,7 @@ class Events:
         return vars(alone)
 
     def hold(self, optimizers: Iterable[Any]) -> None:
-        """Lower the learning rate of these optimizers, without wrappers, where that is asked for."""
+        """Lower the learning rate of these optimizers, with wrappers or without, where that is asked for."""
         if self._rate is not None:
             for optimizer in optimizers:
                 self._rate.hold(optimizer)

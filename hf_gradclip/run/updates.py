@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.device import local
+from hf_gradclip.lowered import innermost as innermost
 from hf_gradclip.optim.optimizer import PLACES, ClippedOptimizer
 from hf_gradclip.run.advice import small_limit
 from hf_gradclip.run.refusal import Refusal, refuse
@@ -182,13 +183,6 @@ def _let_go(optimizer: Any, known: Known) -> None:
     )
     if known.hook is not None:
         known.hook.remove()
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Accelerate and DeepSpeed."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def refuse_own_clip(optimizer: Any) -> None:

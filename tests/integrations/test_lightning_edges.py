@@ -9,11 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from accelerate import Accelerator
 from lightning.fabric import Fabric
 
 from hf_gradclip.clipper import Clipper, NonFiniteError
 from hf_gradclip.integrations.lightning import GradClip
 from hf_gradclip.optim import SGD
+from hf_gradclip.strategy import SpecError
 from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.lightning_runs import LOUD, STEPS, Module, Watch, fit
 from tests.test_events import stands_out
@@ -256,6 +258,10 @@ class TestWhatACheckpointLacks:
         assert "the checkpoint" not in caplog.text
 
 
+def prepared(optimizer: Any) -> Any:
+    return Accelerator(cpu=True).prepare(optimizer)
+
+
 class TestFabric:
     """A loop of Fabric: what GradClip cannot see of it, the clipper says and does."""
 
@@ -270,3 +276,24 @@ class TestFabric:
         said = [words for words in caplog.messages if "starts anew" in words]
         assert len(said) == 1
         assert said[0].startswith("clip: The checkpoint's clip state is of zclip:")
+
+    @pytest.mark.parametrize("wrapped", [lambda o: Fabric(accelerator="cpu", devices=1).setup_optimizers(o), prepared])
+    def test_a_rate_is_lowered_inside_wrappers(self, wrapped):
+        """Of SGD without momentum: in the loud step and four more a step is a thousandth of rate times gradient."""
+        net = torch.nn.Linear(4, 1)
+        optimizer = wrapped(torch.optim.SGD(net.parameters(), lr=1.0))
+        clipper = Clipper.for_model(net, "none", optimizer=optimizer, after_spike="lower_rate:factor=0.001,steps=5")
+        shares = []
+        for step in range(30):
+            gradient = 1000.0 if step == 20 else 1.0
+            before = net.weight.detach().clone()
+            for p in net.parameters():
+                p.grad = torch.full_like(p, gradient)
+            clipper.step()
+            optimizer.step()
+            shares.append(float((before - net.weight.detach()).mean() / gradient))
+        assert shares == pytest.approx([1.0] * 20 + [0.001] * 5 + [1.0] * 5, rel=0.05)
+
+    def test_what_is_no_optimizer_is_refused_by_name(self):
+        with pytest.raises(SpecError, match=r"optimizer='adamw'\): .* torch.optim.Optimizer, and this is none"):
+            Clipper.for_model(torch.nn.Linear(4, 1), "none", optimizer="adamw", after_spike="lower_rate")
