@@ -335,7 +335,11 @@ class Clipper:
         self.report.move_to(self._layout.by_param.device, self._layout.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, on the CPU, loadable with `weights_only=True`; keyed by parameter name."""
+        """What a checkpoint keeps, on the CPU, loadable with `weights_only=True`; keyed by parameter name.
+
+        Events that nobody has read yet are told first, so that the state has every step.
+        """
+        self.events.look()
         kept = packed(self.config.gradient, self._layout, self.state, self.guard.in_a_row())
         return {**kept, **self.events.state_dict()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -297,3 +298,50 @@ class TestFabric:
     def test_what_is_no_optimizer_is_refused_by_name(self):
         with pytest.raises(SpecError, match=r"optimizer='adamw'\): .* torch.optim.Optimizer, and this is none"):
             Clipper.for_model(torch.nn.Linear(4, 1), "none", optimizer="adamw", after_spike="lower_rate")
+
+
+class TestLateEvents:
+    """With skip_sync=False events are told late: before a checkpoint, which has every step."""
+
+    def test_in_a_checkpoint_of_lightning(self, tmp_path):
+        """A spike in step 11, which the next log would tell, is told with a checkpoint after step 12."""
+        told: list[tuple[int, bool]] = []
+
+        class Save(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, number: int) -> None:
+                if number == STEPS - 1:
+                    assert told == []
+                    trainer.save_checkpoint(tmp_path / "twelve.ckpt")
+                    assert told == [(STEPS - 1, True)]
+
+        module = Module(lambda ps: torch.optim.AdamW(ps, lr=1e-2, fused=True), {STEPS - 2: 1e4})
+        spec = {"gradient": "none", "skip_sync": False}
+        clip = GradClip(spec, on_spike=lambda event: told.append((event.step, event.late)))
+        fit(tmp_path, clip, module, callbacks=[Save()], log_every_n_steps=1000)
+        assert told == [(STEPS - 1, True)]
+        (saved,) = torch.load(tmp_path / "twelve.ckpt", weights_only=True)["callbacks"]["GradClip"]["gradient"]
+        assert (int(saved["events"]["seen"]), saved["events"]["step"]) == (STEPS, STEPS)
+
+    def test_in_the_state_of_a_plain_loop(self):
+        """A run that goes on from the state tells of a spike as one that was never interrupted."""
+        told: list[list[tuple[int, float]]] = [[], []]
+        for cuts, found in zip((False, True), told, strict=True):
+
+            def hear(event: Any, found: list[tuple[int, float]] = found) -> None:
+                found.append((event.step, event.z))
+
+            net = torch.nn.Linear(4, 1)
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, fused=True)
+            make = partial(Clipper.for_model, net, "none", optimizer=optimizer, skip_sync=False, on_spike=hear)
+            clipper = make()
+            for step in range(1, 31):
+                if cuts and step == 20:
+                    saved, clipper = clipper.state_dict(), make()
+                    clipper.load_state_dict(saved)
+                for p in net.parameters():
+                    p.grad = torch.full_like(p, 1e3 if step == 22 else 1 + step % 3)
+                clipper.step()
+                optimizer.step()
+            clipper.report.scalars()
+        assert [step for step, _ in told[0]] == [22]
+        assert told[1] == told[0]
