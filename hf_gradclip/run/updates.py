@@ -20,7 +20,7 @@ from hf_gradclip.run.refusal import Refusal, refuse
 from hf_gradclip.run.weight_difference import WeightDifference
 from hf_gradclip.say import announce, logger
 from hf_gradclip.views import view_of
-from hf_gradclip.views.trainable import named_parameters
+from hf_gradclip.views.trainable import Part, named_parameters
 
 
 @dataclass
@@ -92,18 +92,18 @@ class Updates:
                 _let_go(optimizer, known)
             self._take(optimizer, named, stepped)
 
-    def _named_of(self, optimizer: Any, models: Iterable[nn.Module]) -> list[tuple[str, Tensor]]:
-        """The parameters of some models that an optimizer steps, trainable or not."""
+    def _named_of(self, optimizer: Any, models: Iterable[nn.Module]) -> Part | list[tuple[str, Tensor]]:
+        """The parameters of some models that an optimizer steps, trainable or not; of one model as a part of it."""
         mine = {*map(id, stepped_by(optimizer))}
         found: list[tuple[nn.Module, list[tuple[str, Tensor]]]] = []
         for model in models:
             if named := [(name, p) for name, p in named_parameters(model) if id(p) in mine]:
                 found.append((model, [*named]))
         if len(found) == 1:
-            return found[0][1]
+            return Part(*found[0])
         return [(f"{self._called(model)}.{name}", p) for model, named in found for name, p in named]
 
-    def _take(self, optimizer: Any, named: list[tuple[str, Tensor]], stepped: list[Tensor]) -> None:
+    def _take(self, optimizer: Any, named: Part | list[tuple[str, Tensor]], stepped: list[Tensor]) -> None:
         """Make a clipper for these parameters of an optimizer, in the place of an earlier one."""
         order = list(self._of)
         number = order.index(optimizer) if optimizer in self._of else len(order)

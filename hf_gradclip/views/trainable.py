@@ -70,8 +70,9 @@ class Trainable:
 
     @property
     def known(self) -> list[str]:
-        """The names of all parameters, frozen ones too."""
-        return [name for name, _ in self._named]
+        """The names of all parameters, frozen ones too; of a part those of its whole model."""
+        named = named_parameters(self._source.model) if isinstance(self._source, Part) else self._named
+        return [name for name, _ in named]
 
     def look(self) -> bool:
         """Look anew; whether other parameters are trainable now, or under other names.

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from lightning.fabric import Fabric
 
+from hf_gradclip import attach
 from hf_gradclip.clipper import Clipper, NonFiniteError
 from hf_gradclip.integrations.lightning import GradClip
 from hf_gradclip.optim import SGD
@@ -345,3 +346,47 @@ class TestLateEvents:
             clipper.report.scalars()
         assert [step for step, _ in told[0]] == [22]
         assert told[1] == told[0]
+
+
+def body_and_head() -> torch.nn.ModuleDict:
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"body": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 1)})
+
+
+class TestGroupsOfSeveralOptimizers:
+    """A pattern may find its parameters in the one optimizer or in the other."""
+
+    def test_gradients_under_lightning(self, tmp_path):
+        """The first layer moves by its limit in a step of SGD at most, the last one as without a clip."""
+        limit, moved = 0.01, []
+        for spec in (f"net.0*=global_norm:max_norm={limit};net.4*=none", None):
+            module = Two()
+            module.configure_optimizers = lambda module=module: [
+                torch.optim.SGD(module.net[i].parameters(), lr=1.0) for i in (0, 4)
+            ]
+            before = [module.net[i].weight.detach().clone() for i in (0, 4)]
+            fit(tmp_path, spec, module, max_steps=2)
+            moved.append([float((module.net[i].weight - w).norm()) for i, w in zip((0, 4), before, strict=True)])
+        (first, last), (free, stays) = moved
+        assert first <= limit < free
+        assert last == stays > limit
+
+    def test_updates_under_attach(self):
+        limits = {"body": 0.01, "head": 0.02}
+        update = ";".join(f"{name}*=global_norm:max_norm={limit}" for name, limit in limits.items())
+        accelerator, model = Accelerator(cpu=True), body_and_head()
+        attach(accelerator, {"gradient": "none", "update": update}, auto=True)
+        model, *optimizers = accelerator.prepare(
+            model, *(torch.optim.SGD(model[name].parameters(), lr=1.0) for name in limits)
+        )
+        before = {name: torch.cat([p.detach().flatten() for p in model[name].parameters()]) for name in limits}
+        accelerator.backward(model["head"](model["body"](torch.ones(2, 4))).sum() * 100)
+        for optimizer in optimizers:
+            optimizer.step()
+        for name, limit in limits.items():
+            after = torch.cat([p.detach().flatten() for p in model[name].parameters()])
+            assert float((after - before[name]).norm()) == pytest.approx(limit, rel=1e-3)
+
+    def test_a_pattern_that_finds_nothing_in_the_model_is_an_error(self, tmp_path):
+        with pytest.raises(SpecError, match=r"the pattern 'net.7\*' finds no parameter"):
+            fit(tmp_path, "net.7*=global_norm:max_norm=1;*=none", Two())
