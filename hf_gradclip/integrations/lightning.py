@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.events import KINDS, Event, Handler
+from hf_gradclip.integrations.lightning_bases import bases
 from hf_gradclip.integrations.lightning_refusals import insist_on_spec, refuse_clips, refuse_optimizers, refuse_run
 from hf_gradclip.integrations.lightning_state import kept, take
 from hf_gradclip.integrations.lightning_steps import Stepped, strays
@@ -35,23 +33,8 @@ from hf_gradclip.views import view_of
 from hf_gradclip.views.trainable import Part, named_parameters
 from hf_gradclip.watching import Events
 
-PACKAGES = ("lightning", "pytorch_lightning")
 
-
-def _bases() -> tuple[type, ...]:
-    """Callback of each package that is imported; of the first that is installed, where none is.
-
-    Raises:
-        ModuleNotFoundError: where neither is.
-    """
-    names = [name for name in PACKAGES if f"{name}.callbacks" in sys.modules or f"{name}.pytorch" in sys.modules]
-    names = names or [name for name in PACKAGES if find_spec(name) is not None][:1]
-    if not names:
-        raise ModuleNotFoundError("hf_gradclip.integrations.lightning: pip install lightning, or pytorch-lightning.")
-    return tuple(import_module("lightning.pytorch" if n == "lightning" else n).Callback for n in names)
-
-
-class GradClip(*_bases()):  # type: ignore[misc]
+class GradClip(*bases()):  # type: ignore[misc]
     """Clips before every optimizer step of a Lightning run, in automatic and in manual optimization.
 
     What it did is logged with the module's own values, every `log_every_n_steps`. Its state is in the checkpoints. A
