@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 from hf_gradclip.reactions import LowerRate
+from hf_gradclip.wrappers import innermost
 
 
 class Lowered:
@@ -57,13 +58,6 @@ def factor_of(optimizer: Any) -> float:
     if optimizer in _kept:
         return 1.0
     return min((lowered.factor for lowered in _holders.get(optimizer, ()) if lowered.left), default=1.0)
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Accelerate, DeepSpeed and Fabric."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 _holders: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Lowered]] = weakref.WeakKeyDictionary()

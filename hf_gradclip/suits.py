@@ -6,11 +6,11 @@ from typing import Any
 
 from hf_gradclip.budgets import Budgets
 from hf_gradclip.config import ClipConfig
-from hf_gradclip.lowered import innermost
 from hf_gradclip.misuse import shown
 from hf_gradclip.reactions import LowerRate, written
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 from hf_gradclip.views.view import UnsupportedBackendError, View
+from hf_gradclip.wrappers import innermost
 
 
 def refuse_unsuited(strategy: Strategy, view: View) -> None:

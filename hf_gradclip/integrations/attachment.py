@@ -33,9 +33,10 @@ from hf_gradclip.run.replicas import Replicas
 from hf_gradclip.run.startup import in_force, substitute_for
 from hf_gradclip.run.tested import insist_on_hooks
 from hf_gradclip.run.unscaling import forget_unscaled
-from hf_gradclip.run.updates import Updates, innermost
+from hf_gradclip.run.updates import Updates
 from hf_gradclip.run.wrapping import weakly, wrap
 from hf_gradclip.say import announce, logger
+from hf_gradclip.wrappers import innermost
 
 
 class Attachment:

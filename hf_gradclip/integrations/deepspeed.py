@@ -21,12 +21,13 @@ from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.deepspeed_refusals import refuse_release, refuse_settings
 from hf_gradclip.run.tested import insist_on_hooks
-from hf_gradclip.run.updates import Updates, innermost, refuse_own_clip
+from hf_gradclip.run.updates import Updates, refuse_own_clip
 from hf_gradclip.run.zero_updates import ZeroUpdates
 from hf_gradclip.types import ClipPlan
 from hf_gradclip.views import view_of
 from hf_gradclip.views.partitions import Bf16, Kind, Stage3, Stage12
 from hf_gradclip.views.zero import zero_view
+from hf_gradclip.wrappers import innermost
 
 Loss = Callable[[], Tensor | None]
 """Gives the loss of the step, reduced over ranks, to a strategy that judges it."""

@@ -9,9 +9,9 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.integrations.refusals import refuse_several_gradients
 from hf_gradclip.record.options import read_record_options
 from hf_gradclip.run.refusal import Refusal, refuse
-from hf_gradclip.run.updates import innermost
 from hf_gradclip.run.wrapping import wrap
 from hf_gradclip.strategy import SpecError
+from hf_gradclip.wrappers import innermost
 
 SERVED = ("SingleDeviceStrategy", "DDPStrategy")
 """Strategies of Lightning that are tested."""

@@ -18,8 +18,9 @@ from hf_gradclip.optim.optimizer import ClippedOptimizer
 from hf_gradclip.run.closure import once
 from hf_gradclip.run.marks import Marks, Owners, is_idle
 from hf_gradclip.run.unscaling import kept_unscaled
-from hf_gradclip.run.updates import innermost, stepped_by
+from hf_gradclip.run.updates import stepped_by
 from hf_gradclip.run.wrapping import wrap, wrap_step
+from hf_gradclip.wrappers import innermost
 
 
 class Steps:

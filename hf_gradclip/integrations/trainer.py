@@ -26,9 +26,9 @@ from hf_gradclip.run.examples import take_indices
 from hf_gradclip.run.startup import check_run
 from hf_gradclip.run.state import STATE_NAME, load_state, load_updates, save_state, save_updates
 from hf_gradclip.run.tested import insist_on_hooks
-from hf_gradclip.run.updates import innermost
 from hf_gradclip.say import announce, logger
 from hf_gradclip.views.view import UnsupportedBackendError
+from hf_gradclip.wrappers import innermost
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.run.proof import Proof
-from hf_gradclip.run.updates import are_same, innermost, stepped_by
+from hf_gradclip.run.updates import are_same, stepped_by
 from hf_gradclip.say import logger
+from hf_gradclip.wrappers import innermost
 
 
 class Seen(NamedTuple):

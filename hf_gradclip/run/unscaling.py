@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 from torch.amp.grad_scaler import OptState
 
-from hf_gradclip.run.updates import innermost, stepped_by
+from hf_gradclip.run.updates import stepped_by
+from hf_gradclip.wrappers import innermost
 
 
 def unscaling(accelerator: Any, source: nn.Module) -> Callable[[], None]:

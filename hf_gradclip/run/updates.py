@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.device import local
-from hf_gradclip.lowered import innermost as innermost
 from hf_gradclip.optim.optimizer import PLACES, ClippedOptimizer
 from hf_gradclip.run.advice import small_limit
 from hf_gradclip.run.refusal import Refusal, refuse
@@ -21,6 +20,7 @@ from hf_gradclip.run.weight_difference import WeightDifference
 from hf_gradclip.say import announce, logger
 from hf_gradclip.views import view_of
 from hf_gradclip.views.trainable import Part, named_parameters
+from hf_gradclip.wrappers import innermost
 
 
 @dataclass

@@ -9,10 +9,11 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.lowered import factor_of
 from hf_gradclip.optim.optimizer import PLACES
 from hf_gradclip.run.recovery import decay_of, recover_, refuse_recovery
-from hf_gradclip.run.updates import Updates, innermost
+from hf_gradclip.run.updates import Updates
 from hf_gradclip.run.weight_difference import clip_moved
 from hf_gradclip.views.view import View
 from hf_gradclip.views.zero import of_updates
+from hf_gradclip.wrappers import innermost
 
 
 class ZeroUpdates:

@@ -19,7 +19,7 @@ from faults_parts.model import Fault, Net, batch
 from hf_gradclip import optim
 from hf_gradclip.clipper import Clipper, NonFiniteError
 from hf_gradclip.device import local
-from hf_gradclip.run.updates import innermost
+from hf_gradclip.wrappers import innermost
 
 RATE, DECAY, SCALE = 1e-2, 0.1, 1024.0
 ROWS_OF_TRAINER = 6
