@@ -65,9 +65,10 @@ class Proof:
 
     def before_clip(self, clipper: Clipper) -> None:
         """Say once that gradients were edited since the backward, as a clip of the loop's own does it."""
-        fresh = self._fresh.pop(clipper, None)
+        if (fresh := self._fresh.pop(clipper, None)) is None or self._said_edit:
+            return
         grads = [p.grad for p in clipper.view.watched()]
-        if fresh is None or self._said_edit or len(grads) != len(fresh.grads) or not fresh.changed(grads):
+        if len(grads) != len(fresh.grads) or not fresh.changed(grads):
             return
         self._said_edit = True
         logger.warning(
