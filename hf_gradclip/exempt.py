@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
 from hf_gradclip.budgets import Budgets
-from hf_gradclip.say import logger
+from hf_gradclip.say import is_first, logger
 from hf_gradclip.strategies.agc import AGC
 from hf_gradclip.strategies.none import NoClip
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
@@ -36,7 +34,7 @@ def refuse_idle(strategy: Strategy, view: View) -> None:
         if words and not _others(part):
             raise SpecError(words)
         words = words or _nameless(part, names)
-        if words and (not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0):
+        if words and is_first():
             logger.warning(words)
 
 

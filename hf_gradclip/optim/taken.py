@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection
 
 from torch import Tensor
 
+from hf_gradclip.fingerprint import fingerprint
 from hf_gradclip.types import ClipPlan
 from hf_gradclip.views.view import View
 
@@ -24,14 +24,13 @@ class Taken:
 
     def __init__(self, plan: ClipPlan | None, view: View) -> None:
         self.plan, self.view = plan, view
-        grads = [p.grad for p in view.here.watched()]
-        self._seen = [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
+        self._seen = [fingerprint(p.grad) for p in view.here.watched()]
 
     def changed(self) -> bool:
         """Whether a gradient is another one now, or was written to; one that was taken away is not."""
         watched = self.view.here.watched()
         return len(watched) != len(self._seen) or any(
-            p.grad is not None and (seen is None or seen[0]() is not p.grad or seen[1] != p.grad._version)
+            p.grad is not None and (seen is None or not seen.fits(p.grad))
             for p, seen in zip(watched, self._seen, strict=True)
         )
 

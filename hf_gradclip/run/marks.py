@@ -9,35 +9,34 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.fingerprint import Fingerprint, fingerprint
 from hf_gradclip.run.proof import Proof
 from hf_gradclip.run.updates import are_same, stepped_by
 from hf_gradclip.say import logger
 from hf_gradclip.wrappers import innermost
 
 
-class Seen(NamedTuple):
-    """A gradient, to know it again.
+class First(NamedTuple):
+    """The first gradient of some parameters.
 
     Args:
-        place: of its parameter among those that were looked at.
-        grad: the gradient.
-        version: of its memory.
+        place: of its parameter among them.
+        seen: to know it again.
     """
 
     place: int
-    grad: weakref.ref[Tensor]
-    version: int
+    seen: Fingerprint
 
     def is_other(self, parameters: Sequence[Tensor], edited: bool) -> bool:
         """Whether there is another gradient in its place now, or where `edited` counts the same one was written to."""
         now = parameters[self.place].grad
-        return now is not None and (now is not self.grad() or (edited and now._version != self.version))
+        return now is not None and not self.seen.fits(now, edited=not edited)
 
 
-def first_of(parameters: Sequence[Tensor]) -> Seen | None:
-    """The first gradient of some parameters; None where there is none."""
-    grads = ((i, p.grad) for i, p in enumerate(parameters))
-    return next((Seen(i, weakref.ref(grad), grad._version) for i, grad in grads if grad is not None), None)
+def first_of(parameters: Sequence[Tensor]) -> First | None:
+    """None where there is none."""
+    seen = ((i, fingerprint(p.grad)) for i, p in enumerate(parameters))
+    return next((First(i, grad) for i, grad in seen if grad is not None), None)
 
 
 class Mark(NamedTuple):
@@ -56,8 +55,8 @@ class Mark(NamedTuple):
     taken: set[int]
     norm: Tensor
     backwards: int
-    grad: Seen | None
-    apart: dict[int, Seen | None]
+    grad: First | None
+    apart: dict[int, First | None]
 
 
 class Marks:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.fingerprint import Fingerprint, fingerprint
 from hf_gradclip.say import logger
 
 STEPS = 5
@@ -25,24 +26,22 @@ class Seen(NamedTuple):
 
     Args:
         backwards: how many there were.
-        grads: of each parameter its gradient and the version of its memory; None where it has none.
+        grads: of each parameter that of its gradient; None where it has none.
     """
 
     backwards: int
-    grads: list[tuple[weakref.ref[Tensor], int] | None]
+    grads: list[Fingerprint | None]
 
     def changed(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether any of the gradients is another one now, or was written to."""
         return any(
-            grad is not None if old is None else old[0]() is not grad or grad is None or old[1] != grad._version
-            for old, grad in zip(self.grads, grads, strict=True)
+            grad is not None if old is None else not old.fits(grad) for old, grad in zip(self.grads, grads, strict=True)
         )
 
 
 def seen_of(clipper: Clipper, backwards: int) -> Seen:
     """The gradients of a clipper's model now, after so many backward passes."""
-    grads = [p.grad for p in clipper.view.watched()]
-    return Seen(backwards, [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads])
+    return Seen(backwards, [fingerprint(p.grad) for p in clipper.view.watched()])
 
 
 class Proof:

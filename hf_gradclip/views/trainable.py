@@ -71,7 +71,9 @@ class Trainable:
     @property
     def known(self) -> list[str]:
         """The names of all parameters, frozen ones too; of a part those of its whole model."""
-        named = named_parameters(self._source.model) if isinstance(self._source, Part) else self._named
+        named = self._named
+        if isinstance(self._source, Part) and self.model is not None:
+            named = [*named_parameters(self.model)]
         return [name for name, _ in named]
 
     def look(self) -> bool:

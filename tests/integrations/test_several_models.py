@@ -51,13 +51,18 @@ def two_layers() -> tuple[nn.Sequential, torch.Tensor]:
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 10 * torch.randn(8, 4)
 
 
-@pytest.mark.parametrize("auto", [True, False])
-def test_two_optimizers_that_step_in_turn_are_both_clipped(auto) -> None:
+def two_turns(auto: bool) -> tuple[Accelerator, Any, Any, list[Any], torch.Tensor]:
+    """Two layers, an optimizer for each, and the attachment that clips them."""
     accelerator = Accelerator(cpu=True)
     attachment = hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}", auto=auto)
     model, x = two_layers()
-    turns = [sgd(layer) for layer in model]
-    model, *turns = accelerator.prepare(model, *turns)
+    model, *turns = accelerator.prepare(model, *map(sgd, model))
+    return accelerator, attachment, model, turns, x
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_two_optimizers_that_step_in_turn_are_both_clipped(auto) -> None:
+    accelerator, attachment, model, turns, x = two_turns(auto)
     for turn in range(6):
         before = vector(model)
         accelerator.backward(model(x).square().sum())
@@ -73,11 +78,7 @@ def test_two_optimizers_that_step_in_turn_are_both_clipped(auto) -> None:
 @pytest.mark.parametrize("in_turn", [True, False])
 def test_two_optimizers_are_clipped_without_accelerators_backward(in_turn) -> None:
     """Nobody counts the backward passes then: the gradients of the second one tell whether they are new."""
-    accelerator = Accelerator(cpu=True)
-    attachment = hf_gradclip.attach(accelerator, f"global_norm:max_norm={LIMIT}", auto=True)
-    model, x = two_layers()
-    turns = [sgd(layer) for layer in model]
-    model, *turns = accelerator.prepare(model, *turns)
+    _, attachment, model, turns, x = two_turns(auto=True)
     for turn in range(6):
         before = vector(model)
         layer, stepped = (model[turn % 2], [turns[turn % 2]]) if in_turn else (model, turns)
