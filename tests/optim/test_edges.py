@@ -126,9 +126,9 @@ def test_an_empty_matrix_at_the_end_steps_along(make, clip) -> None:
     ours = make(net.named_parameters(), lr=0.1, clip=clip)
     clipper = Clipper.for_model(twin, clip)
     theirs = getattr(torch.optim, make.__name__)(twin.parameters(), lr=0.1)
-    for step in range(3):
+    for size in (1.0, 2.0, 1.0, 1000.0):
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-            p.grad = torch.full_like(p, 1.0 + step)
+            p.grad = torch.full_like(p, size)
             q.grad = p.grad.clone()
         clipper.step()
         theirs.step()
