@@ -42,7 +42,7 @@ class Stop:
 
     Args:
         spikes: >= 1.
-        steps: >= 1.
+        steps: >= spikes.
     """
 
     spikes: int = 3
@@ -52,6 +52,8 @@ class Stop:
         check_types(self)
         require(self, "spikes", lambda v: v >= 1, "must be >= 1. The default is 3.")
         require(self, "steps", lambda v: v >= 1, "must be >= 1. The default is 100.")
+        words = f"must be >= spikes, which is {self.spikes}: fewer steps never hold so many."
+        require(self, "steps", lambda v: v >= self.spikes, words)
 
 
 Reaction = LowerRate | Stop
@@ -96,4 +98,7 @@ def _read(part: Any) -> Reaction:
             values[key] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
             raise SpecError(f"after_spike={part!r}: {key}={value} must be a number.") from None
-    return REACTIONS[name](**values)
+    try:
+        return REACTIONS[name](**values)
+    except SpecError as error:
+        raise SpecError(f"after_spike={part!r}: {error}") from None

@@ -571,6 +571,7 @@ class TestSpec:
             ("lower_rate:steps=0", "must be >= 1"),
             ("lower_rate:steps=1.5", "must be a whole number"),
             ("stop:spikes=x", "must be a number"),
+            ("stop:spikes=5,steps=2", "'stop:spikes=5,steps=2'.* must be >= spikes, which is 5"),
             ("stop+stop:spikes=2", "one of a kind"),
             (3, "must be lower_rate or stop"),
         ],

@@ -77,7 +77,7 @@ class AdaClip(Strategy):
         cap_S, _, past = judge(state.past, largest_S)
         seen_S = state.seen_S + present_S
         weight_S = (1 - self.gamma) / (1 - self.gamma ** seen_S.to(largest_S.dtype))
-        moved_S = state.mean_S + weight_S * (torch.minimum(largest_S, cap_S) - state.mean_S)
+        moved_S = (1 - weight_S) * state.mean_S + weight_S * torch.minimum(largest_S, cap_S)
         mean_S = torch.where(present_S, moved_S, state.mean_S)
         bound_S = torch.where(largest_S > mean_S, mean_S, float("inf"))
         return ClipPlan(stats.sumsq_S.new_ones(()), bound_S=bound_S), AdaClipState(seen_S, mean_S, past)

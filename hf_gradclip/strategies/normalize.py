@@ -104,4 +104,4 @@ class Normalize(Strategy):
 def _entered(mean_S: Tensor, x_S: Tensor, gamma: float, seen_S: Tensor, present_S: Tensor) -> Tensor:
     """The unbiased moving average with one more number where there is one; `seen_S` counts it already."""
     weight_S = (1 - gamma) / (1 - gamma ** seen_S.to(x_S.dtype))
-    return torch.where(present_S, mean_S + weight_S * (x_S - mean_S), mean_S)
+    return torch.where(present_S, (1 - weight_S) * mean_S + weight_S * x_S, mean_S)  # x_S - mean_S would round x_S away

@@ -6,7 +6,9 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
 
+from hf_gradclip import Clipper
 from tests.strategies.past import Past
 from tests.strategies.sequence import LATE, SHIFT, SPIKES, TENSOR_SPIKES, drive, gradients, louder
 
@@ -81,3 +83,14 @@ def test_gradients_times_a_constant_are_bounded_alike():
     small = louder(run, 2.0**-20, *range(len(run)))
     clipped, same = (drive("ada_clip", some, Average(0.999)).clipped for some in (run, small))
     assert clipped == same
+
+
+def test_an_average_without_a_past_bounds_nothing_that_is_usual():
+    """Its limit is the largest element itself, however much smaller than the one before that is."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    clipper = Clipper.for_model([("w", weight)], "ada_clip:gamma=0")
+    for size in (1.0, 1.0, 1e-17):
+        given = torch.tensor([size, size / 2])
+        weight.grad = given.clone()
+        clipper.step()
+        assert torch.equal(weight.grad, given)
