@@ -219,7 +219,8 @@ def insist_on_memory(name: str, tensor: Tensor, written: bool) -> None:
         raise MisfitError(f"{name} is {tensor.dtype}: must be real floating-point numbers.")
     if type(tensor) in PLAIN and not allocated(tensor):
         raise MisfitError(f"{name} has {tensor.numel()} elements and no memory: its storage was freed.")
-    if written and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    shared = any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if written and shared and tensor.numel():
         raise MisfitError(f"{name} has strides {tensor.stride()}: its elements share memory.")
 
 

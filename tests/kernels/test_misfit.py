@@ -140,6 +140,15 @@ def test_a_block_that_shares_memory_is_not_written(given):
     refused(lambda: given[1].unit_apply_(blocks, [(0,)] * 2, [4, 4], torch.full((8,), 0.5), None), blocks)
 
 
+def test_what_holds_nothing_shares_nothing(given):
+    """A gradient without elements, as NumPy gives it, has strides of 0."""
+    row, block = ones(4), ones(4, 6)
+    given[0].apply_([row, ones(1).expand(0)], torch.full((2,), 0.5), None)
+    given[1].unit_apply_([block, ones(1, 1).expand(0, 6)], [(0,)] * 2, [4, 0], torch.full((4,), 0.5), None)
+    assert (row == 0.5).all()
+    assert (block == 0.5).all()
+
+
 def adam(**other: Any) -> Rule:
     return Rule(
         **{
