@@ -50,5 +50,6 @@ class RelativeValue(Strategy):
         """A bound on the segments that hold a larger element; the others are not touched."""
         assert stats.max_abs_S is not None  # needs says so
         limit_S = self.factor * (stats.sumsq_S / stats.layout.numel_S.clamp(min=1)).sqrt()
-        bound_S = torch.where(stats.max_abs_S > limit_S, limit_S, float("inf"))
+        far_S = (stats.max_abs_S > limit_S) & (limit_S > 0)  # not where the squares of all elements round to 0
+        bound_S = torch.where(far_S, limit_S, float("inf"))
         return ClipPlan(stats.sumsq_S.new_ones(()), bound_S=bound_S), state

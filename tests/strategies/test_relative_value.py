@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from hf_gradclip import Clipper
 from hf_gradclip.strategy import SpecError
+from tests.kernels.languages import NAMES, serving
 from tests.strategies.sequence import SPIKES, drive, gradients, louder
 
 
@@ -32,6 +35,18 @@ def test_gradients_times_a_constant_are_bounded_alike():
     assert clipped == same
     quiet = drive("relative_value:factor=2", gradients(quiet=True), rule(2)).clipped
     assert all(clipped[step] is None or clipped[step] == quiet[step] for step in SPIKES)
+
+
+@pytest.mark.parametrize("language", NAMES)
+def test_elements_whose_squares_round_to_0_are_left_alone(language):
+    """As plain torch squares them, a root mean square of 0 would bound all of them to 0."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    with serving(language):
+        clipper = Clipper.for_model([("w", weight)], "relative_value:factor=3")
+        for size in (1.0, 1e-24, 1e-30):
+            weight.grad = torch.tensor([size, -size, size, size])
+            clipper.step()
+            assert torch.equal(weight.grad, torch.tensor([size, -size, size, size]))
 
 
 def test_a_factor_that_would_stop_the_run_is_refused():
