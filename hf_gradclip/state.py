@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_gradclip.budgets import Budgets
-from hf_gradclip.strategy import Chain, State, Strategy, describe, flatten, name_of, rebuild
+from hf_gradclip.strategy import Chain, State, Strategy, describe, flatten, name_of, parts_of, rebuild
 from hf_gradclip.types import Layout
 
 LATER = (".past.seen", ".past.logs", ".row")
@@ -21,6 +21,7 @@ def packed(strategy: Strategy, layout: Layout, state: State, skips_in_a_row: int
         "version": 1,
         "strategy": _kind(strategy),
         "spec": describe(strategy),
+        "parts": _parts(strategy),
         "names": list(layout.names),
         "state": {key: value.detach().cpu().clone() for key, value in flatten(state).items()},
         "skips_in_a_row": skips_in_a_row,
@@ -44,11 +45,11 @@ def unpacked(saved: dict[str, Any], strategy: Strategy, layout: Layout) -> tuple
         return None, f"The saved clip state cannot be read, so {name_of(strategy)} starts anew."
     like = strategy.init(layout)
     mine = flatten(like)
+    if why := _why_not(saved, strategy, layout, mine):
+        return None, f"The checkpoint's clip state is {why}, so {describe(strategy)} starts anew."
     if broken := [key for key, value in saved["state"].items() if key in mine and _is_broken(value, mine[key])]:
         words = f"The checkpoint's clip state is damaged: {', '.join(broken)} cannot be so. {describe(strategy)}"
         return None, f"{words} starts anew."
-    if why := _why_not(saved, strategy, layout, mine):
-        return None, f"The checkpoint's clip state is {why}, so {describe(strategy)} starts anew."
     flat = {key: value.clone() for key, value in {**mine, **saved["state"]}.items()}
     if saved["names"] != list(layout.names):
         place = {name: i for i, name in enumerate(saved["names"])}
@@ -98,6 +99,7 @@ def _is_readable(saved: Any) -> bool:
     return (
         isinstance(saved["spec"], str)
         and isinstance(saved["strategy"], str)
+        and isinstance(saved.get("parts", []), list)
         and isinstance(names, list)
         and all(isinstance(name, str) for name in names)
         and isinstance(state, dict)
@@ -126,7 +128,9 @@ def _is_broken(value: Tensor, like: Tensor) -> bool:
 def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: dict[str, Tensor]) -> str:
     """What a saved state is of that cannot be taken; "" if it can."""
     missing = {key for key in mine.keys() - saved["state"].keys() if not f".{key}".endswith(LATER)}
-    if missing or saved["state"].keys() - mine.keys() or saved["strategy"] != _kind(strategy):
+    parts = _parts(strategy)
+    others = saved["strategy"] != _kind(strategy) or saved.get("parts", parts) != parts
+    if others or missing or saved["state"].keys() - mine.keys():
         return f"of {saved['spec']}"
     if set(saved["names"]) != set(layout.names):
         return "of other trainable parameters"
@@ -140,6 +144,11 @@ def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: di
     if any(saved["state"].get(key, value).shape != value.shape for key, value in mine.items()):
         return f"of {saved['spec']}, of another size"
     return ""
+
+
+def _parts(strategy: Strategy) -> list[str]:
+    """Each part by its name and the fields that say what it remembers; earlier versions did not write them."""
+    return [" ".join([name_of(p), *(f"{f}={getattr(p, f)}" for f in p.remembers_by)]) for p in parts_of(strategy)]
 
 
 def _kind(strategy: Strategy) -> str:

@@ -89,11 +89,14 @@ class Strategy(ABC):
     `bounds` is True for a strategy that sets `ClipPlan.bound_S`: the norms after it are not known. `per_parameter` is
     True for one that treats parameters apart, which FSDP1 cannot. `skips` is True for one that may set
     `ClipPlan.skip`, which the update of a foreign optimizer, known after the moments have moved, cannot honour.
+    `remembers_by` names the fields that say what the numbers of its state are, norms or their logarithms, say: a
+    checkpoint that was made with another value of one is not gone on with.
     """
 
     bounds: ClassVar[bool] = False
     per_parameter: ClassVar[bool] = False
     skips: ClassVar[bool] = False
+    remembers_by: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod

@@ -478,6 +478,27 @@ class TestCheckpoint:
         assert clipper.load_state_dict(saved).endswith("starts anew.")
         assert clipper.state[0].seen.item() == 0
 
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            ("autoclip:window=4+soft", "mean_sigma:window=4,min_values=3+soft"),
+            ("*=autoclip:window=4", "*=mean_sigma:window=4,min_values=3"),
+            ("skip_step", "skip_step:log_norm=true"),
+            ("skip_step:log_norm=true+none", "skip_step+none"),
+        ],
+    )
+    def test_numbers_that_mean_something_else_are_not_taken(self, before, after):
+        """Of the same names and sizes; from a checkpoint of before the parts were in it they are."""
+        saved, clipper = self.trained(before).state_dict(), Clipper.for_model(mlp(), after)
+        assert {key: value.shape for key, value in saved["state"].items()} == {
+            key: value.shape for key, value in flatten(clipper.state).items()
+        }
+        fresh = {key: value.clone() for key, value in flatten(clipper.state).items()}
+        assert clipper.load_state_dict(saved).endswith("starts anew.")
+        assert all(torch.equal(value, fresh[key]) for key, value in flatten(clipper.state).items())
+        del saved["parts"]
+        assert "its statistics go on under" in clipper.load_state_dict(saved)
+
     @pytest.mark.parametrize("saved", [{}, {"spec": "zclip"}, {"state": {}}])
     def test_what_cannot_be_read_starts_anew(self, saved):
         clipper = Clipper.for_model(mlp(), "zclip")

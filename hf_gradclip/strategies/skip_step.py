@@ -77,6 +77,7 @@ class SkipStep(Strategy):
     min_sigma: float = 0.05
 
     skips = True
+    remembers_by = ("log_norm",)
 
     def __post_init__(self) -> None:
         check_types(self)
