@@ -80,6 +80,12 @@ def _unrecovered(optimizer: Any, dtypes: Sequence[torch.dtype]) -> Iterator[Refu
             "Set scale_parameter=False or weight_decay=0.",
         )
         yield Refusal(
+            bool(decay) and bool(getattr(optimizer, "decoupled_wd", False)),  # of lion_pytorch
+            f"{name}(decoupled_weight_decay=True, weight_decay={decay})",
+            "the decay is divided by the learning rate that it began with, so the update is not known.",
+            "Leave decoupled_weight_decay out, and give the decay divided by that rate.",
+        )
+        yield Refusal(
             bool(decay) and _is_decoupled(optimizer, group) is None,
             f"{name}(weight_decay={decay})",
             "is the decay a part of the gradient or apart from it?",

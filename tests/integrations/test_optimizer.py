@@ -61,6 +61,12 @@ class Averaging(Lion):
     def eval(self) -> None: ...
 
 
+def apart(lion: Lion) -> Lion:
+    """With the decay of lion_pytorch's `decoupled_weight_decay=True`."""
+    lion.decoupled_wd = True
+    return lion
+
+
 SHAPES = ((6, 5), (4, 3))
 MAKE = {
     "AdamW fused": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1, fused=True),
@@ -314,6 +320,10 @@ def test_a_nan_update_stops_the_run() -> None:
                 [nn.Parameter(torch.ones(2))], lr=1, relative_step=False, scale_parameter=True, weight_decay=0.1
             ),
             r"Adafactor\(scale_parameter=True, weight_decay=0.1\).*scale_parameter=False",
+        ),
+        (
+            apart(Lion([nn.Parameter(torch.ones(2))], lr=1, weight_decay=0.1)),
+            r"Lion\(decoupled_weight_decay=True, .* out",
         ),
         (Averaging([nn.Parameter(torch.ones(2))], lr=1), "Averaging.*of evaluation.*Clip the gradient alone"),
     ],
