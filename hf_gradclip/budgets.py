@@ -155,14 +155,21 @@ class Budgets(Strategy):
             )
 
     def insist_on_names(self, names: Sequence[str]) -> None:
-        """Stop where a pattern finds no parameter of a model, trained or frozen; `*` may.
+        """Stop where a pattern finds no parameter of a model, trained or frozen, or none that is left; `*` may.
 
         Raises:
-            SpecError: with the pattern and the nearest names.
+            SpecError: with the pattern, and the nearest names or the pattern that is before it.
         """
+        numbers = self.numbers_of(names)
         for i, group in enumerate(self.groups):
-            if group.pattern == "*" or any(map(group.finds, names)):
+            if group.pattern == "*" or i in numbers:
                 continue
+            if found := {n for name, n in zip(names, numbers, strict=True) if n is not None and group.finds(name)}:
+                others = " and ".join(repr(self.groups[n].pattern) for n in sorted(found))
+                raise SpecError(
+                    f"{describe(self)}: all that the pattern {group.pattern!r} finds is in {others} before it, and the "
+                    f"first pattern that finds a parameter has it. Put {group.pattern!r} in front."
+                )
             bare = group.pattern.removeprefix(REGEX).strip("*")
             inside = [name for name in names if bare in name]
             tails = {tail: name for name in names for tail in _tails(name)}

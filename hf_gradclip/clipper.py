@@ -21,7 +21,7 @@ from hf_gradclip.report import ClipReport
 from hf_gradclip.say import is_first, logger
 from hf_gradclip.seat import brought, seen_by
 from hf_gradclip.settings import LoopSettings, split
-from hf_gradclip.state import packed, unpacked
+from hf_gradclip.state import begun, packed, unpacked
 from hf_gradclip.strategy import State, name_of, parts_of
 from hf_gradclip.suits import refuse_in_a_loop, refuse_unsuited
 from hf_gradclip.types import Layout
@@ -178,7 +178,7 @@ class Clipper:
         largest = largest_of(self.view.watched()) if self.squared else math.inf
         self.guard.follow(layout.device, self.view.guarded, largest)
         self._layout = self.seen(layout)
-        self.state: State = self.config.gradient.init(self._layout)
+        self.state: State = begun(self.config.gradient, self._layout)
         self._skipped: bool | Tensor = False
 
     def adopt(self, config: ClipConfig) -> None:
@@ -187,7 +187,7 @@ class Clipper:
         self.guard.adopt(config, self.view.guarded)
         self._layout = self.seen(self._measured)
         self.report.move_to(self._layout.by_param.device, self._layout.dtype)
-        self.state = config.gradient.init(self._layout)
+        self.state = begun(config.gradient, self._layout)
 
     def seen(self, layout: Layout) -> Layout:
         """What the strategy sees in the place of a layout of the view: the same, or parts of it, on the host."""

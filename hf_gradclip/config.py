@@ -14,6 +14,7 @@ A name is looked up as a strategy of this package, then a preset, then a YAML fi
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -82,6 +83,10 @@ class ClipConfig:
             raise SpecError(
                 f"ClipConfig(nonfinite={self.nonfinite!r}): must be {known}.{nearest(self.nonfinite, NONFINITE)}"
             )
+        for name in ("max_consecutive_skips", "check_every", "histogram_every", "console"):
+            value = getattr(self, name)
+            if isinstance(value, numbers.Integral) and not isinstance(value, bool):  # of NumPy too
+                object.__setattr__(self, name, int(value))
         limit = self.max_consecutive_skips
         if type(limit) is not int or limit < 1:
             raise SpecError(
@@ -212,11 +217,7 @@ class ClipConfig:
         except RecursionError:
             raise SpecError(f"clip={shown(given)}: refers to itself. Write the strategy in it.") from None
         except SpecError as error:
-            if isinstance(given, (str, int, float)):
-                raise SpecError(f"clip={given!r}: {error}") from None
-            if isinstance(given, Mapping) and not str(error).startswith("clip="):
-                raise SpecError(f"clip={shown(given)}: {error}") from None
-            raise
+            raise SpecError(_with_call(given, error)) from None
         except ValueError as error:  # a whole number of thousands of digits cannot even be shown
             raise SpecError(f"clip: a value is out of range ({error}).") from None
         given_apart = {
@@ -231,11 +232,26 @@ class ClipConfig:
             "log": log,
             "console": console,
         }
-        return cls(**settings | {key: value for key, value in given_apart.items() if value is not None})
+        settings |= {key: value for key, value in given_apart.items() if value is not None}
+        try:
+            return cls(**settings)
+        except SpecError as error:
+            raise SpecError(_with_call(given, error) if _is_file(given) else str(error)) from None
 
 
 Clip: TypeAlias = str | float | Mapping[Any, Any] | ClipConfig | Strategy | None
 """What a person writes as `clip`."""
+
+
+def _with_call(given: Any, error: SpecError) -> str:
+    """What is wrong, behind the call as it was typed."""
+    text = str(error)
+    is_made = isinstance(given, (ClipConfig, Strategy))
+    return text if is_made or text.startswith("clip=") else f"clip={shown(given)}: {text}"
+
+
+def _is_file(spec: Any) -> bool:
+    return isinstance(spec, str) and is_file(spec)
 
 
 def _settings(spec: Any) -> dict[str, Any]:
@@ -256,7 +272,7 @@ def _settings(spec: Any) -> dict[str, Any]:
             )
         places = {key: spec[key] for key in ("gradient", "update") if spec.get(key) is not None or key == "gradient"}
         return {**spec, **{key: _settings_of_place(key, value) for key, value in places.items()}}
-    if isinstance(spec, str) and is_file(spec):
+    if _is_file(spec):
         return _settings(read_yaml(Path(spec.strip())))
     return {"gradient": _strategy(spec)}
 
@@ -268,11 +284,16 @@ def _settings_of_place(place: str, spec: Any) -> Strategy:
 
 
 def _strategy(spec: Any) -> Strategy:
+    known = [f.name for f in fields(ClipConfig)]
+    if isinstance(spec, Mapping) and is_grouped(spec) and (apart := [key for key in known if key in spec]):
+        raise SpecError(
+            f"{apart[0]!r} beside patterns: it is of the whole configuration, {{'gradient': {{'*': ...}}, "
+            f"{apart[0]!r}: ...}}. For a parameter of that name write {{'groups': {{{apart[0]!r}: ...}}}}."
+        )
     try:
         return read_strategy(spec)
     except UnknownFieldError as error:
-        if error.field not in {f.name for f in fields(ClipConfig)}:
+        if error.field not in known:
             raise
-        raise SpecError(
-            f"{error} {error.field} is of the whole configuration: {{'gradient': ..., {error.field!r}: ...}}."
-        ) from None
+        fix = f"{{'gradient': ..., {error.field!r}: ...}}" if error.field != "gradient" else "{'gradient': ...} alone"
+        raise SpecError(f"{error} {error.field} is of the whole configuration: {fix}.") from None

@@ -83,7 +83,7 @@ def read_strategy(spec: Any) -> Strategy:
         return _build(name, values)
     if isinstance(spec, str):
         return _parse(spec)
-    raise SpecError(f"clip={shown(spec)}: a {type(spec).__name__} is no spec. Write a name, a number or a dict.")
+    raise SpecError(f"a {type(spec).__name__} is no spec. Write a name, a number or a dict.")
 
 
 def _parse(text: str) -> Strategy:
@@ -259,5 +259,8 @@ def _known() -> str:
 
 def shown(value: Any) -> str:
     """As it was written, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"({type(value).__name__} of thousands of digits)"
     return text if len(text) < 200 else f"{text[:200]}..."

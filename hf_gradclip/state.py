@@ -15,6 +15,20 @@ LATER = (".past.seen", ".past.logs", ".row")
 """Numbers that strategies keep which earlier versions of them did not; a state without them goes on with none seen."""
 
 
+def begun(strategy: Strategy, layout: Layout) -> State:
+    """The state before the first step.
+
+    Raises:
+        TypeError: by the strategy's name, for a state that no checkpoint could keep.
+    """
+    state = strategy.init(layout)
+    try:
+        flatten(state)
+    except TypeError as error:
+        raise TypeError(f"{name_of(strategy)}.init(): {error}") from None
+    return state
+
+
 def packed(strategy: Strategy, layout: Layout, state: State, skips_in_a_row: int) -> dict[str, Any]:
     """A state as a dict of tensors on the CPU, words and numbers, loadable with `weights_only=True`."""
     return {

@@ -229,9 +229,16 @@ def rebuild(like: State, values: Sequence[State]) -> State:
 
 
 def flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a state by path: {"mean": ...}, or {"0.mean": ..., "1.gamma_S": ...} for a chain."""
+    """The tensors of a state by path: {"mean": ...}, or {"0.mean": ..., "1.gamma_S": ...} for a chain.
+
+    Raises:
+        TypeError: for a state with something else in it.
+    """
     if isinstance(state, Tensor):
         return {prefix: state}
+    if not isinstance(state, tuple):
+        what = f"{type(state).__name__} at {prefix!r}" if prefix else type(state).__name__
+        raise TypeError(f"a state is of tensors in (named) tuples, and this one has a {what}.")
     keys = getattr(state, "_fields", None) or range(len(state))
     flat: dict[str, Tensor] = {}
     for key, value in zip(keys, state, strict=True):
@@ -269,6 +276,7 @@ def require(strategy: Any, field: str, rule: Callable[[Any], bool], text: str) -
     """
     value = getattr(strategy, field)
     if not rule(value):
+        text = "must be finite, and " * (value == float("inf")) + text
         raise SpecError(f"{type(strategy).__name__}({field}={_literal(value)}): {text}")
 
 
@@ -298,7 +306,7 @@ def check_types(strategy: Any) -> None:
             raise SpecError(f"{type(strategy).__name__}({field.name}={value!r}): must be {names}.")
 
 
-_KINDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
+_KINDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false", types.NoneType: "none"}
 
 
 def _literal(value: object) -> str:

@@ -253,6 +253,9 @@ class ClipPlan:
         threshold: the norm (or value) at which this step begins to clip, 0-d; None where it is not one number.
         skip: True if the optimizer must not step, 0-d bool.
         by_group: where groups of parameters are judged apart, by label what each saw and decided.
+
+    Raises:
+        TypeError: for a scale that is no tensor.
     """
 
     scale_S: Tensor
@@ -260,6 +263,10 @@ class ClipPlan:
     threshold: Tensor | None = None
     skip: Tensor | None = None
     by_group: Mapping[str, tuple[NormStats, ClipPlan]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scale_S, Tensor):
+            raise TypeError(f"ClipPlan({self.scale_S!r}): must be a tensor. Write torch.tensor({self.scale_S!r}).")
 
     def over(self, layout: Layout) -> ClipPlan:
         """A plan with one number per parameter as one with a number per segment."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -171,6 +172,17 @@ class TestModel:
         model = Named(embed_tokens__weight=2, lm_head__weight=2)
         with pytest.raises(SpecError, match=f"the pattern {pattern!r} finds no parameter.*{words}"):
             Clipper.for_model(model, f"{pattern}=1;*=1")
+
+    @pytest.mark.parametrize(
+        ("spec", "before"),
+        [("*=none;embed*=1", "'*'"), ("em*=none;w=2;*embed*=1;*=3", "'em*'"), ("em*=1;re:d=1", "'em*'")],
+    )
+    def test_a_pattern_whose_parameters_are_all_taken_is_an_error(self, spec, before) -> None:
+        """The exception behind the rule, which would never act."""
+        with pytest.raises(SpecError, match=f"finds is in {re.escape(before)} before it.* in front"):
+            Clipper.for_model(Named(embed=2, w=2), spec)
+        taken_in_part = Clipper.for_model(Named(embed=2, embed_in=2, w=2), "embed=1;embed* as others=2;*=3")
+        assert taken_in_part.config.gradient.numbers_of(["embed", "embed_in", "w"]) == [0, 1, 2]
 
     def test_a_pattern_may_find_frozen_parameters_alone_and_the_rest_may_be_empty(self) -> None:
         model = Named(embed=2, w=2)

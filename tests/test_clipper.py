@@ -199,6 +199,36 @@ class Picky(Strategy):
         return ClipPlan(stats.sumsq_S.new_ones(()), skip=stats.total > 2), state
 
 
+@dataclass(frozen=True)
+class Odd(Strategy):
+    """With a state or a scale that is no tensor."""
+
+    state: str
+
+    needs = Needs()
+
+    def init(self, layout):
+        return {"float": (layout.numel_S, 1.0), "dict": {"last": layout.numel_S}, "scale": Stateless()}[self.state]
+
+    def update(self, stats, state):
+        return ClipPlan(0.5), state
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("float", r"Odd\.init\(\): a state is of tensors in \(named\) tuples, and this one has a float at '1'"),
+        ("dict", r"Odd\.init\(\): .* this one has a dict\."),
+        ("scale", r"ClipPlan\(0\.5\): must be a tensor\. Write torch\.tensor\(0\.5\)"),
+    ],
+)
+def test_a_strategy_of_ones_own_whose_numbers_are_no_tensors(kind, words):
+    model = mlp()
+    backward(model, 0)
+    with pytest.raises(TypeError, match=words):
+        Clipper.for_model(model, Odd(kind)).step()
+
+
 class TestRaiseAndPass:
     def test_raise_names_the_norm_and_the_parameters(self):
         model = mlp()

@@ -162,6 +162,17 @@ class TestForms:
         assert ClipConfig.parse(given_) == ClipConfig(AdaGC(), "raise", 3)
         assert given_ == {"gradient": "adagc", "nonfinite": "raise", "max_consecutive_skips": 3}
 
+    def test_whole_numbers_of_numpy(self):
+        given_ = {"gradient": "adagc", "max_consecutive_skips": np.int64(3), "check_every": np.int32(7)}
+        config = ClipConfig.parse(given_)
+        assert config == ClipConfig(AdaGC(), "skip", 3, 7)
+        assert type(config.max_consecutive_skips) is int
+
+    def test_a_parameter_that_has_the_name_of_a_setting(self):
+        config = ClipConfig.parse({"groups": {"record": 1.0, "*": "none"}})
+        assert [group.pattern for group in config.gradient.groups] == ["record", "*"]
+        assert not config.record
+
     def test_settings_win_over_the_spec(self):
         given_ = {"gradient": "adagc", "nonfinite": "raise", "max_consecutive_skips": 3}
         assert ClipConfig.parse(given_, nonfinite="pass", max_consecutive_skips=4) == ClipConfig(AdaGC(), "pass", 4)
@@ -254,6 +265,11 @@ class TestYaml:
             ("", "clip.yaml", "holds None, which is no spec"),
             ("a: [", "clip.yaml", "is not YAML"),
             ("strategy: zclip\nalfa: 1\n", "clip.yaml", "zclip has no field 'alfa'. Did you mean alpha?"),
+            (
+                "gradient: zclip\nnonfinite: Skip\n",
+                "clip.yaml",
+                "clip='clip.yaml': ClipConfig(nonfinite='Skip'): must be",
+            ),
             ("gradent: zclip\n", "clip.yaml", "unknown key 'gradent'. Did you mean gradient?"),
             ("adagc+zclip", "clip.yaml:alpha=1", "is adagc+zclip, so it takes no keys, and alpha came with it"),
             ("gradient: zclip", "clip.yaml+zclip", "holds a whole configuration and cannot be a part of another spec"),
@@ -461,7 +477,7 @@ class TestWrong:
             ("zclip:mode=fast", ["ZClip(mode=fast): must be safe or reference."]),
             ("zclip:alpha=1", ["ZClip(alpha=1): must be in [0, 1). The paper uses 0.97."]),
             ("zclip:warmup_steps=1", ["ZClip(warmup_steps=1): must be >= 2", "The paper uses 25."]),
-            ("zclip:z_threshold=inf", ["ZClip(z_threshold=inf): must be > 0. The paper uses 2.5."]),
+            ("zclip:z_threshold=inf", ["ZClip(z_threshold=inf): must be finite, and must be > 0. The paper uses 2.5."]),
             ("adagc:beta=1", ["AdaGC(beta=1): must be in [0, 1). The paper uses 0.99."]),
             ("adagc:release_after=0", ["AdaGC(release_after=0): must be >= 1. The default is 50."]),
             ("value:max_value=1+zclip", ["nothing may follow value", "Put value last."]),
@@ -505,6 +521,19 @@ class TestWrong:
             (["zclip"], ["clip=['zclip']: a list is no spec. Write a name, a number or a dict."]),
             (ZClip, ["is no spec. Write a name, a number or a dict."]),
             (1j, ["a complex is no spec"]),
+            pytest.param(
+                10**5000,
+                ["clip=(int of thousands of digits): GlobalNorm(max_norm=...): too large for a float."],
+                id="10**5000",
+            ),
+            ({"gradient": []}, ["clip={'gradient': []}: a list is no spec."]),
+            ({"strategy": "zclip", "gradient": "agc"}, ["of the whole configuration: {'gradient': ...} alone."]),
+            (
+                {"*": "agc", "max_consecutive_skips": 5},
+                ["'max_consecutive_skips' beside patterns: it is of the whole", "{'gradient': {'*': ...}, 'max_cons"],
+            ),
+            ({"gradient": {"*": "agc", "nonfinite": "raise"}}, ["'nonfinite' beside patterns"]),
+            ("agc:unit_axis=true", ["AGC(unit_axis=True): must be a whole number or none."]),
             (b"zclip", ["a bytes is no spec"]),
         ],
         ids=repr,

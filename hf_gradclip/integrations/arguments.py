@@ -99,14 +99,19 @@ def record_folder(record: Any, config: ClipConfig) -> str | os.PathLike[str] | N
     return record
 
 
-def limit_of(max_grad_norm: Any) -> float:
+def limit_of(max_grad_norm: Any, overruled: bool) -> float:
     """The number in TrainingArguments, as it is.
 
+    Args:
+        max_grad_norm: what stands there.
+        overruled: whether a clip takes its place, so that it need be no limit.
+
     Raises:
-        ValueError: for something else than a number >= 0.
+        ValueError: for something else than a number >= 0; for no number where it is overruled.
     """
-    if isinstance(max_grad_norm, numbers.Real) and float(max_grad_norm) >= 0:
-        return max_grad_norm  # type: ignore[return-value]
+    value = float(max_grad_norm) if isinstance(max_grad_norm, numbers.Real) else float("nan")
+    if value >= 0 or (overruled and value < 0):
+        return max_grad_norm
     fix = ""
     if isinstance(max_grad_norm, str):
         with suppress(ValueError):

@@ -30,6 +30,11 @@ def model_of(
         watched = clipper.view.watched()
         if watched and len(watched) == len(in_order) and all(map(is_, watched, in_order)):
             return model
+    if not models:
+        raise ValueError(
+            f"accelerator.clip_grad_norm_({len(in_order)} trainable parameters): no model was prepared yet. Call "
+            "model, optimizer = accelerator.prepare(model, optimizer) first."
+        )
     given, sizes = {*map(id, in_order)}, []
     trainable = [{id(p) for p in model.parameters() if p.requires_grad} for model in models]
     together = set().union(*trainable)
@@ -44,7 +49,7 @@ def model_of(
         call = "the parameters of each in a call of its own, or use attach(..., joint=True) for one norm over all"
     raise ValueError(
         f"accelerator.clip_grad_norm_({len(given)} trainable parameters): must be all trainable parameters {must} "
-        f"have {sizes or 'none been prepared'}. Pass {call}."
+        f"have {sizes}. Pass {call}."
     )
 
 

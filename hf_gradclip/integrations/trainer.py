@@ -141,7 +141,8 @@ class GradClipMixin(RecordingMixin):
 
     def _parse_clip(self) -> ClipConfig:
         self._clip_limit = self.args.max_grad_norm
-        return ClipConfig.parse(self._clip_spec, max_grad_norm=limit_of(self._clip_limit))
+        limit = limit_of(self._clip_limit, overruled=self._clip_spec is not None)
+        return ClipConfig.parse(self._clip_spec, max_grad_norm=limit)
 
     def _clip_missing(self) -> str | None:
         if self._clip_spec is None:

@@ -218,6 +218,15 @@ def test_a_part_of_the_parameters_is_refused(caplog) -> None:
     assert "clip_grad_norm_(max_norm=0.25): the strategy decides" in caplog.text
 
 
+def test_a_clip_call_before_anything_is_prepared_says_so() -> None:
+    accelerator, model, *_ = make()
+    hf_gradclip.attach(accelerator, "adaptive")
+    with pytest.raises(
+        ValueError, match=r"clip_grad_norm_\(21 trainable parameters\): no model was prepared yet\. Call"
+    ):
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+
+
 def test_a_second_patch_is_refused() -> None:
     accelerator, *_ = make()
     hf_gradclip.attach(accelerator, "adaptive")

@@ -339,6 +339,15 @@ def test_mixin_in_a_trl_trainer(tmp_path) -> None:
     assert "mean_token_accuracy" in trainer.state.log_history[0]
 
 
+@pytest.mark.parametrize("off", [-1.0, 0])
+def test_a_clip_goes_by_no_max_grad_norm_whatever_that_is(off) -> None:
+    """The stock Trainer does not clip by these numbers."""
+    spec = f"global_norm:max_norm={LIMIT}"
+    usual, other = (train(GradClipTrainer, clip=spec, max_steps=20, max_grad_norm=limit) for limit in (1.0, off))
+    assert torch.equal(weights_of(usual.model), weights_of(other.model))
+    assert {0.0, 1.0} <= {*logged(other, "clip/rate")}
+
+
 def test_start_up_says_what_is_in_force_and_warns(caplog) -> None:
     caplog.set_level(logging.INFO, logger="hf_gradclip")
     train(GradClipTrainer, clip="zclip", max_grad_norm=0.25, max_steps=2)
