@@ -117,6 +117,9 @@ class LoopAttachment(Attachment):
         self._hook_checkpoints()
         self._start()
 
+    def _micro_batches(self) -> int:
+        return self.accelerator.gradient_accumulation_steps
+
     def scalars(self) -> dict[str, float]:
         """The `clip/` values since the last call, for `accelerator.log`. One host read per model.
 

@@ -225,6 +225,7 @@ class Attachment:
         if (norm := self._steps_of.norm_of(clipper)) is not None:
             return norm  # a second call for one step
         self._steps_of.marks.proof.before_clip(clipper)
+        self._replicas.refuse_join(self.models.hears_loss, clipper.events)
         if (recording := self._recordings.get(clipper)) is not None:
             recording.begin()
             recording.before_step()
@@ -315,6 +316,10 @@ class Attachment:
         if self._hears_loss or accelerator.distributed_type != DistributedType.DEEPSPEED:
             wrap(accelerator, "backward", before=self._before_backward)
 
+    def _micro_batches(self) -> int:
+        """Of a step, where `backward` is given the loss of each; 1 of a Trainer, which has divided it."""
+        return 1
+
     def _before_prepare(self, *objects: Any, **_: Any) -> None:
         refuse_swap(self.accelerator, *objects)
 
@@ -324,6 +329,6 @@ class Attachment:
             self._steps_of.marks.before_backward()
             forget_unscaled(self.accelerator.scaler)
         if self._hears_loss:
-            self._loss.add(loss, self.accelerator.gradient_accumulation_steps)
+            self._loss.add(loss, self._micro_batches())
         for recording in self._recordings.values():
             recording.begin()

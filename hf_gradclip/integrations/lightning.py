@@ -191,12 +191,16 @@ class GradClip(*bases()):  # type: ignore[misc]
             self.clipper.events.start_after(trainer.global_step)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Hear the loss, which Lightning has divided by `accumulate_grad_batches`, and multiplied by a loss scale."""
+        """Hear the loss, which Lightning has divided by `accumulate_grad_batches`, and multiplied by a loss scale.
+
+        With a loop of one's own it has not divided it. The last step of an epoch may be of fewer batches.
+        """
         if self.config.gradient.needs.loss or self._recording is not None:
             loss = loss.detach().float()
             if self._scaler is not None:
                 loss = loss / self._scaler.scale(torch.ones((), device=loss.device))
-            self._loss.add(loss, 1)
+            batches = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._loss.add(loss * batches, batches)
 
     def _loss_of_step(self) -> Tensor | None:
         if self.config.gradient.needs.loss:

@@ -21,16 +21,23 @@ class StepLoss:
 
     def forget(self) -> None:
         """Start anew."""
-        self._sum, self._last, self._told = None, None, set()
+        self._sum, self._added, self._last, self._told = None, 0, None, set()
 
     def drop(self) -> None:
         """The step that was begun is not made: forget what was added to its loss."""
-        self._sum = None
+        self._sum, self._added = None, 0
 
     def add(self, loss: Tensor, micro_batches: int) -> None:
-        """One of the micro-batches of a step."""
-        part = loss.detach().float() / micro_batches
+        """One of the micro-batches of a step.
+
+        Args:
+            loss: of it.
+            micro_batches: of a usual step; the last of an epoch may have fewer. 1 where losses come as parts of the
+                step's own, divided by whoever gives them.
+        """
+        part = loss.detach().float()
         self._sum = part if self._sum is None else self._sum + part
+        self._added = self._added + 1 if micro_batches > 1 else 1
 
     def local(self, who: object = None) -> Tensor | None:
         """The mean over this process's micro-batches, 0-d; the next `add` starts anew.
@@ -49,7 +56,8 @@ class StepLoss:
 
     def _tell(self, who: object, mean: Callable[[Tensor], Tensor]) -> Tensor | None:
         if self._sum is not None:
-            self._last, self._sum, self._told = mean(self._sum), None, set()
+            self._last, self._told = mean(self._sum / self._added), set()
+            self.drop()
         if who in self._told:
             return None
         self._told.add(who)

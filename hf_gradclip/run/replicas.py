@@ -10,11 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_gradclip.run.refusal import Refusal, refuse
 from hf_gradclip.views.view import View
+from hf_gradclip.watching import Events
 
 SPREAD = 1e-6
 COMPARED = (1, 2, 5)
 """The steps of a run in which the comparison is judged at once."""
+_OUT_OF_DATA = "the ranks ask each other in a step, and one that is out of data would not answer."
+_EVEN = "Give all ranks as many batches (even_batches=True), or leave it out."
 
 
 class Replicas:
@@ -35,9 +39,23 @@ class Replicas:
             if hasattr(thing, "_join_config"):
                 self._wrappers.add(thing)
 
-    def _joins(self) -> bool:
+    def joins(self) -> bool:
         """Whether a model of DDP is in its `join()`, where a rank that is out of data answers no collective of ours."""
         return any(getattr(wrapper._join_config, "enable", False) for wrapper in self._wrappers)
+
+    def refuse_join(self, hears_loss: bool, events: Events) -> None:
+        """Stop in a `join()`, where the ranks that are left would wait for ever for one that is out of data.
+
+        Args:
+            hears_loss: whether the loss of a step is judged, and so reduced.
+            events: of the clipper that is asked.
+
+        Raises:
+            UnsupportedBackendError: with what to use instead.
+        """
+        asker = "a strategy that judges the loss" if hears_loss else "a handler of events, or after_spike,"
+        asks = hears_loss or (events.agree is not None and bool(events.kinds))
+        refuse([Refusal(asks and self.joins(), f"{asker} in model.join()", _OUT_OF_DATA, _EVEN)])
 
     def compare(self, view: View, step: int) -> None:
         """Look at a step: in the first ones the comparison is judged at once, later it waits for a log.
@@ -47,7 +65,7 @@ class Replicas:
             step: counted from 1.
         """
         first = step in COMPARED
-        if not self._every or not (first or step % self._every == 0) or self._joins():
+        if not self._every or not (first or step % self._every == 0) or self.joins():
             return
         self.check(view)
         if first:
@@ -59,7 +77,7 @@ class Replicas:
         Raises:
             RuntimeError: see `insist`.
         """
-        if self._every and not self._joins():
+        if self._every and not self.joins():
             for view in views:
                 self.check(view)
             self.insist()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from transformers import Trainer
 
 import hf_gradclip
 from hf_gradclip import GradClipMixin, GradClipTrainer
+from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.loops import batches
 from tests.integrations.ranks import serve
 from tests.integrations.recorded import RECORD, PoisonedTrainer, poisoned_data
@@ -22,6 +24,11 @@ from tests.tiny import logged, tiny_llama, train, weights_of
 
 OPTIMIZERS = {"adamw_torch_fused": 3e-3, "adamw_torch": 3e-3, "sgd": 0.3, "rmsprop": 1e-3}
 SPECS = ("global_norm:max_norm=0.1", "global_norm:max_norm=0.5")
+ASKERS: dict[str, dict[str, Any]] = {
+    "loss": {"clip": "skip_step:on=loss"},
+    "on_spike": {"clip": "adaptive_norm", "on_spike": print},
+    "after_spike": {"clip": {"gradient": "adaptive_norm", "after_spike": "lower_rate"}},
+}
 LIMIT = 0.38  # the global batch is twice that of one process, so the norms are smaller
 
 
@@ -199,6 +206,20 @@ def uneven() -> int:
     return steps
 
 
+def uneven_and_asked(asker: str) -> str:
+    """There a clip that asks the other rank is refused, on both."""
+    accelerator = Accelerator(cpu=True)
+    hf_gradclip.attach(accelerator, **ASKERS[asker])
+    model = tiny_llama()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    batch, _ = next(iter(batches(1)))
+    accelerator.backward(model(**batch).loss)
+    model._join_config = model._join_config._replace(enable=True)  # as join() does, which is hard to leave by an error
+    with pytest.raises(UnsupportedBackendError) as error:
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    return str(error.value)
+
+
 def different_specs() -> str:
     """What each rank says of the other's spec."""
     try:
@@ -229,6 +250,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
     "nan": nan_on_one_rank,
     "apart": replicas_come_apart,
     "uneven": uneven,
+    "asked": uneven_and_asked,
     "specs": different_specs,
     "loss": loss_on_one_rank,
     "loop": plain_loop,
@@ -239,8 +261,8 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
 }
 NAMES = (
     *(f"parity:{optim}" for optim in OPTIMIZERS), "engaged", "nan", "apart:4", "apart:0",
-    "apart:100:0", "apart:100:7", "uneven", "specs", "loss", "loop", "several:joint", "several:each", "judged",
-    "recorded", "full",
+    "apart:100:0", "apart:100:7", "uneven", *(f"asked:{asker}" for asker in ASKERS), "specs", "loss", "loop",
+    "several:joint", "several:each", "judged", "recorded", "full",
 )  # fmt: skip
 
 

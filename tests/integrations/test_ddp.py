@@ -75,6 +75,14 @@ def test_a_rank_that_is_out_of_data_is_not_waited_for(ranks) -> None:
     assert [result["uneven"] for result in ranks] == [3, 7]
 
 
+@pytest.mark.parametrize("asker", ["loss", "on_spike", "after_spike"])
+def test_what_asks_all_ranks_is_refused_where_one_may_be_out_of_data(ranks, asker) -> None:
+    words = "a strategy that judges the loss" if asker == "loss" else "a handler of events, or after_spike,"
+    for result in ranks:
+        assert result[f"asked:{asker}"].startswith(f"{words} in model.join(): the ranks ask each other in a step")
+        assert result[f"asked:{asker}"].endswith("Give all ranks as many batches (even_batches=True), or leave it out.")
+
+
 def test_ranks_must_have_one_spec(ranks) -> None:
     for rank, result in enumerate(ranks):
         assert f"Rank {rank} clips 21 segments by {('zclip', 'adagc')[rank]}" in result["specs"]

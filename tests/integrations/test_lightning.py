@@ -310,6 +310,20 @@ class TestLogs:
         assert (record.norm_TP**2).sum(axis=1) ** 0.5 == pytest.approx(norms, rel=1e-5)
         assert record.scale_TP[:, 0] == pytest.approx([min(1.0, LIMIT / norm) for norm in norms], rel=1e-5)
 
+    def test_the_loss_of_a_step_is_the_mean_of_its_batches_though_the_last_are_fewer(self, tmp_path):
+        losses = []
+
+        class Heard(Module):
+            def training_step(self, batch, number):
+                loss = super().training_step(batch, number)
+                losses.append(loss.item())
+                return loss
+
+        fit(tmp_path, {"gradient": LIMIT, "record": True}, Heard(), accumulate_grad_batches=5, max_steps=3)
+        assert len(losses) == STEPS
+        means = [sum(part) / len(part) for part in (losses[:5], losses[5:10], losses[10:])]
+        assert read_record(tmp_path / "gradclip").loss_T == pytest.approx(means, rel=1e-5)
+
     def test_the_lines_of_a_lightning_module_are_not_touched(self, tmp_path):
         class Logs(Module):
             def training_step(self, batch, number):

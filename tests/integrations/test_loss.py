@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 import hf_gradclip
 from hf_gradclip import GradClipTrainer
+from hf_gradclip.record.files import read_record
 from tests.integrations.loops import batches
 from tests.tiny import logged, tiny_llama, train, weights_of
 
@@ -56,6 +57,32 @@ def test_a_plain_loop_gives_the_mean_over_micro_batches() -> None:
             optimizer.zero_grad()
     expected = torch.tensor(losses).view(4, 2).mean(1).double()
     torch.testing.assert_close(attachment.clipper.state.losses[:4], expected, rtol=1e-6, atol=0)
+
+
+def test_a_last_step_of_fewer_micro_batches_has_their_mean(tmp_path) -> None:
+    """Eleven batches are three windows of four, four and three; in the next epoch again."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model, data = torch.nn.Linear(4, 1), torch.randn(22, 4, generator=torch.Generator().manual_seed(0))
+    attachment = hf_gradclip.attach(accelerator, SPEC, auto=True, record=tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    windows, window = [], []
+    for (x,) in (batch for _ in range(2) for batch in loader):
+        with accelerator.accumulate(model):
+            loss = (model(x) - 3).square().mean()
+            window.append(float(loss))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            windows.append(window)
+            window = []
+    assert [len(window) for window in windows] == [4, 4, 3] * 2
+    expected = torch.tensor([sum(window) / len(window) for window in windows]).double()
+    torch.testing.assert_close(attachment.clipper.state.losses[:6], expected, rtol=1e-6, atol=0)
+    accelerator.end_training()
+    torch.testing.assert_close(torch.tensor(read_record(tmp_path).loss_T).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_torch_loop_must_give_the_loss() -> None:

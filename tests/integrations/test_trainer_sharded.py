@@ -34,13 +34,13 @@ def saved_model(tmp_path_factory) -> Any:
 @pytest.fixture(scope="module")
 def on_dtensors(saved_model) -> list[Found]:
     words = [f"tensor_parallel:{word}" for word in LOUD] + [f"resume:fsdp2:{word}" for word in CLIPS]
-    words += ["events:ddp", "events:fsdp2"]
+    words += ["events:ddp", "events:fsdp2", "judged:ddp"]
     return launch(2, "trainer_main", saved_model.parent, *words)
 
 
 @pytest.fixture(scope="module")
 def on_zero(tmp_path_factory) -> list[Found]:
-    words = [f"resume:{word}" for word in RESUMED_ON_ZERO] + ["events:zero2"]
+    words = [f"resume:{word}" for word in RESUMED_ON_ZERO] + ["events:zero2", "judged:zero2"]
     return launch(2, "trainer_main", tmp_path_factory.mktemp("zero"), *words)
 
 
@@ -111,6 +111,20 @@ def test_tensor_parallel(on_dtensors, saved_model, word) -> None:
         assert apart < 1e-6
     else:
         assert apart > 1e-3, "what it does without clipping"
+
+
+@pytest.mark.dist
+def test_the_judged_loss_is_the_logged_one(on_dtensors) -> None:
+    found = on_dtensors[0]["judged:ddp"]
+    assert found["judged"] == pytest.approx(found["logged"], rel=1e-3)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.dist
+def test_the_judged_loss_is_the_logged_one_under_zero(on_zero, on_dtensors) -> None:
+    found = on_zero[0]["judged:zero2"]
+    assert found["judged"] == pytest.approx(found["logged"], rel=1e-3)
+    assert found["judged"] == pytest.approx(on_dtensors[0]["judged:ddp"]["judged"], rel=1e-5)
 
 
 def assert_events(ranks: list[Found], name: str) -> None:

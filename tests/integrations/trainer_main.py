@@ -177,10 +177,22 @@ def events(folder: str, name: str) -> dict[str, Any]:
     return found
 
 
+def judged(folder: str, name: str) -> dict[str, Any]:
+    """The losses that a strategy judges with two micro-batches a step, and those that the Trainer logs."""
+    settings: dict[str, Any] = {"ddp_backend": "gloo", "ranks": 2, "gradient_accumulation_steps": 2}
+    if name == "zero2":
+        settings["deepspeed"] = deepspeed_config(2, gradient_accumulation_steps="auto", **AUTO)
+    trainer = run(GradClipTrainer, clip="skip_step:on=loss", output_dir=folder, **settings)
+    assert name == "ddp" or sharded(name, trainer)
+    return {"judged": trainer.clipper.state.losses[:10].tolist(), "logged": logged(trainer, "loss")}
+
+
 def scenario(name: str) -> dict[str, Any]:
     word, *rest = name.split(":")
     folder = Path(sys.argv[1], name.replace(":", "_"))
-    return {"resume": resume, "tensor_parallel": tensor_parallel, "events": events}[word](str(folder), *rest)
+    return {"resume": resume, "tensor_parallel": tensor_parallel, "events": events, "judged": judged}[word](
+        str(folder), *rest
+    )
 
 
 if __name__ == "__main__":
