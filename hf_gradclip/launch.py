@@ -23,6 +23,8 @@ from hf_gradclip.config import ClipConfig
 from hf_gradclip.on_path.hf_gradclip_imports import install
 from hf_gradclip.run.environment import CLIP, SEEN
 
+PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT")
+"""Signals that a command hears as if they had been sent to it, as far as the system has them."""
 NOTHING_CLIPPED = 3
 NOTHING = (
     "no step was clipped: none of a transformers.Trainer, and none of a loop that prepares its optimizer with "
@@ -114,7 +116,8 @@ def _run_here(run: Callable[[], object], folder: str) -> int:
 def _run_command(words: Sequence[str]) -> int:
     """Run a command in a process of its own; its exit status, as a shell has it.
 
-    It hears an interrupt from the terminal as this process does, which waits for it, and is sent what ends this one.
+    It hears an interrupt from the terminal as this process does, which waits for it, and is sent what would end this
+    one. A signal that is ignored here, as under nohup, is ignored there too.
     """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
@@ -127,7 +130,9 @@ def _run_command(words: Sequence[str]) -> int:
         else:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    known = [getattr(signal, name) for name in PASSED_ON if hasattr(signal, name)]
+    heard = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, *heard)}
     try:
         child = subprocess.Popen(words)
         for number in early:

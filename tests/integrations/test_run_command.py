@@ -168,8 +168,15 @@ class TestStatus:
 
     @pytest.mark.parametrize(
         ("command", "status"),
-        [("exit 5", 5), ("exit 0", 3), ("kill -9 $$", 137), ("kill $PPID; sleep 20 & wait", 143)],
-        ids=["its own", "success", "killed", "ended with us"],
+        [
+            ("exit 5", 5),
+            ("exit 0", 3),
+            ("kill -9 $$", 137),
+            ("kill $PPID; sleep 20 & wait", 143),
+            ("trap 'exit 7' USR1; kill -USR1 $PPID; sleep 20 & wait", 7),
+            ("kill -USR2 $PPID; sleep 20 & wait", 140),
+        ],
+        ids=["its own", "success", "killed", "ended with us", "told by a scheduler", "ended by it"],
     )
     def test_another_command(self, command, status, run):
         assert main(["run", "--", "sh", "-c", command]) == status
