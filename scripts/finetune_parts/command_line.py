@@ -151,6 +151,8 @@ def _contradictions(data: DataArguments, args: TrainingArguments) -> Iterator[st
         yield f"--dtype {data.dtype}: needs --model_name_or_path. --bf16 true computes in bfloat16"
     if not 0 < data.validation_share < 1:
         yield f"--validation_share {data.validation_share}: must be between 0 and 1"
+    if data.max_eval_samples < 1:
+        yield f"--max_eval_samples {data.max_eval_samples}: must be >= 1, since a run ends with an evaluation"
     if data.block_size is not None and data.block_size < 2:
         yield f"--block_size {data.block_size}: must be >= 2 tokens"
     if data.train_file and data.dataset_name:

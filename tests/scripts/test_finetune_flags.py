@@ -135,6 +135,10 @@ def wrong_calls(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "bits": (["--load_in_4bit", "true"], "weights in 4 bits cannot be trained. Add --lora_r 8"),
         "dtype": (["--dtype", "bfloat16"], "--dtype bfloat16: needs --model_name_or_path"),
         "resume": (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: no such folder"),
+        "samples": (
+            ["--max_eval_samples", "0"],
+            "--max_eval_samples 0: must be >= 1, since a run ends with an evaluation",
+        ),
         "run file": (["nowhere.yaml"], "nowhere.yaml: No such file or directory"),
         "step": (["--max_steps", "0"], "--max_steps 0: must be > 0, or -1 with --num_train_epochs"),
     }
