@@ -33,8 +33,9 @@ def decay_of(optimizer: Any, group: dict[str, Any]) -> float:
 
 def _is_decoupled(optimizer: Any, group: dict[str, Any]) -> bool | None:
     """None where nobody says."""
-    if "decoupled_weight_decay" in group:
-        return bool(group["decoupled_weight_decay"])
+    for word in ("decoupled_weight_decay", "weight_decouple"):  # of torch, of pytorch_optimizer
+        if word in group:
+            return bool(group[word])
     if hasattr(optimizer, "adam_w_mode"):  # DeepSpeed's FusedAdam and DeepSpeedCPUAdam
         return bool(optimizer.adam_w_mode)
     name = type(optimizer).__name__
@@ -84,6 +85,12 @@ def _unrecovered(optimizer: Any, dtypes: Sequence[torch.dtype]) -> Iterator[Refu
             f"{name}(decoupled_weight_decay=True, weight_decay={decay})",
             "the decay is divided by the learning rate that it began with, so the update is not known.",
             "Leave decoupled_weight_decay out, and give the decay divided by that rate.",
+        )
+        yield Refusal(
+            bool(decay and group.get("fixed_decay")),  # of pytorch_optimizer
+            f"{name}(fixed_decay=True, weight_decay={decay})",
+            "the decay does not go along with the learning rate, so the update is not known.",
+            "Leave fixed_decay out, and give the decay divided by that rate.",
         )
         yield Refusal(
             bool(decay) and _is_decoupled(optimizer, group) is None,

@@ -49,6 +49,14 @@ class Lion(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 0.01)
 
 
+class Fixed(Lion):
+    """With a decay of pytorch_optimizer's `fixed_decay=True`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.param_groups[0]["fixed_decay"] = True
+
+
 class Unheard(Lion):
     """One whose name says nothing about its decay."""
 
@@ -324,6 +332,10 @@ def test_a_nan_update_stops_the_run() -> None:
         (
             apart(Lion([nn.Parameter(torch.ones(2))], lr=1, weight_decay=0.1)),
             r"Lion\(decoupled_weight_decay=True, .* out",
+        ),
+        (
+            Fixed([nn.Parameter(torch.ones(2))], lr=1, weight_decay=0.1),
+            r"Fixed\(fixed_decay=True, .* Leave fixed_decay out",
         ),
         (Averaging([nn.Parameter(torch.ones(2))], lr=1), "Averaging.*of evaluation.*Clip the gradient alone"),
     ],
