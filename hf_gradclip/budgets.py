@@ -155,21 +155,20 @@ class Budgets(Strategy):
             )
 
     def insist_on_names(self, names: Sequence[str]) -> None:
-        """Stop where a pattern finds no parameter of a model, trained or frozen, or none that is left; `*` may.
+        """Stop where a pattern finds no parameter of a model, trained or frozen, or stands behind `*`, which has all.
+
+        `*` may find none that is left.
 
         Raises:
-            SpecError: with the pattern, and the nearest names or the pattern that is before it.
+            SpecError: with the pattern and the nearest names.
         """
-        numbers = self.numbers_of(names)
         for i, group in enumerate(self.groups):
-            if group.pattern == "*" or i in numbers:
-                continue
-            if found := {n for name, n in zip(names, numbers, strict=True) if n is not None and group.finds(name)}:
-                others = " and ".join(repr(self.groups[n].pattern) for n in sorted(found))
+            if i and self.groups[i - 1].pattern == "*":
                 raise SpecError(
-                    f"{describe(self)}: all that the pattern {group.pattern!r} finds is in {others} before it, and the "
-                    f"first pattern that finds a parameter has it. Put {group.pattern!r} in front."
+                    f"{describe(self)}: {group.pattern!r} stands behind '*', which has all parameters. Put it in front."
                 )
+            if group.pattern == "*" or any(map(group.finds, names)):
+                continue
             bare = group.pattern.removeprefix(REGEX).strip("*")
             inside = [name for name in names if bare in name]
             tails = {tail: name for name in names for tail in _tails(name)}
@@ -180,6 +179,12 @@ class Budgets(Strategy):
                 f"{describe(self)}: the pattern {group.pattern!r} finds no parameter. A glob must match a whole name, "
                 f"or its tail after a dot. There are {', '.join(known or names[:3])}. {fix} group {i + 1} out."
             )
+
+    def idle_among(self, names: Sequence[str]) -> list[str]:
+        """The patterns whose parameters are all in groups before them; not those that find everything, for the rest."""
+        numbers = self.numbers_of(names)
+        idle = [group for i, group in enumerate(self.groups) if i not in numbers]
+        return [group.pattern for group in idle if any(map(group.finds, names)) and not all(map(group.finds, names))]
 
     def init(self, layout: Layout) -> State:
         """A tuple with the state of each group; of one without parameters, nothing."""

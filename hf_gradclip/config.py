@@ -212,14 +212,14 @@ class ClipConfig:
             given = spec
         try:
             settings = _settings(given)
-            if update is not None:
-                settings["update"] = _strategy(update)
         except RecursionError:
             raise SpecError(f"clip={shown(given)}: refers to itself. Write the strategy in it.") from None
         except SpecError as error:
             raise SpecError(_with_call(given, error)) from None
-        except ValueError as error:  # a whole number of thousands of digits cannot even be shown
-            raise SpecError(f"clip: a value is out of range ({error}).") from None
+        except ValueError:
+            raise SpecError(f"clip={shown(given)}: {_DIGITS}") from None
+        if update is not None:
+            settings["update"] = _settings_of_place("update", update)
         given_apart = {
             "nonfinite": nonfinite,
             "max_consecutive_skips": max_consecutive_skips,
@@ -232,15 +232,21 @@ class ClipConfig:
             "log": log,
             "console": console,
         }
-        settings |= {key: value for key, value in given_apart.items() if value is not None}
+        apart = {key: value for key, value in given_apart.items() if value is not None}
         try:
-            return cls(**settings)
+            return cls(**settings | apart)
         except SpecError as error:
-            raise SpecError(_with_call(given, error) if _is_file(given) else str(error)) from None
+            raise SpecError(_with_call(given, error) if _is_file(given) and not apart else str(error)) from None
+        except ValueError:
+            raise SpecError(f"clip={shown(given)}: {_DIGITS}") from None
 
 
 Clip: TypeAlias = str | float | Mapping[Any, Any] | ClipConfig | Strategy | None
 """What a person writes as `clip`."""
+
+
+_DIGITS = "a whole number of thousands of digits is no value. Write inf where no limit is meant."
+"""Python refuses to show one."""
 
 
 def _with_call(given: Any, error: SpecError) -> str:
@@ -280,16 +286,14 @@ def _settings(spec: Any) -> dict[str, Any]:
 def _settings_of_place(place: str, spec: Any) -> Strategy:
     if spec is None:
         raise SpecError(f"{{{place!r}: None}}: must name a strategy. 'none' measures and logs only.")
-    return _strategy(spec)
+    try:
+        return _strategy(spec)
+    except SpecError as error:
+        raise SpecError(f"{place}={shown(spec)}: {error}" if place == "update" else str(error)) from None
 
 
 def _strategy(spec: Any) -> Strategy:
     known = [f.name for f in fields(ClipConfig)]
-    if isinstance(spec, Mapping) and is_grouped(spec) and (apart := [key for key in known if key in spec]):
-        raise SpecError(
-            f"{apart[0]!r} beside patterns: it is of the whole configuration, {{'gradient': {{'*': ...}}, "
-            f"{apart[0]!r}: ...}}. For a parameter of that name write {{'groups': {{{apart[0]!r}: ...}}}}."
-        )
     try:
         return read_strategy(spec)
     except UnknownFieldError as error:

@@ -16,6 +16,11 @@ from hf_gradclip.patterns import REGEX, Group
 from hf_gradclip.strategy import SpecError, Strategy
 
 WORD = "groups"
+SETTINGS = (
+    *("gradient", "nonfinite", "max_consecutive_skips", "check_every", "update", "fold", "skip_sync", "record"),
+    *("histogram_every", "after_spike", "log", "console"),
+)
+"""The keys of a whole configuration, see ClipConfig: beside patterns they are one in the wrong place."""
 _NAMED = re.compile(r"(.*\S)\s+as\s+(\S+)")
 
 
@@ -74,6 +79,12 @@ def _pairs_of_dict(spec: Mapping[Any, Any]) -> list[tuple[str, str, Any]]:
             raise SpecError(
                 f"{WORD}={spec!r}: must hold patterns and their strategies, {{'embed*': 1.0, '*': 'adaptive'}}."
             )
+    elif apart := [key for key in SETTINGS if key in spec]:
+        rest = "" if apart[0] == "gradient" else f", {apart[0]!r}: ..."
+        raise SpecError(
+            f"{apart[0]!r} beside patterns: it is of the whole configuration, {{'gradient': {{'*': ...}}{rest}}}. "
+            f"For a parameter of that name write {{'groups': {{{apart[0]!r}: ...}}}}."
+        )
     pairs = []
     for pattern, given in spec.items():
         if not isinstance(pattern, str):

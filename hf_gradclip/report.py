@@ -30,7 +30,7 @@ class ClipReport:
     | `clip/scale` | norm out / norm in, last applied step; absent where elements were bounded |
     | `clip/scale_max` | the largest factor on any segment, last applied step; only where it is above 1 |
     | `clip/threshold` | the norm (or value) at which the last finite step began to clip; only where it is one number |
-    | `clip/rate` | share of the steps since in which a strategy scaled down or bounded any segment, or skipped |
+    | `clip/rate` | share of the steps since in which a segment was scaled down or bounded, or that somebody skipped |
     | `clip/tensor_rate` | share of the tensor-steps since in which any part of the tensor was scaled down or bounded |
     | `clip/skipped`, `clip/nonfinite` | steps since that did not reach the optimizer, that had a NaN or inf |
     | `clip/<label>/...` | the same of a group of parameters, but for the last two |

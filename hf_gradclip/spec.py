@@ -262,5 +262,5 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # a whole number of thousands of digits
-        return f"({type(value).__name__} of thousands of digits)"
+        return f"({type(value).__name__} with thousands of digits)"
     return text if len(text) < 200 else f"{text[:200]}..."

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_gradclip.budgets import Budgets
-from hf_gradclip.strategy import Chain, State, Strategy, describe, flatten, name_of, parts_of, rebuild
+from hf_gradclip.spec import is_own, read_strategy
+from hf_gradclip.strategy import Chain, SpecError, State, Strategy, describe, flatten, name_of, rebuild
 from hf_gradclip.types import Layout
 
 LATER = (".past.seen", ".past.logs", ".row")
@@ -26,6 +28,10 @@ def begun(strategy: Strategy, layout: Layout) -> State:
         flatten(state)
     except TypeError as error:
         raise TypeError(f"{name_of(strategy)}.init(): {error}") from None
+    for _, part in _places(strategy):
+        known = part.remembers_by
+        if not (isinstance(known, tuple) and all(hasattr(part, field) for field in known)):
+            raise TypeError(f'{name_of(part)}.remembers_by={known!r}: must be names of its fields, ("log_norm",) say.')
     return state
 
 
@@ -35,7 +41,7 @@ def packed(strategy: Strategy, layout: Layout, state: State, skips_in_a_row: int
         "version": 1,
         "strategy": _kind(strategy),
         "spec": describe(strategy),
-        "parts": _parts(strategy),
+        "parts": _parts(strategy, flatten(state)),
         "names": list(layout.names),
         "state": {key: value.detach().cpu().clone() for key, value in flatten(state).items()},
         "skips_in_a_row": skips_in_a_row,
@@ -113,7 +119,8 @@ def _is_readable(saved: Any) -> bool:
     return (
         isinstance(saved["spec"], str)
         and isinstance(saved["strategy"], str)
-        and isinstance(saved.get("parts", []), list)
+        and isinstance(saved.get("parts", {}), dict)
+        and all(isinstance(part, dict) for part in saved.get("parts", {}).values())
         and isinstance(names, list)
         and all(isinstance(name, str) for name in names)
         and isinstance(state, dict)
@@ -142,9 +149,8 @@ def _is_broken(value: Tensor, like: Tensor) -> bool:
 def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: dict[str, Tensor]) -> str:
     """What a saved state is of that cannot be taken; "" if it can."""
     missing = {key for key in mine.keys() - saved["state"].keys() if not f".{key}".endswith(LATER)}
-    parts = _parts(strategy)
-    others = saved["strategy"] != _kind(strategy) or saved.get("parts", parts) != parts
-    if others or missing or saved["state"].keys() - mine.keys():
+    others = saved["strategy"] != _kind(strategy) or missing or saved["state"].keys() - mine.keys()
+    if others or _means_something_else(saved, _parts(strategy, mine)):
         return f"of {saved['spec']}"
     if set(saved["names"]) != set(layout.names):
         return "of other trainable parameters"
@@ -160,9 +166,40 @@ def _why_not(saved: dict[str, Any], strategy: Strategy, layout: Layout, mine: di
     return ""
 
 
-def _parts(strategy: Strategy) -> list[str]:
-    """Each part by its name and the fields that say what it remembers; earlier versions did not write them."""
-    return [" ".join([name_of(p), *(f"{f}={getattr(p, f)}" for f in p.remembers_by)]) for p in parts_of(strategy)]
+def _means_something_else(saved: dict[str, Any], parts: dict[str, dict[str, str]]) -> bool:
+    """Whether a part that remembers something was another one, by its name or by what it says of its numbers.
+
+    Earlier versions wrote no parts, but a spec.
+    """
+    theirs = saved.get("parts")
+    if theirs is None and is_own(saved["spec"]):
+        try:
+            theirs = _parts(read_strategy(saved["spec"]), saved["state"])
+        except SpecError:  # of fields that there are no more
+            return False
+    known = theirs or {}
+    pairs = [(known.get(place, {}), part) for place, part in parts.items()]
+    return any(was.get(field, value) != value for was, part in pairs for field, value in part.items())
+
+
+def _parts(strategy: Strategy, flat: dict[str, Tensor]) -> dict[str, dict[str, str]]:
+    """By place, of the parts that remember something, the name and the fields that say what that is."""
+    return {
+        place: {"strategy": name_of(part), **{field: str(getattr(part, field)) for field in part.remembers_by}}
+        for place, part in _places(strategy)
+        if any(key.startswith(f"{place}." if place else "") for key in flat)
+    }
+
+
+def _places(strategy: Strategy, place: str = "") -> Iterator[tuple[str, Strategy]]:
+    """The parts of a strategy, each with the path of its state in `flatten`."""
+    parts: Sequence[Strategy] = strategy.parts if isinstance(strategy, Chain) else ()
+    if isinstance(strategy, Budgets):
+        parts = [group.strategy for group in strategy.groups]
+    if not parts:
+        yield place, strategy
+    for i, part in enumerate(parts):
+        yield from _places(part, f"{place}.{i}" if place else str(i))
 
 
 def _kind(strategy: Strategy) -> str:

@@ -236,7 +236,7 @@ def flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
     """
     if isinstance(state, Tensor):
         return {prefix: state}
-    if not isinstance(state, tuple):
+    if not isinstance(state, (tuple, list)):
         what = f"{type(state).__name__} at {prefix!r}" if prefix else type(state).__name__
         raise TypeError(f"a state is of tensors in (named) tuples, and this one has a {what}.")
     keys = getattr(state, "_fields", None) or range(len(state))

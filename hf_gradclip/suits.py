@@ -8,6 +8,7 @@ from hf_gradclip.budgets import Budgets
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.misuse import shown
 from hf_gradclip.reactions import LowerRate, written
+from hf_gradclip.say import is_first, logger
 from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 from hf_gradclip.views.view import UnsupportedBackendError, View
 from hf_gradclip.wrappers import innermost
@@ -43,6 +44,13 @@ def _refuse_groups(strategy: Budgets, view: View) -> None:
             "be told. Use FSDP2 (fsdp_version: 2), or one strategy of the whole gradient, adaptive_norm say."
         )
     strategy.insist_on_names(view.known)
+    if (idle := strategy.idle_among(view.known)) and is_first():
+        logger.warning(
+            "%s: all that %s finds is in groups before it, so that it does nothing here. The first pattern that finds "
+            "a parameter has it.",
+            describe(strategy),
+            " and ".join(map(repr, idle)),
+        )
     strategy.split(view.layout)
 
 

@@ -255,7 +255,7 @@ class ClipPlan:
         by_group: where groups of parameters are judged apart, by label what each saw and decided.
 
     Raises:
-        TypeError: for a scale that is no tensor.
+        TypeError: for one of the first four that is no tensor.
     """
 
     scale_S: Tensor
@@ -265,8 +265,10 @@ class ClipPlan:
     by_group: Mapping[str, tuple[NormStats, ClipPlan]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale_S, Tensor):
-            raise TypeError(f"ClipPlan({self.scale_S!r}): must be a tensor. Write torch.tensor({self.scale_S!r}).")
+        for name in ("scale_S", "bound_S", "threshold", "skip"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) and (value is not None or name == "scale_S"):
+                raise TypeError(f"ClipPlan({name}={value!r}): must be a tensor, torch.tensor(0.5) say.")
 
     def over(self, layout: Layout) -> ClipPlan:
         """A plan with one number per parameter as one with a number per segment."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -173,16 +172,25 @@ class TestModel:
         with pytest.raises(SpecError, match=f"the pattern {pattern!r} finds no parameter.*{words}"):
             Clipper.for_model(model, f"{pattern}=1;*=1")
 
+    def test_a_pattern_behind_the_rest_is_an_error(self) -> None:
+        """The exception after the rule, which would never act."""
+        with pytest.raises(SpecError, match=r"'embed\*' stands behind '\*', which has all parameters. Put it in front"):
+            Clipper.for_model(Named(embed=2, w=2), "w=1;*=none;embed*=1")
+
     @pytest.mark.parametrize(
-        ("spec", "before"),
-        [("*=none;embed*=1", "'*'"), ("em*=none;w=2;*embed*=1;*=3", "'em*'"), ("em*=1;re:d=1", "'em*'")],
+        ("spec", "idle"),
+        [
+            ("em*=none;embed*=1;*=3", "'embed*'"),
+            ("em*=1;re:d=2;*bed as other=3;*=1", "'re:d' and '*bed'"),
+            ("embed=1;embed* as others=2;*=3", ""),  # another parameter is left for it
+            ("embed=1;embed_in=2;w=3;re:.*=4", ""),  # the rest by another name
+        ],
     )
-    def test_a_pattern_whose_parameters_are_all_taken_is_an_error(self, spec, before) -> None:
-        """The exception behind the rule, which would never act."""
-        with pytest.raises(SpecError, match=f"finds is in {re.escape(before)} before it.* in front"):
-            Clipper.for_model(Named(embed=2, w=2), spec)
-        taken_in_part = Clipper.for_model(Named(embed=2, embed_in=2, w=2), "embed=1;embed* as others=2;*=3")
-        assert taken_in_part.config.gradient.numbers_of(["embed", "embed_in", "w"]) == [0, 1, 2]
+    def test_a_pattern_whose_parameters_are_all_taken_is_said(self, spec, idle, caplog) -> None:
+        Clipper.for_model(Named(embed=2, embed_in=2, w=2) if not idle else Named(embed=2, w=2), spec)
+        said = [line for line in caplog.messages if "is in groups before it" in line]
+        assert len(said) == bool(idle)
+        assert all(f"all that {idle} finds" in line for line in said)
 
     def test_a_pattern_may_find_frozen_parameters_alone_and_the_rest_may_be_empty(self) -> None:
         model = Named(embed=2, w=2)

@@ -6,7 +6,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hf_gradclip import ClipConfig
+from hf_gradclip.grouped import SETTINGS
 from hf_gradclip.spec import preset_names, strategy_names
 from hf_gradclip.strategies.adagc import AdaGC
 from hf_gradclip.strategies.adaptive_norm import AdaptiveNorm
@@ -161,6 +162,25 @@ class TestForms:
         given_ = {"gradient": "adagc", "nonfinite": "raise", "max_consecutive_skips": 3}
         assert ClipConfig.parse(given_) == ClipConfig(AdaGC(), "raise", 3)
         assert given_ == {"gradient": "adagc", "nonfinite": "raise", "max_consecutive_skips": 3}
+
+    def test_the_settings_are_the_fields_of_the_configuration(self):
+        assert {*SETTINGS} == {field.name for field in fields(ClipConfig)}
+
+    def test_a_setting_beside_patterns_in_a_file_of_groups(self, tmp_path):
+        path = tmp_path / "groups.yaml"
+        path.write_text("'*': agc\nmax_consecutive_skips: 5\n")
+        for spec in (str(path), {"gradient": str(path)}):
+            with pytest.raises(SpecError, match="'max_consecutive_skips' beside patterns"):
+                ClipConfig.parse(spec)
+
+    def test_a_wrong_keyword_is_not_laid_to_the_file(self, tmp_path):
+        path = tmp_path / "clip.yaml"
+        path.write_text("gradient: zclip\n")
+        with pytest.raises(SpecError, match=r"^ClipConfig\(nonfinite='Skip'\)"):
+            ClipConfig.parse(str(path), nonfinite="Skip")
+        for spec in (str(path), "zclip", ClipConfig(ZClip())):
+            with pytest.raises(SpecError, match=r"^update=\[\]: a list is no spec"):
+                ClipConfig.parse(spec, update=[])
 
     def test_whole_numbers_of_numpy(self):
         given_ = {"gradient": "adagc", "max_consecutive_skips": np.int64(3), "check_every": np.int32(7)}
@@ -523,7 +543,7 @@ class TestWrong:
             (1j, ["a complex is no spec"]),
             pytest.param(
                 10**5000,
-                ["clip=(int of thousands of digits): GlobalNorm(max_norm=...): too large for a float."],
+                ["clip=(int with thousands of digits): GlobalNorm(max_norm=...): too large for a float."],
                 id="10**5000",
             ),
             ({"gradient": []}, ["clip={'gradient': []}: a list is no spec."]),
@@ -533,6 +553,13 @@ class TestWrong:
                 ["'max_consecutive_skips' beside patterns: it is of the whole", "{'gradient': {'*': ...}, 'max_cons"],
             ),
             ({"gradient": {"*": "agc", "nonfinite": "raise"}}, ["'nonfinite' beside patterns"]),
+            ({"gradient": "agc", "embed*": 1.0}, ["'gradient' beside patterns", "{'gradient': {'*': ...}}. For"]),
+            ({"gradient": "agc", "update": []}, ["update=[]: a list is no spec."]),
+            pytest.param(
+                {"gradient": "zclip", "check_every": -(10**5000)},
+                ["clip=(dict with thousands of digits): a whole number of thousands of digits is no value."],
+                id="a dict with 10**5000",
+            ),
             ("agc:unit_axis=true", ["AGC(unit_axis=True): must be a whole number or none."]),
             (b"zclip", ["a bytes is no spec"]),
         ],
