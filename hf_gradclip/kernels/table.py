@@ -219,8 +219,11 @@ def insist_on_memory(name: str, tensor: Tensor, written: bool) -> None:
         raise MisfitError(f"{name} is {tensor.dtype}: must be real floating-point numbers.")
     if type(tensor) in PLAIN and not allocated(tensor):
         raise MisfitError(f"{name} has {tensor.numel()} elements and no memory: its storage was freed.")
-    shared = any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if written and shared and tensor.numel():
+    if (
+        written
+        and tensor.numel()
+        and any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    ):
         raise MisfitError(f"{name} has strides {tensor.stride()}: its elements share memory.")
 
 

@@ -39,7 +39,7 @@ class Replicas:
             if hasattr(thing, "_join_config"):
                 self._wrappers.add(thing)
 
-    def joins(self) -> bool:
+    def _joins(self) -> bool:
         """Whether a model of DDP is in its `join()`, where a rank that is out of data answers no collective of ours."""
         return any(getattr(wrapper._join_config, "enable", False) for wrapper in self._wrappers)
 
@@ -55,7 +55,7 @@ class Replicas:
         """
         asker = "a strategy that judges the loss" if hears_loss else "a handler of events, or after_spike,"
         asks = hears_loss or (events.agree is not None and bool(events.kinds))
-        refuse([Refusal(asks and self.joins(), f"{asker} in model.join()", _OUT_OF_DATA, _EVEN)])
+        refuse([Refusal(asks and self._joins(), f"{asker} in model.join()", _OUT_OF_DATA, _EVEN)])
 
     def compare(self, view: View, step: int) -> None:
         """Look at a step: in the first ones the comparison is judged at once, later it waits for a log.
@@ -65,7 +65,7 @@ class Replicas:
             step: counted from 1.
         """
         first = step in COMPARED
-        if not self._every or not (first or step % self._every == 0) or self.joins():
+        if not self._every or not (first or step % self._every == 0) or self._joins():
             return
         self.check(view)
         if first:
@@ -77,7 +77,7 @@ class Replicas:
         Raises:
             RuntimeError: see `insist`.
         """
-        if self._every and not self.joins():
+        if self._every and not self._joins():
             for view in views:
                 self.check(view)
             self.insist()
