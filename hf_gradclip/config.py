@@ -236,7 +236,7 @@ class ClipConfig:
         try:
             return cls(**settings | apart)
         except SpecError as error:
-            raise SpecError(_with_call(given, error) if _is_file(given) and not apart else str(error)) from None
+            raise SpecError(_with_call(given, error) if is_file(given) and not apart else str(error)) from None
         except ValueError:
             raise SpecError(f"clip={shown(given)}: {_DIGITS}") from None
 
@@ -254,10 +254,6 @@ def _with_call(given: Any, error: SpecError) -> str:
     text = str(error)
     is_made = isinstance(given, (ClipConfig, Strategy))
     return text if is_made or text.startswith("clip=") else f"clip={shown(given)}: {text}"
-
-
-def _is_file(spec: Any) -> bool:
-    return isinstance(spec, str) and is_file(spec)
 
 
 def _settings(spec: Any) -> dict[str, Any]:
@@ -278,7 +274,7 @@ def _settings(spec: Any) -> dict[str, Any]:
             )
         places = {key: spec[key] for key in ("gradient", "update") if spec.get(key) is not None or key == "gradient"}
         return {**spec, **{key: _settings_of_place(key, value) for key, value in places.items()}}
-    if _is_file(spec):
+    if is_file(spec):
         return _settings(read_yaml(Path(spec.strip())))
     return {"gradient": _strategy(spec)}
 

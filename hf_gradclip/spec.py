@@ -70,7 +70,7 @@ def read_strategy(spec: Any) -> Strategy:
         if spec == 0:
             raise SpecError("0: is no limit. To switch clipping off use clip='none'.")
         return _build("global_norm", {"max_norm": spec})
-    if is_grouped(spec) and not (isinstance(spec, str) and is_file(spec)):
+    if is_grouped(spec) and not is_file(spec):
         return read_groups(spec, read_strategy)
     if isinstance(spec, Mapping):
         values = dict(spec)
@@ -210,9 +210,9 @@ def is_own(text: Any) -> bool:
     return {part.partition(":")[0].strip() for part in _CHAIN.split(text)} <= {*_names()}
 
 
-def is_file(text: str) -> bool:
+def is_file(spec: Any) -> bool:
     """Whether a spec names one YAML file, and not a chain with a file in it."""
-    return text.strip().endswith(_YAML) and not _CHAIN.search(text)
+    return isinstance(spec, str) and spec.strip().endswith(_YAML) and not _CHAIN.search(spec)
 
 
 def read_yaml(path: Path) -> Any:
