@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_gradclip.budgets import Budgets
 from hf_gradclip.spec import is_own, read_strategy
-from hf_gradclip.strategy import Chain, SpecError, State, Strategy, describe, flatten, name_of, rebuild
+from hf_gradclip.strategy import Chain, SpecError, State, Strategy, describe, name_of, rebuild
 from hf_gradclip.types import Layout
 
 LATER = (".past.seen", ".past.logs", ".row")
@@ -94,6 +94,24 @@ def _groups(strategy: Strategy, layout: Layout) -> dict[str, Any]:
 def _names(strategy: Strategy, key: str, layout: Layout) -> tuple[str, ...]:
     """Of which parameters a tensor of a state is, by its path in `flatten`."""
     return strategy.names_of(key, layout) if isinstance(strategy, Budgets) else layout.names
+
+
+def flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a state by path: {"mean": ...}, or {"0.mean": ..., "1.gamma_S": ...} for a chain.
+
+    Raises:
+        TypeError: for a state with something else in it.
+    """
+    if isinstance(state, Tensor):
+        return {prefix: state}
+    if not isinstance(state, (tuple, list)):
+        what = f"{type(state).__name__} at {prefix!r}" if prefix else type(state).__name__
+        raise TypeError(f"a state is of tensors in (named) tuples, and this one has a {what}.")
+    keys = getattr(state, "_fields", None) or range(len(state))
+    flat: dict[str, Tensor] = {}
+    for key, value in zip(keys, state, strict=True):
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def unflatten(like: State, flat: dict[str, Tensor], prefix: str = "") -> State:

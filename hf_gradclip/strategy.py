@@ -228,24 +228,6 @@ def rebuild(like: State, values: Sequence[State]) -> State:
     return type(like)(*values) if hasattr(like, "_fields") else tuple(values)
 
 
-def flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a state by path: {"mean": ...}, or {"0.mean": ..., "1.gamma_S": ...} for a chain.
-
-    Raises:
-        TypeError: for a state with something else in it.
-    """
-    if isinstance(state, Tensor):
-        return {prefix: state}
-    if not isinstance(state, (tuple, list)):
-        what = f"{type(state).__name__} at {prefix!r}" if prefix else type(state).__name__
-        raise TypeError(f"a state is of tensors in (named) tuples, and this one has a {what}.")
-    keys = getattr(state, "_fields", None) or range(len(state))
-    flat: dict[str, Tensor] = {}
-    for key, value in zip(keys, state, strict=True):
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 def name_of(strategy: Strategy) -> str:
     """The word a spec uses: `zclip` for the strategies of this package, a dotted path for others; of several all."""
     if (written := strategy._written(name_of)) is not None:

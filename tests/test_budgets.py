@@ -17,7 +17,8 @@ from hf_gradclip.budgets import Budgets
 from hf_gradclip.fold import Fold
 from hf_gradclip.patterns import Group
 from hf_gradclip.run.startup import in_force
-from hf_gradclip.strategy import SpecError, describe, flatten
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import SpecError, describe
 from hf_gradclip.views import view_of
 from tests.tiny import SkipThird, tiny_llama
 

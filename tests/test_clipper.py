@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hf_gradclip import ClipConfig, Clipper, Strategy
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.report import ClipReport
-from hf_gradclip.strategy import Needs, SpecError, Stateless, Units, flatten
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import Needs, SpecError, Stateless, Units
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from hf_gradclip.views import view_of
 from hf_gradclip.views.view import UnsupportedBackendError

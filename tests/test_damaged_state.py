@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_gradclip import Clipper, GradClipTrainer
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from tests.integrations.loops import StopAt
 from tests.tiny import train
 

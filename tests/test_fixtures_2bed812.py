@@ -20,8 +20,9 @@ import torch
 from hf_gradclip import Clipper
 from hf_gradclip.cli import main
 from hf_gradclip.record.files import read_record
+from hf_gradclip.state import flatten
 from hf_gradclip.strategies import adagc, autoclip, zclip
-from hf_gradclip.strategy import flatten, torch_scale
+from hf_gradclip.strategy import torch_scale
 from tests.fixtures.make import (
     CLIPPERS,
     COMMIT,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_gradclip import ClipConfig, Clipper, outlier
 from hf_gradclip.outlier import judge, nothing_seen, nothing_seen_each
 from hf_gradclip.record.spikes import find_spikes
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from hf_gradclip.types import Layout, NormStats
 from tests.strategies.past import Past
 

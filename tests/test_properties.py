@@ -23,7 +23,8 @@ from hf_gradclip.analysis.replay import replay
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.record.files import read_record
 from hf_gradclip.record.parts import write_part
-from hf_gradclip.strategy import Chain, SpecError, Strategy, describe, flatten, parts_of
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import Chain, SpecError, Strategy, describe, parts_of
 from tests.strategies.test_contract import VARIANTS
 
 MORE = os.environ.get("HF_GRADCLIP_EXAMPLES")

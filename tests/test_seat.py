@@ -23,7 +23,7 @@ from hf_gradclip.report import ClipReport
 from hf_gradclip.run import startup
 from hf_gradclip.seat import MOST, brought, handed, seen_by
 from hf_gradclip.spec import read_strategy
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from tests.strategies.sequence import Tiny, gradients, set_gradients
 from tests.strategies.test_contract import VARIANTS
@@ -261,7 +261,7 @@ import hashlib, sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 from hf_gradclip.seat import MOST
 from hf_gradclip.spec import read_strategy
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from hf_gradclip.types import Layout, NormStats
 layout = Layout.of_parameters(tuple(map(str, range(MOST))), [1] * MOST, torch.device("cpu"))
 seen = hashlib.sha256()

@@ -19,7 +19,7 @@ from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.decision import judge_on_device
 from hf_gradclip.record.buffer import Recorder
 from hf_gradclip.run.spikes import SpikeWatch
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 
 ROOT = float(np.sqrt(np.float64(np.finfo(np.float32).max)))
 

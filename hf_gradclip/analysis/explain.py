@@ -12,7 +12,8 @@ import torch
 
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.spec import nearest, preset_names, strategy_class, strategy_names
-from hf_gradclip.strategy import SpecError, Strategy, describe, flatten, name_of, parts_of
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import SpecError, Strategy, describe, name_of, parts_of
 from hf_gradclip.types import Layout
 
 WIDTH = 80

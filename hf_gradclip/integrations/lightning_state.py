@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_gradclip.clipper import Clipper
-from hf_gradclip.strategy import flatten, name_of
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import name_of
 
 GRADIENT, UPDATE = "gradient", "update"
 

@@ -31,7 +31,8 @@ from hf_gradclip.optim.options import insist_on_options
 from hf_gradclip.optim.step import Job, Jobs, Motion, measured, step_
 from hf_gradclip.optim.taken import Taken, ids_of
 from hf_gradclip.say import logger
-from hf_gradclip.strategy import Needs, SpecError, describe, flatten
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import Needs, SpecError, describe
 from hf_gradclip.suits import refuse_a_record
 from hf_gradclip.types import ClipPlan, NormStats
 from hf_gradclip.views import view_of

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from hf_gradclip.clipper import Clipper
 from hf_gradclip.run.startup import world_size
 from hf_gradclip.say import logger
-from hf_gradclip.strategy import flatten, name_of
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import name_of
 
 STATE_NAME = "gradclip.pt"
 UPDATE_NAME = "gradclip_update.pt"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from faults_parts.cases import AFTER, NOT_FINITE, STRATEGIES, WHEN, Case
 from faults_parts.runs import SCALE, Watched
-from hf_gradclip.strategy import flatten, parts_of
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import parts_of
 
 LIMIT = 20
 """Steps skipped in a row after which a run stops: the default."""

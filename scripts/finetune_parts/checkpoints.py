@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from finetune_parts.words import InputError, tell
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.run.state import STATE_NAME, UPDATE_NAME
-from hf_gradclip.strategy import Strategy, flatten
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import Strategy
 from hf_gradclip.types import Layout
 
 RECORD = "gradclip"

@@ -13,7 +13,7 @@ from finetune_parts.words import tell
 
 from hf_gradclip import GradClipTrainer
 from hf_gradclip.run.state import STATE_NAME
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from kills_parts.points import EVERY, STEPS, Killer
 
 CLIP = "adaptive_norm+zclip:warmup_steps=4,z_threshold=0.5"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hf_gradclip import Clipper
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from tests.integrations import scenarios
 from tests.integrations.ranks import Found
 from tests.integrations.sharded import STRATEGIES, Model

@@ -18,7 +18,7 @@ import hf_gradclip
 from hf_gradclip import optim
 from hf_gradclip.clipper import NonFiniteError
 from hf_gradclip.record.files import read_record
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from hf_gradclip.views.view import UnsupportedBackendError
 from hf_gradclip.wrappers import innermost
 from tests.integrations.sharded import (

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 import hf_gradclip
 from hf_gradclip.integrations.refusals import refuse_unsupported
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from hf_gradclip.views.view import UnsupportedBackendError
 from tests.integrations.loops import batches
 from tests.tiny import tiny_llama, weights_of

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_gradclip import Clipper, GradClipTrainer
 from hf_gradclip.run.state import load_state, save_state
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from tests.integrations.loops import StopAt
 from tests.tiny import logged, tiny_llama, train, weights_of
 

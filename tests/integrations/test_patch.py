@@ -22,7 +22,7 @@ from hf_gradclip import GradClipMixin, GradClipTrainer, patch, patch_all
 from hf_gradclip.config import SpecError
 from hf_gradclip.integrations.patch import is_in_force
 from hf_gradclip.record.files import read_record
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from hf_gradclip.views.view import UnsupportedBackendError
 from tests.tiny import VOCAB, counting_data, logged, tiny_llama, train, training_args, weights_of
 

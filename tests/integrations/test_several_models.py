@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
 import hf_gradclip
-from hf_gradclip.strategy import SpecError, flatten
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import SpecError
 from hf_gradclip.views.view import UnsupportedBackendError
 
 LIMIT = 1e-3

@@ -20,7 +20,7 @@ from transformers import DistributedConfig, LlamaForCausalLM, Trainer, TrainerCa
 
 from hf_gradclip import GradClipTrainer
 from hf_gradclip.events import Event
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 from tests.integrations.ranks import serve
 from tests.integrations.sharded import deepspeed_config, fsdp_on_cpu, whole_weights, without_shared_memory
 from tests.tiny import logged, tiny_llama, train

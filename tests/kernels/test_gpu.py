@@ -15,7 +15,7 @@ from hf_gradclip import Clipper
 from hf_gradclip.kernels import choice
 from hf_gradclip.kernels.operations import ByUnit, Language, Whole
 from hf_gradclip.kernels.table import MisfitError
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_gradclip import optim
 from hf_gradclip.guard import NonFiniteError
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 
 NAMES = ["AdamW", "Adam", "RMSprop", "SGD"]
 ZCLIP = "zclip:warmup_steps=5,max_norm=inf"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_gradclip import Clipper
-from hf_gradclip.strategy import flatten
+from hf_gradclip.state import flatten
 
 SHAPES = {"embed": (6, 4), "weight": (3, 5), "bias": (5,), "late": (2, 2)}
 """`late` has no gradient for the first LATE steps; the others have norms of about 0.5 each, 0.9 together."""

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from hf_gradclip import ClipConfig, Clipper, Strategy
 from hf_gradclip.spec import preset_names, strategy_class, strategy_names
-from hf_gradclip.strategy import Chain, Needs, SpecError, Stateless, describe, flatten
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import Chain, Needs, SpecError, Stateless, describe
 from hf_gradclip.types import ClipPlan, Layout, NormStats
 from tests.strategies.sequence import SHAPES, Tiny, gradients, set_gradients
 

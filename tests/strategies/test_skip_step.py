@@ -12,7 +12,8 @@ import torch
 
 from hf_gradclip import ClipConfig, Clipper
 from hf_gradclip.preview import preview
-from hf_gradclip.strategy import SpecError, flatten
+from hf_gradclip.state import flatten
+from hf_gradclip.strategy import SpecError
 from tests.strategies.past import Past
 from tests.strategies.sequence import NAN, SPIKES, TENSOR_SPIKES, Tiny, gradients, norm_of, set_gradients
 
