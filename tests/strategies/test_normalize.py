@@ -136,15 +136,18 @@ def test_the_ratio_goes_on_from_the_state_of_the_mean() -> None:
 @pytest.mark.parametrize(
     ("spec", "after"),
     [
-        ("normalize:gamma1=0", [1.0, 1.0, 1e-17]),  # its own size
-        ("normalize:to=ratio,gamma1=0,gamma2=0", [1.0, 1.0, 1e-16]),  # n / sqrt(n^2), but for the largest factor
+        ("normalize:gamma1=0", [1.0, 1.0, 1.0, 1.0, 1e-17]),  # its own size, of a spike the median
+        (
+            "normalize:to=ratio,gamma1=0,gamma2=0",
+            [1.0, 1.0, 1.0, 1.0, 1e-16],
+        ),  # n / sqrt(n^2), up to the largest factor
     ],
 )
 def test_an_average_without_a_past_is_the_last_number(spec, after):
     """However much smaller than the one before it is."""
     one = [("w", torch.nn.Parameter(torch.zeros(1)))]
     clipper, found = Clipper.for_model(one, spec), []
-    for size in (1.0, 1.0, 1e-17):
+    for size in (1.0, 1.0, 1.0, 1e6, 1e-17):
         one[0][1].grad = torch.full((1,), size)
         clipper.step()
         found.append(one[0][1].grad.item())

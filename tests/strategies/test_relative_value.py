@@ -42,11 +42,14 @@ def test_elements_whose_squares_round_to_0_are_left_alone(language):
     """As plain torch squares them, a root mean square of 0 would bound all of them to 0."""
     weight = torch.nn.Parameter(torch.zeros(4))
     with serving(language):
-        clipper = Clipper.for_model([("w", weight)], "relative_value:factor=3")
+        clipper = Clipper.for_model([("w", weight)], "relative_value:factor=1.5")
         for size in (1.0, 1e-24, 1e-30):
             weight.grad = torch.tensor([size, -size, size, size])
             clipper.step()
             assert torch.equal(weight.grad, torch.tensor([size, -size, size, size]))
+        weight.grad = torch.tensor([1.0, -10.0, 1.0, 1.0])
+        clipper.step()
+        np.testing.assert_allclose(weight.grad, [1, -1.5 * np.sqrt(103 / 4), 1, 1], rtol=1e-6)
 
 
 def test_a_factor_that_would_stop_the_run_is_refused():
