@@ -12,10 +12,11 @@ runs of a seed. Where a run clips, the guard against NaN and inf comes with it.
 
 Before it starts, the script says how long it will take. Rows are written as they come, one line of JSON per run under a
 key of what it compares (the strategy's fields and its source, the task's source, data and settings), so that an
-interrupted comparison goes on where it was, and a change elsewhere discards nothing. What is the same for all is not in
-the key: compare_parts/training.py, the package's optimizers and kernels, Python, whose library several tasks learn, and
-torch. After a change there begin with another --name. Beside the table are two pictures of each task: its curves, with
-the broken steps marked, and the intervals.
+interrupted comparison goes on where it was, and a change elsewhere discards nothing. What trains all alike is not in
+the key: compare_parts/training.py, the rest of the package (how gradients are found, measured and scaled, its
+optimizers), Python, whose library several tasks learn, torch, transformers, tokenizers, peft, the packages of weights.
+After a change there begin with another --name. Beside the table are two pictures of each task: its curves, with the
+broken steps marked, and the intervals.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ from pathlib import Path
 import torch
 from benchmark import circumstances, hardware
 from compare_parts import pictures
+from compare_parts.keys import described
 from compare_parts.rows import RATE_SEEDS, Comparison
 from compare_parts.tables import LEGEND, STOCK, T95, detail
 from compare_parts.tasks import TASKS, missing
-from compare_parts.training import BETA2, FAULTS, NOTHING, RATES, WEIGHT_DECAY, Run, broken_steps, places
+from compare_parts.training import BETA2, FAULTS, NOTHING, RATES, WEIGHT_DECAY, Run, broken_steps, optimizer_of, places
 
+from hf_gradclip import Clipper
+from hf_gradclip.budgets import Budgets
 from hf_gradclip.config import ClipConfig
 from hf_gradclip.strategy import SpecError
 
@@ -73,8 +77,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.task = list(dict.fromkeys(args.task))
     args.clip = list(dict.fromkeys([NOTHING, *args.clip]))  # which the others are compared with
     args.data = list(dict.fromkeys([DATA[0], *args.data]))
-    if args.against is None:
-        args.against = [STOCK] * (STOCK in args.clip)
     if words := wrong(args):
         parser.error(words)
     return args
@@ -84,7 +86,6 @@ def wrong(args: argparse.Namespace) -> str:
     """What cannot be run as it was asked for, or would be ignored; "" for nothing."""
     blank = Run("", args.optimizer, NOTHING, 0.0, DATA[0], 0, args.steps)
     whole = [kind for kind in args.data[1:] if args.steps > 0 and not broken_steps(replace(blank, data=kind))]
-    apart = [clip for clip in args.against if clip not in args.clip]
     packages = list(dict.fromkeys(package for task in args.task for package in missing(task)))
     own = args.optimizer != "adamw" and (args.beta2, args.weight_decay) != (BETA2, WEIGHT_DECAY)
     last = min(RATE_SEEDS) - args.seeds
@@ -100,19 +101,46 @@ def wrong(args: argparse.Namespace) -> str:
         f"--weight_decay {args.weight_decay}: must be at least 0 and finite.": not 0 <= args.weight_decay < math.inf,
         f"--beta2 and --weight_decay are AdamW's. Leave them out with {args.optimizer}.": own,
         f"--steps {args.steps}: none of so few is broken with {', '.join(whole)}. Give more, or --data sound.": whole,
-        f"--against {' '.join(apart)}: not among --clip, which is {' '.join(args.clip)}.": apart,
         f"--name {args.name}: must be a name without a folder; the folder is --out.": "/" in (args.name or ""),
         f"--out {args.out}: is a file. Give a folder.": args.out is not None and args.out.is_file(),
         f"--task {' '.join(args.task)}: pip install {' '.join(packages)}": packages,
         "--out draws pictures: pip install matplotlib": args.out is not None and find_spec("matplotlib") is None,
     }
-    try:
-        for clip in args.clip:
+    return next((words for words, is_so in checks.items() if is_so), "") or wrong_clips(args)
+
+
+def wrong_clips(args: argparse.Namespace) -> str:
+    """What cannot clip, or would be trained twice; "" for nothing. `against` has the spelling of --clip then."""
+    known: dict[str, str] = {}
+    for clip in args.clip:
+        try:
             gradient, update = places(clip)
             ClipConfig.parse(gradient, update=update)
+            for task in args.task if has_groups(clip) else ():  # whose patterns must find the names of the model
+                Clipper.for_model(TASKS[task].model(), gradient)
+                optimizer_of(Run(task, args.optimizer, clip, 1.0, DATA[0], 0, 1), TASKS[task].model())
+        except SpecError as error:
+            return f"--clip {clip}: {error}"
+        try:
+            fields = described(clip)
+        except SpecError:
+            return f"--clip {clip}: is a whole configuration. Give a spec for the gradient, or gradient/update."
+        if fields in known:
+            return f"--clip {clip}: is {known[fields]} again. Leave one of them out."
+        known[fields] = clip
+    try:
+        against = [(clip, known.get(described(clip))) for clip in args.against or [STOCK]]
     except SpecError as error:
-        return f"--clip {clip}: {error}"
-    return next((words for words, is_so in checks.items() if is_so), "")
+        return f"--against {' '.join(args.against)}: {error}"
+    if apart := [clip for clip, same in against if same is None and args.against]:
+        return f"--against {' '.join(apart)}: not among --clip, which is {' '.join(args.clip)}."
+    args.against = [same for _, same in against if same is not None]
+    return ""
+
+
+def has_groups(clip: str) -> bool:
+    """Whether some of a clip goes by patterns over names."""
+    return any(isinstance(ClipConfig.parse(spec).gradient, Budgets) for spec in places(clip))
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -123,8 +151,14 @@ def main(argv: Sequence[str] | None = None) -> str:
     facts = circumstances("compare_strategies", args.argv, cpu, "none: nothing is timed")
     name = f"compare_{args.name or args.optimizer}_{hardware(cpu)[1]}"
     path = None if args.out is None else args.out / f"{name}.jsonl"
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+        except OSError as error:
+            raise SystemExit(
+                f"--out {args.out}: cannot be written to ({error}). Give another folder or --name."
+            ) from None
     found = Comparison(path, facts["commit"], args.workers)
     rates = rated(found, args)
     tasks = [{arm.clip: arm for arm in rates if arm.task == task} for task in args.task]
@@ -169,7 +203,7 @@ def rated(found: Comparison, args: argparse.Namespace) -> dict[Run, bool]:
     usual = args.optimizer == "adamw" and not args.own_rates
     given = {task: lr for task in args.task if (lr := args.lr or (TASKS[task].lr if usual else None))}
     judges = {run: run if args.own_rates else replace(run, clip=NOTHING) for run in runs if run.task not in given}
-    best = found.best(list(dict.fromkeys(judges.values())), RATES[args.optimizer])
+    best = found.best(list(dict.fromkeys(judges.values())), RATES[args.optimizer], args.seeds * len(args.data) * runs)
     rates = {run: best[judges[run]] if run in judges else (given[run.task], False) for run in runs}
     return {replace(run, lr=lr): edge for run, (lr, edge) in rates.items()}
 

@@ -32,10 +32,12 @@ def curves(found: Comparison, arms: Mapping[str, Run], data: Sequence[str], seed
     plain = next(iter(arms.values()))
     figure, panels = _panels(len(data), 2.8, f"{plain.task}, {plain.optimizer}: losses of the batches, seed {seed}")
     begin = found.outcomes[replace(plain, seed=seed)].start
+    drawn: list[float] = []
     for panel, kind in zip(panels, data, strict=True):
         for i, (clip, arm) in enumerate(arms.items()):
             outcome = found.outcomes[replace(arm, data=kind, seed=seed)]
             losses = outcome.losses
+            drawn += filter(math.isfinite, losses)
             size = stretch(plain.steps, MEANS if outcome.end is None else len(losses))
             wide = 3 - 2 * (i + 1) / len(arms)  # one that is under another is seen beside it
             panel.plot([(place + 0.5) * size for place in range(len(losses))], losses, label=clip, lw=wide)
@@ -44,11 +46,11 @@ def curves(found: Comparison, arms: Mapping[str, Run], data: Sequence[str], seed
             panel.axvspan(broken[0], plain.steps, color="0.9", zorder=0, label="all broken")
         elif broken:
             panel.plot(broken, [0.02] * len(broken), "k|", ms=7, transform=panel.get_xaxis_transform(), label="broken")
-        if begin is not None and panel.get_ylim()[1] > 1.15 * begin:
-            panel.set_ylim(top=1.15 * begin)
         panel.set_xlim(0, plain.steps)
         panel.set_title(kind, fontsize=9)
         panel.set_xlabel("step", fontsize=8)
+    if begin is not None and drawn and max(drawn) > 1.15 * begin:  # a run that is lost would flatten the others
+        panels[0].set_ylim(min(drawn) - 0.05 * begin, 1.15 * begin)
     named = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(len(data), ACROSS), fontsize=8)
     return figure

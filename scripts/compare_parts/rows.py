@@ -2,74 +2,33 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
-import inspect
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-from compare_parts import task as task_module
 from compare_parts import training
+from compare_parts.keys import key_of
 from compare_parts.task import rows_of
 from compare_parts.tasks import TASKS
-from compare_parts.training import Outcome, Run, places
-from hf_gradclip import budgets, outlier
-from hf_gradclip.spec import read_strategy
-from hf_gradclip.strategy import describe, parts_of
+from compare_parts.training import Outcome, Run
 
 RATE_SEEDS = (1000, 1001)
 FURTHER = 4
 """How often at most a rate beyond those tried is tried, while the best is at their edge."""
-
-
-def key_of(run: Run) -> str:
-    """Of what decides how a run differs from others; what trains them all alike is not in it."""
-    task = TASKS[run.task]
-    code = [code_of(task_module), code_of(sys.modules[task.data.__module__])]
-    specs = []
-    for spec in places(run.clip):
-        strategy = read_strategy(spec)
-        specs.append(describe(strategy))
-        modules = [sys.modules[type(part).__module__] for part in parts_of(strategy)]
-        code += [code_of(module) for module in modules]
-        code += [code_of(budgets)] * isinstance(strategy, budgets.Budgets)
-        code += [code_of(outlier)] * any(map(names_outliers, modules))
-    settings = [training.RAMP, training.BETA1 if run.optimizer == "adamw" else 0.0]
-    if run.data != "sound":
-        settings += [training.FAULTS[run.data], training.BROKEN, training.UNBROKEN]
-    text = json.dumps([asdict(replace(run, clip="/".join(specs))), settings, code])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@functools.cache
-def code_of(module: ModuleType) -> str:
-    """The source of a module without comments and docstrings."""
-    tree = ast.parse(inspect.getsource(module))
-    for node in ast.walk(tree):
-        for name, lines in ast.iter_fields(node):
-            if name == "body" and isinstance(lines, list):
-                lines[:] = [line for line in lines if not _is_docstring(line)]
-    return ast.dump(tree)
-
-
-@functools.cache
-def names_outliers(module: ModuleType) -> bool:
-    """Whether a strategy goes by the rule for what stands out."""
-    return "outlier" in inspect.getsource(module)
-
-
-def _is_docstring(line: ast.AST) -> bool:
-    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+FIELDS = tuple(Outcome.__annotations__)[1:]
+NEW = ("norm", "rise")
+"""Those of them that old rows lack."""
 
 
 class Comparison:
@@ -87,16 +46,10 @@ class Comparison:
     def __init__(self, path: Path | None, commit: str, workers: int) -> None:
         self.outcomes: dict[Run, Outcome] = {}
         self._path, self._commit, self._workers = path, commit, workers
-        *whole, rest = path.read_text("utf-8").split("\n") if path is not None and path.exists() else [""]
-        try:
-            self._rows = {row["key"]: row for row in map(json.loads, whole)}
-        except (ValueError, LookupError, TypeError):
-            raise SystemExit(f"{path} has lines that are no rows of a comparison. Give another --name.") from None
-        if path is not None and rest:
-            path.write_text("".join(f"{line}\n" for line in whole), "utf-8")  # without what an interruption left
+        self._rows = {} if path is None or not path.exists() else read_rows(path)
 
-    def run(self, runs: Iterable[Run]) -> None:
-        """Train what was not trained yet, and say before how long that will take."""
+    def run(self, runs: Iterable[Run], later: Sequence[Run] = ()) -> None:
+        """Train what was not trained yet, and say before how long that will take, and what is to come `later`."""
         missing = []
         for run in dict.fromkeys(runs):
             if run in self.outcomes:
@@ -105,44 +58,64 @@ class Comparison:
             if row is None:
                 missing.append(run)
             else:
-                fields = (row[name] for name in list(Outcome.__annotations__)[1:] if name in row)  # old rows have fewer
-                self.outcomes[run] = Outcome(run, *fields)
-        if not missing:
-            return
-        seconds = seconds_of({(run.task, run.steps) for run in missing})
-        hours = sum(seconds[run.task, run.steps] for run in missing) / 3600
-        print(f"{len(missing)} runs, about {hours:.1f} core-hours", file=sys.stderr, flush=True)
+                self.outcomes[run] = outcome_of(run, row)
+        if missing:
+            more = f"; then {len(later)}, about {duration(later)}, but for those that have a row" if later else ""
+            print(f"{len(missing)} runs, about {duration(missing)}{more}", file=sys.stderr, flush=True)
+            self._train(missing)
+
+    def _train(self, missing: Sequence[Run]) -> None:
+        """Train and keep. What has begun when one run fails or somebody interrupts is still kept, if it ends."""
+        keep = self._keeper(len(missing))
         if self._workers == 1:
-            self._keep_all(map(training.train, missing), len(missing))
+            for run in missing:
+                keep(training.train(run))
             return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self._workers, mp_context=context) as pool:
+        context, waiting = multiprocessing.get_context("spawn"), iter(missing)
+        with ProcessPoolExecutor(self._workers, mp_context=context, initializer=end_with_parent) as pool:
+            running: set[Future[Outcome]] = set()
             try:
-                done = as_completed([pool.submit(training.train, run) for run in missing])
-                self._keep_all((one.result() for one in done), len(missing))
+                while True:
+                    more = islice(waiting, self._workers - len(running))  # none waits in a queue
+                    running |= {pool.submit(training.train, run) for run in more}
+                    if not running:
+                        return
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        running.discard(done)
+                        keep(done.result())
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                print(f"runs that have begun and are waited for: {len(running)}", file=sys.stderr, flush=True)
+                for done in wait(running).done:
+                    if done.exception() is None:
+                        keep(done.result())
                 raise
 
-    def _keep_all(self, outcomes: Iterable[Outcome], total: int) -> None:
-        begun = time.perf_counter()
-        for done, outcome in enumerate(outcomes, start=1):
+    def _keeper(self, total: int) -> Callable[[Outcome], None]:
+        """Keeps one outcome after another, and says how long the others will take."""
+        begun, done = time.perf_counter(), 0
+
+        def keep(outcome: Outcome) -> None:
+            nonlocal done
             self._keep(outcome)
+            done += 1
             left = (time.perf_counter() - begun) / done * (total - done) / 3600
             print(f"{done} of {total}, {left:.1f} h left: {outcome}", file=sys.stderr)
+
+        return keep
 
     def _keep(self, outcome: Outcome) -> None:
         self.outcomes[outcome.run] = outcome
         if self._path is not None:
             row = {"key": key_of(outcome.run), "commit": self._commit, **asdict(outcome)}
+            row["losses"] = [loss if math.isfinite(loss) else None for loss in outcome.losses]
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def ends(self, run: Run, seeds: Sequence[int]) -> list[float]:
-        """The last evaluation losses of a run by seed; inf for one that is above the loss before training."""
+        """The last evaluation losses of a run by seed; inf for one that is not below the loss before training."""
         found = [self.outcomes[replace(run, seed=seed)] for seed in seeds]
         pairs = [(outcome.end, outcome.start) for outcome in found]
-        return [math.inf if end is None or start is None or end > start else end for end, start in pairs]
+        return [math.inf if end is None or start is None or end >= start else end for end, start in pairs]
 
     def clipped(self, run: Run, seeds: Sequence[int]) -> str:
         """The mean share of its steps that were clipped; gradient / update."""
@@ -157,7 +130,9 @@ class Comparison:
         known = [[value for value in column if value is not None] for column in columns]
         return [f"{statistics.fmean(values):.3g}" if len(values) == len(found) else "-" for values in known]
 
-    def best(self, plains: Sequence[Run], rates: Sequence[float]) -> dict[Run, tuple[float, bool]]:
+    def best(
+        self, plains: Sequence[Run], rates: Sequence[float], later: Sequence[Run] = ()
+    ) -> dict[Run, tuple[float, bool]]:
         """By run the learning rate with the lowest mean of the last evaluation losses, on the seeds RATE_SEEDS.
 
         While it is the highest or the lowest of those that were tried, twice or half of it is tried too, FURTHER times.
@@ -166,7 +141,7 @@ class Comparison:
         tried = {plain: sorted(rates) for plain in plains}
         for further in range(FURTHER + 1):
             wanted = ((plain, lr, seed) for seed in RATE_SEEDS for plain in plains for lr in tried[plain])
-            self.run(replace(plain, lr=lr, seed=seed) for plain, lr, seed in wanted)
+            self.run((replace(plain, lr=lr, seed=seed) for plain, lr, seed in wanted), later)
             found = {plain: min(tried[plain], key=lambda lr: self._ending(replace(plain, lr=lr))) for plain in plains}
             for plain, lr in found.items() if further < FURTHER else ():
                 lowest, highest = tried[plain][0], tried[plain][-1]
@@ -175,6 +150,61 @@ class Comparison:
 
     def _ending(self, run: Run) -> float:
         return statistics.fmean(self.ends(run, RATE_SEEDS))
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows by their keys. What an interruption left of a last one is taken out of the file.
+
+    Raises:
+        SystemExit: for a file that has something else than rows; it is left alone.
+    """
+    *whole, rest = path.read_bytes().split(b"\n")
+    if rest and _row_in(rest) is not None:  # whole but for its end
+        whole, rest = [*whole, rest], b"\n"
+    rows = [_row_in(line) for line in whole]
+    if None in rows:
+        where = f"{path} has lines that are no rows of a comparison, the first of them line {rows.index(None) + 1}"
+        raise SystemExit(f"{where}. Mend it or take it out, or give another --name.")
+    if rest:
+        written = path.with_name(f"{path.name}.new")
+        written.write_bytes(b"".join(line + b"\n" for line in whole))
+        written.replace(path)
+    return {row["key"]: row for row in rows if row is not None}
+
+
+def _row_in(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    needed = {"key", *FIELDS} - set(NEW)
+    return row if isinstance(row, dict) and needed <= row.keys() else None
+
+
+def outcome_of(run: Run, row: dict[str, Any]) -> Outcome:
+    """What a row says of a run."""
+    losses = [math.nan if loss is None else loss for loss in row["losses"]]
+    return Outcome(run, **{**{name: row[name] for name in FIELDS if name in row}, "losses": losses})
+
+
+def end_with_parent() -> None:
+    """In a worker: end as soon as the process that began it is gone, whatever ended that."""
+    parent = multiprocessing.parent_process()
+
+    def end() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def duration(runs: Iterable[Run]) -> str:
+    """About how long runs take, in words."""
+    kinds = [(run.task, run.steps) for run in runs]
+    seconds = seconds_of(set(kinds))
+    hours = sum(seconds[kind] for kind in kinds) / 3600
+    return f"{hours:.1f} core-hours" if hours >= 1 else f"{60 * hours:.1f} core-minutes"
 
 
 def seconds_of(kinds: Iterable[tuple[str, int]]) -> dict[tuple[str, int], float]:

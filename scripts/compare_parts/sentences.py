@@ -12,8 +12,8 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
+import manual_chats
 import torch
-from manual_chats import documented
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
@@ -66,7 +66,7 @@ def tokens_of(texts: list[str]) -> Tensor:
 @functools.cache
 def pairs() -> Batch:
     """Names, and what the first paragraphs of their docstrings say."""
-    names, descriptions = zip(*documented(), strict=True)
+    names, descriptions = zip(*manual_chats.documented(), strict=True)
     number = torch.arange(len(names))
     tokens = {"names": tokens_of(list(names)), "descriptions": tokens_of(list(descriptions))}
     return shuffled({**tokens, "numbers": number, "labels": number})
@@ -79,6 +79,5 @@ def random_pairs(size: int, seed: torch.Generator) -> Batch:
     return {"names": ids[0], "descriptions": ids[1], "numbers": number, "labels": number}
 
 
-TASKS = (
-    Task("sentences", "all-MiniLM-L6-v2 finds the description of a function", Encoder, pairs, random_pairs, 16, 1e-4),
-)
+WHAT = "all-MiniLM-L6-v2 finds the description of a function"
+TASKS = (Task("sentences", WHAT, Encoder, pairs, random_pairs, 16, 1e-4, uses=(manual_chats,)),)

@@ -48,8 +48,9 @@ def number(values: Sequence[float]) -> str:
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table."""
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]  # a pattern may have one
+    first, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([first, "|---" * len(head) + "|", *rest])
 
 
 def detail(
@@ -66,9 +67,10 @@ def detail(
         arms: the rows: by clip its run on sound data, with its learning rate. Where they differ, they have a column.
         data: the columns; "sound" first.
         seeds: what is averaged over.
-        others: of the rows, those that all are compared with, beside `none`.
+        others: of the rows, those that all are compared with; on sound data with `none` in any case.
     """
     against = [clip for clip in dict.fromkeys((NOTHING, *others)) if clip in arms]
+    broken_against = [clip for clip in against if clip in others]
     rated = len({arm.lr for arm in arms.values()}) > 1
     rows = []
     for clip, mine in arms.items():
@@ -80,12 +82,12 @@ def detail(
             broken = replace(mine, data=kind)
             ends = found.ends(broken, seeds)
             row += [number(ends), paired(ends, sound), found.clipped(broken, seeds)]
-            theirs = [found.ends(replace(arms[c], data=kind), seeds) for c in against[1:]]
-            row += ["" if clip == c else paired(ends, end) for c, end in zip(against[1:], theirs, strict=True)]
+            theirs = [found.ends(replace(arms[c], data=kind), seeds) for c in broken_against]
+            row += ["" if clip == c else paired(ends, end) for c, end in zip(broken_against, theirs, strict=True)]
         rows.append(row)
     head = ["clip", *["lr"] * rated, "sound", "clipped", "norm", "rise", *(f"less `{c}`" for c in against)]
     for kind in data[1:]:
-        head += [kind, "less its own sound", "clipped", *(f"less `{c}`, {kind}" for c in against[1:])]
+        head += [kind, "less its own sound", "clipped", *(f"less `{c}`, {kind}" for c in broken_against)]
     return markdown(head, rows)
 
 

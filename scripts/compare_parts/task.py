@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Task:
         batch_size: examples per step.
         lr: the learning rate for AdamW; None where it is to be found.
         evaluated: how many examples are held out.
+        uses: modules that have a part in the data, beside the one it is in and this one.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Task:
     batch_size: int
     lr: float | None = None
     evaluated: int = 256
+    uses: tuple[ModuleType, ...] = ()
 
 
 @functools.cache

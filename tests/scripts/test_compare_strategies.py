@@ -11,12 +11,15 @@ import io
 import json
 import math
 import re
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -37,10 +40,10 @@ OPTIMIZERS = {
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     threads = torch.get_num_threads()
-    names = ("training", "rows", "tables", "pictures", "tasks", "scratch", "smollm2", "sentences")
+    names = ("training", "keys", "rows", "tables", "pictures", "tasks", "scratch", "smollm2", "sentences")
     parts = {name: importlib.import_module(f"compare_parts.{name}") for name in names}
     yield SimpleNamespace(command=importlib.import_module("compare_strategies"), **parts)
-    parts["rows"].code_of.cache_clear()
+    parts["keys"].code_of.cache_clear()
     torch.set_num_threads(threads)
 
 
@@ -366,6 +369,34 @@ def cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.split("|")[1:-1]]
 
 
+def test_a_bar_in_a_pattern_is_no_column(script) -> None:
+    assert (
+        script.tables.markdown(["clip"], [["`re:a|b=none;*=zclip`"]]).splitlines()[-1] == r"| `re:a\|b=none;*=zclip` |"
+    )
+
+
+def test_a_run_that_ends_where_it_began_is_lost(script) -> None:
+    found, run = script.rows.Comparison(None, "", 1), run_of(script, seed=0)
+    found.outcomes[run] = script.training.Outcome(run, 5.5, 5.5, [], 0.0, 0.0, 0)
+    assert found.ends(run, [0]) == [math.inf]
+
+
+def test_against_none_is_on_broken_data_too(script) -> None:
+    """Seed by seed -1 and -2 on loud data; without being asked for, `none` is on sound data alone."""
+    found, plain = script.rows.Comparison(None, "", 1), run_of(script, seed=0)
+    for (clip, data), ends in {("none", "loud"): (5.0, 7.0), ("zclip", "loud"): (4.0, 5.0)}.items():
+        for seed, end in enumerate(ends):
+            for kind, value in (("sound", 3.0), (data, end)):
+                run = run_of(script, clip=clip, data=kind, seed=seed)
+                found.outcomes[run] = script.training.Outcome(run, 20.0, value, [], 0.0, 0.0, 0)
+    arms = arms_of(plain, ("none", "zclip"))
+    asked, unasked = (script.tables.detail(found, arms, ("sound", "loud"), (0, 1), o) for o in (["none"], []))
+    assert cells(asked.splitlines()[0])[-1] == "less `none`, loud"
+    assert [cells(row)[-1] for row in asked.splitlines()[2:]] == ["", "-1.500 [-7.853, +4.853]"]
+    assert "less `none`, loud" not in unasked
+    assert "less `none`" in unasked
+
+
 def test_what_a_run_will_take(short, monkeypatch) -> None:
     """Three steps of 4 examples in 6 seconds; five such steps, and 32 examples that are looked at before and after."""
     clock = iter([10.0, 16.0])
@@ -483,7 +514,8 @@ def test_rates_of_their_own_are_searched_where_a_task_has_one_too(script, asked)
 def test_how_long_it_takes_is_said_before(script, asked, capsys) -> None:
     script.command.main(WORDS)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == [f"{SEARCHED} runs, about 7.0 core-hours", "trained"]
+    later = f"; then {JUDGED}, about 9.0 core-hours, but for those that have a row"
+    assert lines[:2] == [f"{SEARCHED} runs, about 7.0 core-hours{later}", "trained"]
     assert re.match(rf"1 of {SEARCHED}, 0\.\d h left: Outcome\(", lines[2])
     assert lines[2 * SEARCHED + 1 :][:2] == [f"{JUDGED} runs, about 9.0 core-hours", "trained"]
 
@@ -515,14 +547,71 @@ def test_an_interrupted_comparison_goes_on(script, asked, monkeypatch, tmp_path)
     assert sorted(rows.read_text("utf-8").splitlines()) == sorted(path.read_text("utf-8").splitlines())
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "1", '{"clip": "none"}'])
+ROW = {"key": "a", "start": 6.0, "end": 5.0, "losses": [5.5], "clipped": 0.5, "update_clipped": 0.0, "skipped": 0}
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"1", b'{"clip": "none"}', b'{"key": "a"}', b"", b"\xff"])
 def test_a_file_of_something_else_is_refused_and_left_alone(script, tmp_path, line) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(f'{{"key": "a"}}\n{line}\nhalf', "utf-8")
+    path.write_bytes(b"\n".join([json.dumps(ROW).encode(), line, b"half"]))
     before = path.read_bytes()
-    with pytest.raises(SystemExit, match="has lines that are no rows of a comparison"):
+    with pytest.raises(SystemExit, match=r"no rows of a comparison, the first of them line 2\. Mend it"):
         script.rows.Comparison(path, "", 1)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("rest", "kept"), [("", 2), ('{"key": "c", "sta', 2), (json.dumps({**ROW, "key": "c"}), 3)])
+def test_a_last_row_is_kept_where_it_is_whole(script, tmp_path, rest, kept) -> None:
+    path, whole = tmp_path / "rows.jsonl", "".join(json.dumps({**ROW, "key": key}) + "\n" for key in "ab")
+    path.write_text(whole + rest, "utf-8")
+    assert len(script.rows.read_rows(path)) == kept
+    assert path.read_text("utf-8") == whole + (f"{rest}\n" if kept == 3 else "")
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_row_is_read_by_names_and_may_have_lost_losses(script, tmp_path) -> None:
+    path, run = tmp_path / "rows.jsonl", run_of(script)
+    written = script.rows.Comparison(path, "", 1)
+    written._keep(script.training.Outcome(run, 6.0, None, [5.5, math.inf, math.nan], 0.5, 0.0, 20))
+    (line,) = path.read_text("utf-8").splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["losses"] == [5.5, None, None], "no JSON has a NaN"
+    path.write_text(json.dumps(dict(reversed(json.loads(line).items()))) + "\n", "utf-8")
+    read = script.rows.Comparison(path, "", 1)
+    read.run([run])
+    assert read.outcomes[run].losses == pytest.approx([5.5, math.nan, math.nan], nan_ok=True)
+    assert (read.outcomes[run].clipped, read.outcomes[run].skipped) == (0.5, 20)
+
+
+def test_what_has_begun_is_kept_where_another_run_fails(script, tmp_path, monkeypatch) -> None:
+    """Two at a time: the second ends though the first fails, and the third is not begun."""
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(script.rows, "seconds_of", lambda kinds: dict.fromkeys(kinds, 1.0))
+    runs = [run_of(script, clip="nothere*=1.0;*=adaptive"), *(run_of(script, seed=seed) for seed in (0, 1))]
+    with pytest.raises(script.command.SpecError, match="nothere"):
+        script.rows.Comparison(path, "", 2).run(runs)
+    assert [json.loads(line)["run"]["seed"] for line in path.read_text("utf-8").splitlines()] == [0]
+
+
+def test_no_worker_outlives_the_script(tmp_path) -> None:
+    words = ["--task", "recurrent", "--lr", "0.004", "--clip", "adaptive", "--seeds", "1", "--steps", "100000"]
+    command = [sys.executable, str(ROOT / "scripts" / "compare_strategies.py"), *words, "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as script:
+        until(lambda: sum("spawn_main" in line for line in commands_below(script.pid)) == 2)
+        workers = psutil.Process(script.pid).children(recursive=True)
+        script.kill()
+    until(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
+
+
+def commands_below(pid: int) -> list[str]:
+    return [" ".join(child.cmdline()) for child in psutil.Process(pid).children(recursive=True)]
+
+
+def until(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("not within 60 seconds")
 
 
 class TestRowsAreKept:
@@ -545,10 +634,10 @@ class TestRowsAreKept:
         """Append to the source of a module."""
 
         def edit(module, text: str) -> None:
-            source = script.rows.inspect.getsource
+            source = script.keys.inspect.getsource
             changed = SimpleNamespace(getsource=lambda of: source(of) + (text if of is module else ""))
-            monkeypatch.setattr(script.rows, "inspect", changed)
-            script.rows.code_of.cache_clear()
+            monkeypatch.setattr(script.keys, "inspect", changed)
+            script.keys.code_of.cache_clear()
 
         return edit
 
@@ -558,6 +647,8 @@ class TestRowsAreKept:
         edit(importlib.import_module("hf_gradclip.strategies.agc"), "\nclass Another: ...\n")
         assert trained() == []
         edit(zclip, '\n"""Words."""\n# and more of them\n')
+        assert trained() == []
+        edit(importlib.import_module("hf_gradclip.strategies.global_norm"), "\n# what no outlier is\n")
         assert trained("--workers", "2") == []
 
     def test_from_before_norms_were_looked_at(self, script, trained, tmp_path) -> None:
@@ -586,6 +677,22 @@ class TestRowsAreKept:
         assert trained() == [], "another kind of task"
         edit(script.scratch, "\nclass Another: ...\n")
         assert len(trained()) == SEARCHED + JUDGED
+
+    def test_not_after_a_change_of_what_is_a_head_where_a_strategy_leaves_heads_alone(self, trained, edit) -> None:
+        trained("--clip", "agc")
+        edit(importlib.import_module("hf_gradclip.views.heads"), "\nclass Another: ...\n")
+        assert {clip for clip, _ in trained("--clip", "agc", "zclip")} == {"agc"}
+
+    def test_not_after_a_change_of_what_finds_names_where_there_are_groups(self, trained, edit) -> None:
+        trained("--clip", "*=zclip")
+        edit(importlib.import_module("hf_gradclip.patterns"), "\nclass Another: ...\n")
+        assert {clip for clip, _ in trained("--clip", "*=zclip", "zclip")} == {"*=zclip"}
+
+    def test_not_after_a_change_of_a_module_that_makes_its_data(self, trained, edit) -> None:
+        words = ("--task", "sentences", "recurrent", "--lr", "0.004")
+        trained(*words)
+        edit(importlib.import_module("manual_chats"), "\nclass Another: ...\n")
+        assert len(trained(*words)) == JUDGED
 
     def test_not_after_a_change_of_the_rule_for_outliers_where_a_strategy_goes_by_it(self, trained, edit) -> None:
         edit(importlib.import_module("hf_gradclip.outlier"), "\nclass Another: ...\n")
@@ -623,6 +730,14 @@ class TestRowsAreKept:
         ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1."),
         ("--weight_decay -1", "--weight_decay -1.0: must be at least 0 and finite."),
         ("--optimizer momentum --beta2 0.9", "are AdamW's. Leave them out with momentum."),
+        (
+            "--clip global_norm:max_norm=1.0 1.0",
+            "--clip 1.0: is global_norm:max_norm=1.0 again. Leave one of them out.",
+        ),
+        ("--clip zclip none/none", "--clip none/none: is none again. Leave one of them out."),
+        ("--clip nothere*=1.0;*=adaptive", "There are embed.weight, layers.weight_ih_l0, layers.weight_hh_l0."),
+        ("--clip none/nothere*=zclip;*=zclip", "There are embed.weight, layers.weight_ih_l0, layers.weight_hh_l0."),
+        ("--against zclp", "--against zclp: "),
         ("--against agc", "--against agc: not among --clip, which is none zclip global_norm:max_norm=1."),
         ("--name a/b", "--name a/b: must be a name without a folder; the folder is --out."),
         (f"--out {__file__}", "is a file. Give a folder."),
@@ -632,6 +747,21 @@ def test_what_cannot_run_as_asked_is_refused_before_anything_runs(script, asked,
     with pytest.raises(SystemExit):
         script.command.main([*WORDS, *words.split()])
     assert said in " ".join(capsys.readouterr().err.split())
+    assert asked == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(script, asked) -> None:
+    with pytest.raises(SystemExit, match=r"cannot be written to .* Give another folder or --name"):
+        script.command.main([*WORDS, "--out", f"{__file__}/below"])
+    assert asked == []
+
+
+def test_a_whole_configuration_is_refused_before_anything_runs(script, asked, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "whole.yaml").write_text("{gradient: zclip, nonfinite: skip}", "utf-8")
+    with pytest.raises(SystemExit):
+        script.command.main([*WORDS, "--clip", "whole.yaml"])
+    assert "--clip whole.yaml: is a whole configuration. Give a spec" in capsys.readouterr().err
     assert asked == []
 
 
@@ -707,6 +837,16 @@ class TestPictures:
         assert lines["zclip"].get_ydata().tolist() == [9, 7, 5, 4.5]
         assert set(lines["broken"].get_xdata()) == script.training.broken_steps(replace(plain, data="loud", seed=1))
         assert {line.get_label() for line in sound.get_lines()} == {"none", "zclip"}
+
+    def test_a_run_that_is_lost_does_not_flatten_the_others(self, script, found) -> None:
+        """The others' losses, 4.5 to 9 of a start of 20, are where they would be without it."""
+        plain = run_of(script, seed=0, steps=40)
+        arms, kinds = arms_of(plain, ("none", "zclip")), ("sound", "loud")
+        lost = replace(plain, clip="none", data="loud", seed=1)
+        found.outcomes[lost] = replace(found.outcomes[lost], losses=[9.0, 1e9, math.nan])
+        for panel in script.pictures.curves(found, arms, kinds, 1).axes:
+            low, high = panel.get_ylim()
+            assert 0 <= low < 4.5 < 9 < high <= 1.15 * found.outcomes[plain].start
 
     def test_intervals(self, script, found) -> None:
         """Against the same clip on sound data: +1 and +0.5, t = 12.7062; without a clip one of two learnt nothing."""
