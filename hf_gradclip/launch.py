@@ -7,6 +7,7 @@ The Python processes that either of them starts find `on_path/sitecustomize.py` 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import runpy
@@ -57,6 +58,8 @@ def _run_of(command: Sequence[str]) -> Callable[[], int]:
     if not command or [*command] == ["-m"]:
         raise ValueError(f"what shall be run? Write {EXAMPLE}")
     if command[0] == "-m":
+        if not _is_there(command[1]):
+            raise ValueError(f"-m {command[1]}: no module of this name is found here. Write {EXAMPLE}")
         return functools.partial(_run_module, command[1], command[2:])
     name, arguments = command[0], command[1:]
     if name.endswith(".py") and os.path.isfile(name):
@@ -65,6 +68,16 @@ def _run_of(command: Sequence[str]) -> Callable[[], int]:
     if found is None:
         raise ValueError(f"{name}: is no Python file here, and no command. Write {EXAMPLE}")
     return functools.partial(_run_command, [found, *arguments])
+
+
+def _is_there(module: str) -> bool:
+    """Whether Python finds it, or the package that it is in, from the folder where it is run; nothing is imported."""
+    path = sys.path
+    sys.path = [os.getcwd(), *path]
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    finally:
+        sys.path = path
 
 
 def _watched(clip: str, run: Callable[[], int]) -> int:

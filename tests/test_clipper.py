@@ -767,6 +767,35 @@ class TestZeroNorm:
         assert self.messages(caplog, [*[0.0] * 9, 1e-3, *[0.0] * 9], reads) == []
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "global_norm:max_norm=1e-9",
+        "global_norm:max_norm=1e-9,norm_type=inf",
+        "param_norm:max_norm=1e-9",
+        "soft:max_norm=1e-9",
+        "zclip_paper:max_norm=1e-9",
+        "zclip:warmup_steps=2",
+        "adagc_paper:max_norm=1e-9",
+        "adagc:warmup_steps=1",
+        "adaptive",
+    ],
+)
+def test_nothing_of_a_zero_is_clipped(spec) -> None:
+    """Four steps of 3e-8, of which a limit of 1e-9 clips each, and four of 0, of which no limit clips one."""
+    model = vector(0.0)
+    clipper = Clipper.for_model(model, spec)
+    counts = []
+    for value in 4 * [3e-8] + 4 * [0.0]:
+        model.w.grad = torch.full((1,), value)
+        clipper.step()
+        assert model.w.grad.item() <= value
+        counts.append(clipper.report.summary()["clipped"])
+    assert counts[3:] == 5 * [counts[3]]
+    assert counts[3] == 4 or "1e-9" not in spec
+    assert clipper.report.scalars()["clip/rate"] == counts[7] / 8
+
+
 def test_replicas_that_nobody_compares_are_not_asked_for() -> None:
     for check_every in (0, 100):
         Clipper.for_model(nn.Linear(2, 2), "zclip", check_every=check_every)

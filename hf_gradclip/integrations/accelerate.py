@@ -242,6 +242,7 @@ class LoopAttachment(Attachment):
 
     def _after_backward(self) -> None:
         """Start what was prepared by hand, or unfrozen; note what DeepSpeed did in backward."""
+        super()._after_backward()
         if self._is_behind():
             self._start()
         self._start_late()

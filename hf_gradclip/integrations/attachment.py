@@ -314,7 +314,7 @@ class Attachment:
         """Look at what is prepared before it is, and, where there is something to see, at every backward."""
         wrap(accelerator, "prepare", before=self._before_prepare, result_to=self._replicas.meet)
         if self._hears_loss or accelerator.distributed_type != DistributedType.DEEPSPEED:
-            wrap(accelerator, "backward", before=self._before_backward)
+            wrap(accelerator, "backward", before=self._before_backward, then=self._after_backward)
 
     def _micro_batches(self) -> int:
         """Of a step, where `backward` is given the loss of each; 1 of a Trainer, which has divided it."""
@@ -326,9 +326,13 @@ class Attachment:
     def _before_backward(self, loss: Tensor, **_: Any) -> None:
         self._steps_of.ended = False
         if self._clippers.seams is None:
-            self._steps_of.marks.before_backward()
+            self._steps_of.marks.before_backward(self._clippers.made)
             forget_unscaled(self.accelerator.scaler)
         if self._hears_loss:
             self._loss.add(loss, self._micro_batches())
         for recording in self._recordings.values():
             recording.begin()
+
+    def _after_backward(self) -> None:
+        for clipper in self._clippers.made if self._clippers.seams is None else ():
+            self._steps_of.marks.proof.insist_on_weights(clipper)

@@ -115,12 +115,14 @@ class ClippedOptimizer(Optimizer, ABC):
         named = named_of(self.param_groups)
         self._watched = [p for _, p in named]
         self._jobs, self._counters = Jobs(), Counters()
-        made = {
-            place: Clipper(config, view_of(named), PLACES[place], self.squares and place == "gradient")
-            for place, config in self._specs.items()
-        }
-        self.clipper = made.get("gradient", self.clipper)
-        self.update_clipper = made.get("update", self.update_clipper)
+        for place, config in self._specs.items():
+            known = self.clipper if place == "gradient" else self.update_clipper
+            if known is not None:
+                known.turn_to(view_of(named))
+            elif place == "gradient":
+                self.clipper = Clipper(config, view_of(named), PLACES[place], self.squares)
+            else:
+                self.update_clipper = Clipper(config, view_of(named), PLACES[place], squared=False)
 
     @abstractmethod
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:

@@ -160,9 +160,11 @@ class Marks:
         for clipper in clippers:
             self.proof.went_back(clipper, self._backwards)
 
-    def before_backward(self) -> None:
-        """What was clipped for a model that has been stepped since counts no longer."""
+    def before_backward(self, clippers: Sequence[Clipper]) -> None:
+        """What was clipped for a model that has been stepped since counts no longer; these are all clippers."""
         self._backwards += 1
+        for clipper in clippers:
+            self.proof.goes_back(clipper)
         self._of = {clipper: mark for clipper, mark in self._of.items() if not mark.taken}
 
 

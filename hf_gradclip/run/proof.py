@@ -1,4 +1,4 @@
-"""In the first steps: is what an optimizer steps what was clipped?
+"""In the first steps: is what an optimizer steps what was clipped, and does nobody step in backward?
 
 A loop that clips before backward, or zeroes gradients after the clip, does so in every step, so that a few of them show
 it. Later steps cost nothing. An edit of a gradient between clip and step, such as a mask, is allowed
@@ -49,9 +49,28 @@ class Proof:
 
     def __init__(self) -> None:
         self._fresh: weakref.WeakKeyDictionary[Clipper, Seen] = weakref.WeakKeyDictionary()
-        self._said_edit = False
+        self._said_edit = self._said_hook = False
+        self._written: weakref.WeakKeyDictionary[Clipper, list[int]] = weakref.WeakKeyDictionary()
         self._steps: weakref.WeakKeyDictionary[Clipper, int] = weakref.WeakKeyDictionary()
         self._seen: weakref.WeakKeyDictionary[Clipper, Seen] = weakref.WeakKeyDictionary()
+
+    def goes_back(self, clipper: Clipper) -> None:
+        """A backward begins: note how often each weight was written to."""
+        if self._steps.get(clipper, 0) < STEPS:
+            self._written[clipper] = [p._version for p in clipper.view.watched()]
+
+    def insist_on_weights(self, clipper: Clipper) -> None:
+        """A backward is over: say once that weights were written to in it, as an optimizer in a hook does it."""
+        before, watched = self._written.pop(clipper, None), clipper.view.watched()
+        if self._said_hook or before is None or len(before) != len(watched):
+            return
+        if before != [p._version for p in watched]:
+            self._said_hook = True
+            logger.warning(
+                "clip: weights were changed during backward, as by an optimizer that steps in a hook "
+                "(register_post_accumulate_grad_hook). What it does is not clipped, whatever is logged. Step it after "
+                "backward."
+            )
 
     def went_back(self, clipper: Clipper, backwards: int) -> None:
         """A backward is over. A loss scaler's edits are not looked for."""

@@ -20,6 +20,7 @@ from hf_gradclip.views.gradients import blocks_of, gradients_of, measure, shaped
 from hf_gradclip.views.here import Here, Place
 from hf_gradclip.views.trainable import Trainable, Watched
 from hf_gradclip.views.units import Shape
+from hf_gradclip.views.view import UnsupportedBackendError
 
 
 class Parameters(Here):
@@ -72,6 +73,11 @@ class Parameters(Here):
         """Make the layout."""
         names, parameters = self._trainable.names, self._trainable.parameters
         self._sizes: list[Any] = []  # where this fails, so does the next look
+        if (name := next((name for name, p in zip(names, parameters, strict=True) if p.is_meta), None)) is not None:
+            raise UnsupportedBackendError(
+                f"{name} is on the meta device, where it has no memory. Make the clipper, or an optimizer that clips, "
+                "after the model has its weights: after to_empty() or loading them."
+            )
         owned_P = self._take(names, parameters)
         device = parameters[0].device
         if self._units is None:

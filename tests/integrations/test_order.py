@@ -206,6 +206,38 @@ class TestOrder:
             loop.clip()
             loop.optimizer.step()
         assert caplog.text.count("no trainable parameter has a gradient in the first step") == 1
+        assert caplog.text.count("weights were changed during backward") == 1
+
+    @pytest.mark.parametrize("auto", [False, True])
+    def test_an_optimizer_that_steps_in_backward_is_said(self, caplog, auto) -> None:
+        """It leaves the gradient, so that all seems clipped: 0.01 in the log, and 1 in the weights."""
+        loop = Looped(auto=auto, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+        inner = torch.optim.SGD([loop.model.weight], lr=0.01)
+        loop.model.weight.register_post_accumulate_grad_hook(lambda parameter: inner.step())
+        for step in range(3):
+            loop.backward()
+            if not auto:
+                loop.clip()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            assert loop.moved == pytest.approx(step + 1)
+        assert caplog.text.count("weights were changed during backward") == 1
+
+    def test_weights_that_change_before_and_after_backward_are_no_optimizers_doing(self, caplog) -> None:
+        """As in a loop of SAM by hand: up along the gradient, backward, and down again."""
+        loop = Looped()
+        for _ in range(3):
+            for sign in (1, -1):
+                with torch.no_grad():
+                    loop.model.weight.add_(sign)
+                loop.backward()
+                with torch.no_grad():
+                    loop.model.weight.sub_(sign)
+            loop.clip()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        assert loop.moved == pytest.approx(3 * LIMIT, rel=1e-4)
+        assert "weights were changed" not in caplog.text
 
 
 class TestSecondCall:

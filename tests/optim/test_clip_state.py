@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import math
 import pickle
 from typing import Any
 
@@ -176,6 +177,7 @@ def test_a_new_group_is_clipped_and_the_clip_state_starts_anew(caplog: Any) -> N
     optimizer = optim.SGD(net[0].parameters(), lr=1.0, clip=ADAGC, update_clip="value:max_value=0.5")
     run(optimizer, net[0], 0, 8)
     assert optimizer.clipper.state.seen == 8
+    clipper = optimizer.clipper
     optimizer.add_param_group({"params": net[2].parameters()})
     before = net[2].weight.detach().clone()
     with caplog.at_level(logging.WARNING, "hf_gradclip"):
@@ -188,6 +190,27 @@ def test_a_new_group_is_clipped_and_the_clip_state_starts_anew(caplog: Any) -> N
     run(optimizer, net, 9, 20)
     assert not caplog.records
     assert optimizer.clipper.state.seen == 12
+    assert optimizer.clipper is clipper
+    for made in (clipper, optimizer.update_clipper):
+        assert made.steps == made.report.summary()["steps"] == 20, "the report is of the whole run"
+
+
+def test_skips_in_a_row_go_on_over_a_new_group() -> None:
+    """Three before it and two after it are five."""
+    net = model()
+    optimizer = optim.SGD(net[0].parameters(), lr=1.0, clip={"gradient": "adaptive_norm", "max_consecutive_skips": 5})
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (net(torch.ones(2, net[0].in_features)).sum() * math.nan).backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    optimizer.add_param_group({"params": net[2].parameters()})
+    step()
+    with pytest.raises(NonFiniteError, match="5 steps in a row"):
+        step()
 
 
 @pytest.mark.parametrize("clip", ["global_norm:max_norm=1", "adaptive_norm"])

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hf_gradclip import Clipper
+from hf_gradclip import Clipper, optim
 from hf_gradclip.strategy import Needs, Units
 from hf_gradclip.types import ClipPlan, NormStats
 from hf_gradclip.views import UnsupportedBackendError, view_of
@@ -149,6 +149,28 @@ class TestRefused:
         for _ in range(2):
             with pytest.raises(UnsupportedBackendError, match="is a shard of FSDP1"):
                 clipper.step()
+
+    @pytest.mark.parametrize("sharded", [False, True])
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda model: Clipper.for_model(model, "global_norm"),
+            lambda model: Clipper.for_model(model, "adaptive"),
+            lambda model: optim.AdamW(model.named_parameters(), clip="adaptive_norm"),
+        ],
+        ids=["whole", "by unit", "an optimizer"],
+    )
+    def test_parameters_without_memory(self, second_of_two, make: Callable[[nn.Module], object], sharded):
+        model = nn.Sequential(nn.Linear(6, 4, device="meta"), nn.Linear(4, 2, device="meta" if sharded else "cpu"))
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(UnsupportedBackendError, match=r"0\.weight is on the meta device.* after to_empty\(\)"):
+            make(model)
+        make(model.to_empty(device="cpu"))
+
+    def test_a_frozen_base_without_memory_is_none_of_ours(self):
+        model = nn.Sequential(nn.Linear(6, 4, device="meta").requires_grad_(False), nn.Linear(4, 2))
+        Clipper.for_model(model, "adaptive_norm").step()
 
     def test_units_of_fsdp1(self, second_of_two):
         view = view_of(FullyShardedDataParallel(nn.Linear(6, 4), device_id=CPU))
