@@ -59,7 +59,7 @@ def _run_of(command: Sequence[str]) -> Callable[[], int]:
         raise ValueError(f"what shall be run? Write {EXAMPLE}")
     if command[0] == "-m":
         if not _is_there(command[1]):
-            raise ValueError(f"-m {command[1]}: no module of this name is found here. Write {EXAMPLE}")
+            raise ValueError(f"-m {command[1]}: there is no {command[1].partition('.')[0]} to import. Is it installed?")
         return functools.partial(_run_module, command[1], command[2:])
     name, arguments = command[0], command[1:]
     if name.endswith(".py") and os.path.isfile(name):
@@ -71,9 +71,9 @@ def _run_of(command: Sequence[str]) -> Callable[[], int]:
 
 
 def _is_there(module: str) -> bool:
-    """Whether Python finds it, or the package that it is in, from the folder where it is run; nothing is imported."""
+    """Whether Python finds it, or the outermost package that it is in, as it will be run; nothing is imported."""
     path = sys.path
-    sys.path = [os.getcwd(), *path]
+    sys.path = path if getattr(sys.flags, "safe_path", False) else [os.getcwd(), *path]
     try:
         return importlib.util.find_spec(module.partition(".")[0]) is not None
     finally:

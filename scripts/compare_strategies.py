@@ -13,10 +13,10 @@ runs of a seed. Where a run clips, the guard against NaN and inf comes with it.
 Before it starts, the script says how long it will take. Rows are written as they come, one line of JSON per run under a
 key of what it compares (the strategy's fields and its source, the task's source, data and settings), so that an
 interrupted comparison goes on where it was, and a change elsewhere discards nothing. What trains all alike is not in
-the key: compare_parts/training.py, the rest of the package (how gradients are found, measured and scaled, its
-optimizers), Python, whose library several tasks learn, torch, transformers, tokenizers, peft, the packages of weights.
-After a change there begin with another --name. Beside the table are two pictures of each task: its curves, with the
-broken steps marked, and the intervals.
+the key: compare_parts/training.py, the rest of the package (how gradients are found, measured and scaled, how parts are
+chained, its optimizers), Python, whose library several tasks learn, torch, transformers, tokenizers, peft and the
+packages of weights. After a change there begin with another --name. Beside the table are two pictures of each task: its
+curves, with the broken steps marked, and the intervals.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.task = list(dict.fromkeys(args.task))
     args.clip = list(dict.fromkeys([NOTHING, *args.clip]))  # which the others are compared with
     args.data = list(dict.fromkeys([DATA[0], *args.data]))
-    if words := wrong(args):
+    if words := wrong(args) or wrong_clips(args):
         parser.error(words)
+    args.against = [same for clip in args.against or [STOCK] if (same := same_as(clip, args.clip)) is not None]
     return args
 
 
@@ -106,36 +107,40 @@ def wrong(args: argparse.Namespace) -> str:
         f"--task {' '.join(args.task)}: pip install {' '.join(packages)}": packages,
         "--out draws pictures: pip install matplotlib": args.out is not None and find_spec("matplotlib") is None,
     }
-    return next((words for words, is_so in checks.items() if is_so), "") or wrong_clips(args)
+    return next((words for words, is_so in checks.items() if is_so), "")
 
 
 def wrong_clips(args: argparse.Namespace) -> str:
-    """What cannot clip, or would be trained twice; "" for nothing. `against` has the spelling of --clip then."""
-    known: dict[str, str] = {}
-    for clip in args.clip:
+    """What cannot clip, would be trained twice, or is not there to be compared with; "" for nothing."""
+    for i, clip in enumerate(args.clip):
         try:
             gradient, update = places(clip)
             ClipConfig.parse(gradient, update=update)
             for task in args.task if has_groups(clip) else ():  # whose patterns must find the names of the model
-                Clipper.for_model(TASKS[task].model(), gradient)
-                optimizer_of(Run(task, args.optimizer, clip, 1.0, DATA[0], 0, 1), TASKS[task].model())
+                model = TASKS[task].model()
+                Clipper.for_model(model, gradient)
+                optimizer_of(Run(task, args.optimizer, clip, 1.0, DATA[0], 0, 1), model)
         except SpecError as error:
             return f"--clip {clip}: {error}"
         try:
-            fields = described(clip)
+            again = same_as(clip, args.clip[:i])
         except SpecError:
             return f"--clip {clip}: is a whole configuration. Give a spec for the gradient, or gradient/update."
-        if fields in known:
-            return f"--clip {clip}: is {known[fields]} again. Leave one of them out."
-        known[fields] = clip
-    try:
-        against = [(clip, known.get(described(clip))) for clip in args.against or [STOCK]]
-    except SpecError as error:
-        return f"--against {' '.join(args.against)}: {error}"
-    if apart := [clip for clip, same in against if same is None and args.against]:
-        return f"--against {' '.join(apart)}: not among --clip, which is {' '.join(args.clip)}."
-    args.against = [same for _, same in against if same is not None]
+        if again is not None:
+            return f"--clip {clip}: is {again} again. Leave one of them out."
+    for clip in args.against or ():
+        try:
+            there = same_as(clip, args.clip) is not None
+        except SpecError as error:
+            return f"--against {clip}: {error}"
+        if not there:
+            return f"--against {clip}: not among --clip, which is {' '.join(args.clip)}."
     return ""
+
+
+def same_as(clip: str, clips: Sequence[str]) -> str | None:
+    """Which of some clips is the same as this one, however it is written; None for none."""
+    return next((other for other in clips if described(other) == described(clip)), None)
 
 
 def has_groups(clip: str) -> bool:

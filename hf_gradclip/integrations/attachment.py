@@ -334,5 +334,5 @@ class Attachment:
             recording.begin()
 
     def _after_backward(self) -> None:
-        for clipper in self._clippers.made if self._clippers.seams is None else ():
-            self._steps_of.marks.proof.insist_on_weights(clipper)
+        if self._clippers.seams is None:
+            self._steps_of.marks.look_at_weights(self._clippers.made)

@@ -113,16 +113,17 @@ class ClippedOptimizer(Optimizer, ABC):
 
     def _make_clippers(self) -> None:
         named = named_of(self.param_groups)
-        self._watched = [p for _, p in named]
+        self._watched: list[Tensor] = []  # where this fails, so does the next step
         self._jobs, self._counters = Jobs(), Counters()
+        made = self._own()
         for place, config in self._specs.items():
-            known = self.clipper if place == "gradient" else self.update_clipper
-            if known is not None:
-                known.turn_to(view_of(named))
-            elif place == "gradient":
-                self.clipper = Clipper(config, view_of(named), PLACES[place], self.squares)
+            if place in made:
+                made[place].turn_to(view_of(named))
             else:
-                self.update_clipper = Clipper(config, view_of(named), PLACES[place], squared=False)
+                made[place] = Clipper(config, view_of(named), PLACES[place], self.squares and place == "gradient")
+        self.clipper = made.get("gradient", self.clipper)
+        self.update_clipper = made.get("update", self.update_clipper)
+        self._watched = [p for _, p in named]
 
     @abstractmethod
     def _rule(self, group: dict[str, Any], params: list[Tensor]) -> Motion:

@@ -160,11 +160,16 @@ class Marks:
         for clipper in clippers:
             self.proof.went_back(clipper, self._backwards)
 
+    def look_at_weights(self, clippers: Sequence[Clipper]) -> None:
+        """See whether an optimizer steps in backward; see `Proof.look_at_weights`."""
+        for clipper in clippers:
+            self.proof.look_at_weights(clipper)
+
     def before_backward(self, clippers: Sequence[Clipper]) -> None:
         """What was clipped for a model that has been stepped since counts no longer; these are all clippers."""
         self._backwards += 1
         for clipper in clippers:
-            self.proof.goes_back(clipper)
+            self.proof.before_backward(clipper)
         self._of = {clipper: mark for clipper, mark in self._of.items() if not mark.taken}
 
 

@@ -1,8 +1,8 @@
-"""In the first steps: is what an optimizer steps what was clipped, and does nobody step in backward?
+"""In the first steps: is what was clipped what an optimizer steps? Does one step before anything is clipped?
 
 A loop that clips before backward, or zeroes gradients after the clip, does so in every step, so that a few of them show
-it. Later steps cost nothing. An edit of a gradient between clip and step, such as a mask, is allowed
-where the gradient was clipped in its memory; see optim/taken.py.
+it. Later steps cost nothing. An edit of a gradient between clip and step, such as a mask, is allowed where the gradient
+was clipped in its memory; see optim/taken.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_gradclip.clipper import Clipper
+from hf_gradclip.device import local
 from hf_gradclip.fingerprint import Fingerprint, fingerprint
 from hf_gradclip.say import logger
 
@@ -44,32 +46,57 @@ def seen_of(clipper: Clipper, backwards: int) -> Seen:
     return Seen(backwards, [fingerprint(p.grad) for p in clipper.view.watched()])
 
 
+class Kept(NamedTuple):
+    """A weight before a backward.
+
+    Args:
+        hooked: how many trainable parameters have hooks.
+        parameter: the smallest of them.
+        before: a copy of what this process holds of it.
+    """
+
+    hooked: int
+    parameter: Tensor
+    before: Tensor
+
+    def has_changed(self) -> bool:
+        """Whether its numbers are others now. Memory of another kind, as DDP may put in its place, is no change."""
+        now = local(self.parameter)
+        return now.shape == self.before.shape and now.dtype == self.before.dtype and not torch.equal(now, self.before)
+
+
 class Proof:
-    """Compares the gradients at the step with those at the clip. See Marks, which counts the backward passes."""
+    """Compares gradients at the step with those at the clip, and weights after a backward with those before it.
+
+    See Marks, which counts the backward passes.
+    """
 
     def __init__(self) -> None:
         self._fresh: weakref.WeakKeyDictionary[Clipper, Seen] = weakref.WeakKeyDictionary()
         self._said_edit = self._said_hook = False
-        self._written: weakref.WeakKeyDictionary[Clipper, list[int]] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[Clipper, Kept] = weakref.WeakKeyDictionary()
         self._steps: weakref.WeakKeyDictionary[Clipper, int] = weakref.WeakKeyDictionary()
         self._seen: weakref.WeakKeyDictionary[Clipper, Seen] = weakref.WeakKeyDictionary()
 
-    def goes_back(self, clipper: Clipper) -> None:
-        """A backward begins: note how often each weight was written to."""
-        if self._steps.get(clipper, 0) < STEPS:
-            self._written[clipper] = [p._version for p in clipper.view.watched()]
+    def before_backward(self, clipper: Clipper) -> None:
+        """Where parameters have hooks that run in backward, keep the smallest as it is."""
+        self._kept.pop(clipper, None)
+        if self._steps.get(clipper, 0) < STEPS and not self._said_hook:
+            hooked = [p for p in clipper.view.watched() if getattr(p, "_post_accumulate_grad_hooks", None)]
+            if hooked:
+                smallest = min(hooked, key=Tensor.numel)
+                self._kept[clipper] = Kept(len(hooked), smallest, local(smallest).clone())
 
-    def insist_on_weights(self, clipper: Clipper) -> None:
-        """A backward is over: say once that weights were written to in it, as an optimizer in a hook does it."""
-        before, watched = self._written.pop(clipper, None), clipper.view.watched()
-        if self._said_hook or before is None or len(before) != len(watched):
-            return
-        if before != [p._version for p in watched]:
+    def look_at_weights(self, clipper: Clipper) -> None:
+        """Say once that a weight changed in backward, as an optimizer in a hook changes it."""
+        kept = self._kept.pop(clipper, None)
+        if kept is not None and kept.has_changed():
             self._said_hook = True
             logger.warning(
-                "clip: weights were changed during backward, as by an optimizer that steps in a hook "
-                "(register_post_accumulate_grad_hook). What it does is not clipped, whatever is logged. Step it after "
-                "backward."
+                "clip: %d trainable parameters have hooks (register_post_accumulate_grad_hook), and weights change in "
+                "them. What an optimizer does there comes before the clip and is not clipped, whatever is logged. Step "
+                "it after backward.",
+                kept.hooked,
             )
 
     def went_back(self, clipper: Clipper, backwards: int) -> None:

@@ -19,7 +19,7 @@ from compare_parts.training import Run, places
 from hf_gradclip import budgets, outlier, patterns
 from hf_gradclip.spec import read_strategy
 from hf_gradclip.strategy import Strategy, describe, parts_of
-from hf_gradclip.views import heads
+from hf_gradclip.views import adapters, heads, units
 
 
 def key_of(run: Run) -> str:
@@ -45,13 +45,13 @@ def modules_of(strategy: Strategy) -> list[ModuleType]:
     own = [sys.modules[type(part).__module__] for part in parts_of(strategy)]
     rules = [budgets, patterns] * isinstance(strategy, budgets.Budgets)
     rules += [outlier] * any("outlier" in code_of(module) for module in own)
-    rules += [heads] * (strategy.needs.units is not None)
+    rules += [heads, adapters, units] * (strategy.needs.units is not None)
     return own + rules
 
 
 @functools.cache
 def code_of(module: ModuleType) -> str:
-    """The source of a module without comments and docstrings, the same under every version of Python."""
+    """The source of a module without comments and docstrings, the same under Python 3.11 to 3.13."""
     return json.dumps(_bare(ast.parse(inspect.getsource(module))))
 
 

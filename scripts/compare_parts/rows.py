@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -72,23 +74,31 @@ class Comparison:
                 keep(training.train(run))
             return
         context, waiting = multiprocessing.get_context("spawn"), iter(missing)
-        with ProcessPoolExecutor(self._workers, mp_context=context, initializer=end_with_parent) as pool:
+        with ProcessPoolExecutor(self._workers, mp_context=context, initializer=begin_worker) as pool:
             running: set[Future[Outcome]] = set()
             try:
                 while True:
-                    more = islice(waiting, self._workers - len(running))  # none waits in a queue
-                    running |= {pool.submit(training.train, run) for run in more}
+                    for run in islice(waiting, self._workers - len(running)):  # none waits in a queue
+                        running.add(pool.submit(training.train, run))
                     if not running:
                         return
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        keep(done.result())
                         running.discard(done)
-                        keep(done.result())
             except BaseException:
-                print(f"runs that have begun and are waited for: {len(running)}", file=sys.stderr, flush=True)
-                for done in wait(running).done:
-                    if done.exception() is None:
-                        keep(done.result())
+                self._keep_begun(running, keep)
                 raise
+
+    def _keep_begun(self, running: Iterable[Future[Outcome]], keep: Callable[[Outcome], None]) -> None:
+        """Wait for what has begun, and keep what ends well; a second interrupt ends the workers."""
+        print("what has begun is waited for and kept; another interrupt drops it", file=sys.stderr, flush=True)
+        try:
+            for done in wait(running).done:
+                if done.exception() is None and done.result().run not in self.outcomes:
+                    keep(done.result())
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
 
     def _keeper(self, total: int) -> Callable[[Outcome], None]:
         """Keeps one outcome after another, and says how long the others will take."""
@@ -187,8 +197,9 @@ def outcome_of(run: Run, row: dict[str, Any]) -> Outcome:
     return Outcome(run, **{**{name: row[name] for name in FIELDS if name in row}, "losses": losses})
 
 
-def end_with_parent() -> None:
-    """In a worker: end as soon as the process that began it is gone, whatever ended that."""
+def begin_worker() -> None:
+    """In a worker: leave an interrupt from the terminal to the process that began it, and end when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def end() -> None:
@@ -201,21 +212,17 @@ def end_with_parent() -> None:
 
 def duration(runs: Iterable[Run]) -> str:
     """About how long runs take, in words."""
-    kinds = [(run.task, run.steps) for run in runs]
-    seconds = seconds_of(set(kinds))
-    hours = sum(seconds[kind] for kind in kinds) / 3600
+    hours = sum(seconds_of(run.task, run.steps) for run in runs) / 3600
     return f"{hours:.1f} core-hours" if hours >= 1 else f"{60 * hours:.1f} core-minutes"
 
 
-def seconds_of(kinds: Iterable[tuple[str, int]]) -> dict[tuple[str, int], float]:
-    """About how long a run of a task of so many steps takes on one thread here, from three steps of each."""
-    found = {}
-    for name, steps in kinds:
-        task, data = TASKS[name], TASKS[name].data()
-        model = task.model().train()
-        begun = time.perf_counter()
-        for _ in range(3):
-            model(**rows_of(data, slice(task.batch_size))).loss.backward()
-        examples = steps * task.batch_size + task.evaluated  # two evaluations take a third of a step's time each
-        found[name, steps] = (time.perf_counter() - begun) / (3 * task.batch_size) * examples
-    return found
+@functools.cache
+def seconds_of(name: str, steps: int) -> float:
+    """About how long a run of a task of so many steps takes on one thread here, from three steps of it."""
+    task, data = TASKS[name], TASKS[name].data()
+    model = task.model().train()
+    begun = time.perf_counter()
+    for _ in range(3):
+        model(**rows_of(data, slice(task.batch_size))).loss.backward()
+    examples = steps * task.batch_size + task.evaluated  # two evaluations take a third of a step's time each
+    return (time.perf_counter() - begun) / (3 * task.batch_size) * examples

@@ -206,7 +206,7 @@ class TestOrder:
             loop.clip()
             loop.optimizer.step()
         assert caplog.text.count("no trainable parameter has a gradient in the first step") == 1
-        assert caplog.text.count("weights were changed during backward") == 1
+        assert caplog.text.count("1 trainable parameters have hooks") == 1
 
     @pytest.mark.parametrize("auto", [False, True])
     def test_an_optimizer_that_steps_in_backward_is_said(self, caplog, auto) -> None:
@@ -221,11 +221,42 @@ class TestOrder:
             loop.optimizer.step()
             loop.optimizer.zero_grad()
             assert loop.moved == pytest.approx(step + 1)
-        assert caplog.text.count("weights were changed during backward") == 1
+        assert caplog.text.count("1 trainable parameters have hooks") == 1
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_an_optimizer_that_steps_in_backward_of_a_trainer_is_said(self, caplog, tmp_path, fused) -> None:
+        model = tiny_llama()
+        for p in model.parameters():
+            inner = torch.optim.AdamW([p], lr=0.01, fused=fused)
+            p.register_post_accumulate_grad_hook(lambda parameter, inner=inner: inner.step())
+        args = training_args(tmp_path, max_steps=3)
+        GradClipTrainer(model=model, args=args, train_dataset=counting_data(), clip="adaptive").train()
+        assert caplog.text.count("trainable parameters have hooks") == 1
+
+    @pytest.mark.parametrize("since", [3, 6])
+    def test_it_is_looked_for_in_the_first_five_steps(self, caplog, since) -> None:
+        loop = Looped(optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+        inner = torch.optim.SGD([loop.model.weight], lr=0.01)
+        for step in range(10):
+            if step == since:
+                loop.model.weight.register_post_accumulate_grad_hook(lambda parameter: inner.step())
+            loop.backward()
+            loop.clip()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        assert ("have hooks" in caplog.text) == (since < 5)
+
+    def test_a_hook_that_changes_no_weight_is_not_said(self, caplog) -> None:
+        loop = Looped()
+        loop.model.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+        loop.backward()
+        loop.clip()
+        assert "have hooks" not in caplog.text
 
     def test_weights_that_change_before_and_after_backward_are_no_optimizers_doing(self, caplog) -> None:
         """As in a loop of SAM by hand: up along the gradient, backward, and down again."""
         loop = Looped()
+        loop.model.weight.register_post_accumulate_grad_hook(lambda parameter: None)
         for _ in range(3):
             for sign in (1, -1):
                 with torch.no_grad():
@@ -237,7 +268,7 @@ class TestOrder:
             loop.optimizer.step()
             loop.optimizer.zero_grad()
         assert loop.moved == pytest.approx(3 * LIMIT, rel=1e-4)
-        assert "weights were changed" not in caplog.text
+        assert "have hooks" not in caplog.text
 
 
 class TestSecondCall:

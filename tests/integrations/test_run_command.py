@@ -161,8 +161,8 @@ class TestStatus:
             (["run"], "what shall be run"),
             (["run", "--clip", "zclip", "--", "-m"], "what shall be run"),
             (["run", "no_such_file.py"], "no_such_file.py: is no Python file here, and no command"),
-            (["run", "-m", "no_such_module"], "-m no_such_module: no module of this name is found here"),
-            (["run", "-m", "no_such_module.part"], "-m no_such_module.part: no module of this name is found here"),
+            (["run", "-m", "no_such_module"], "-m no_such_module: there is no no_such_module to import"),
+            (["run", "-m", "no_such_module.part"], "-m no_such_module.part: there is no no_such_module to import"),
             (["run", "--clip", "zclop", "--", str(STOCK)], "Did you mean zclip"),
         ):
             assert main(words) == 2

@@ -5,12 +5,15 @@ Where a test is of the comparison and not of training, nothing is trained: outco
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -401,7 +404,10 @@ def test_what_a_run_will_take(short, monkeypatch) -> None:
     """Three steps of 4 examples in 6 seconds; five such steps, and 32 examples that are looked at before and after."""
     clock = iter([10.0, 16.0])
     monkeypatch.setattr(short.rows, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert short.rows.seconds_of([("recurrent", 5)]) == {("recurrent", 5): pytest.approx(6 / 12 * (5 * 4 + 32))}
+    short.rows.seconds_of.cache_clear()
+    assert short.rows.seconds_of("recurrent", 5) == pytest.approx(6 / 12 * (5 * 4 + 32))
+    assert short.rows.seconds_of("recurrent", 5) == pytest.approx(6 / 12 * (5 * 4 + 32)), "timed once"
+    short.rows.seconds_of.cache_clear()
 
 
 @pytest.fixture
@@ -419,7 +425,7 @@ def asked(script, monkeypatch):
     monkeypatch.setattr(
         script.command, "circumstances", lambda *given: {**facts(*given), "date": "today", "commit": "one"}
     )
-    monkeypatch.setattr(script.rows, "seconds_of", lambda kinds: dict.fromkeys(kinds, 1800.0))
+    monkeypatch.setattr(script.rows, "seconds_of", lambda name, steps: 1800.0)
     monkeypatch.setattr(script.command, "missing", lambda task: [])
     monkeypatch.setattr(script.training, "train", train)
     for kind in ("curves", "intervals"):  # the rest of the table is what is looked at
@@ -585,25 +591,76 @@ def test_a_row_is_read_by_names_and_may_have_lost_losses(script, tmp_path) -> No
 def test_what_has_begun_is_kept_where_another_run_fails(script, tmp_path, monkeypatch) -> None:
     """Two at a time: the second ends though the first fails, and the third is not begun."""
     path = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(script.rows, "seconds_of", lambda kinds: dict.fromkeys(kinds, 1.0))
+    monkeypatch.setattr(script.rows, "seconds_of", lambda name, steps: 1.0)
     runs = [run_of(script, clip="nothere*=1.0;*=adaptive"), *(run_of(script, seed=seed) for seed in (0, 1))]
     with pytest.raises(script.command.SpecError, match="nothere"):
         script.rows.Comparison(path, "", 2).run(runs)
     assert [json.loads(line)["run"]["seed"] for line in path.read_text("utf-8").splitlines()] == [0]
 
 
-def test_no_worker_outlives_the_script(tmp_path) -> None:
-    words = ["--task", "recurrent", "--lr", "0.004", "--clip", "adaptive", "--seeds", "1", "--steps", "100000"]
-    command = [sys.executable, str(ROOT / "scripts" / "compare_strategies.py"), *words, "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as script:
-        until(lambda: sum("spawn_main" in line for line in commands_below(script.pid)) == 2)
-        workers = psutil.Process(script.pid).children(recursive=True)
+@pytest.fixture
+def two_workers(tmp_path):
+    """Starts the script in processes of its own, waits until both workers train, and gives it with its rows."""
+    started = []
+
+    def two_workers(steps: int):
+        words = ["--task", "recurrent", "--lr", "0.004", "--clip", "adaptive", "--seeds", "2", "--data", "sound"]
+        command = [sys.executable, str(ROOT / "scripts" / "compare_strategies.py"), *words]
+        command += ["--steps", str(steps), "--out", str(tmp_path)]
+        script = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        started.append(script)
+        until(lambda: len(workers_of(script.pid)) == 2)
+        workers = [psutil.Process(pid) for pid in workers_of(script.pid)]
+        until(lambda: all(map(ignores_interrupts, workers)))
+        return script, workers, tmp_path
+
+    yield two_workers
+    for script in started:
         script.kill()
-    until(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
+        script.wait()
 
 
-def commands_below(pid: int) -> list[str]:
-    return [" ".join(child.cmdline()) for child in psutil.Process(pid).children(recursive=True)]
+def test_no_worker_outlives_the_script(two_workers) -> None:
+    script, workers, _ = two_workers(steps=100_000)
+    script.kill()
+    until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def test_what_has_begun_is_kept_where_somebody_interrupts(two_workers) -> None:
+    """Two of the four runs; the terminal interrupts workers too."""
+    script, _, folder = two_workers(steps=100)
+    os.killpg(script.pid, signal.SIGINT)
+    script.wait(timeout=120)
+    (path,) = folder.glob("*.jsonl")
+    assert len(path.read_text("utf-8").splitlines()) == 2
+    assert script.returncode != 0
+
+
+def test_a_second_interrupt_drops_what_has_begun(two_workers) -> None:
+    script, workers, _ = two_workers(steps=100_000)
+    for _ in range(2):
+        os.killpg(script.pid, signal.SIGINT)
+        time.sleep(1)
+    script.wait(timeout=60)
+    until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def ignores_interrupts(process: psutil.Process) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text("ascii")
+    return bool(int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16) & 1 << (signal.SIGINT - 1))
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that train for the script, which started them."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):
+            found += [child.pid] * ("spawn_main" in " ".join(child.cmdline()))
+    return found
 
 
 def until(condition) -> None:
