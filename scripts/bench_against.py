@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ class Worker:
             if line.startswith("{"):
                 return json.loads(line)["answer"]
         raise SystemExit(f"bench_against.py: the process of {self.where} has ended, with {self._process.wait()}.")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
 def answer(script: str, threads: int) -> None:
@@ -182,12 +187,13 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for script in args.script:
-        ours, other = (Worker(checkout.resolve(), script, args.threads) for checkout in (HERE, args.other))
         tables = [(w, d, case) for w in args.workload for d in args.dtype for case in (0, 1)]
-        for table in [()] if script == "job" else tables:
-            for line in compared(ours, other, table, args.pairs):
-                lines.append((script, *line))
-                print(f"| {' | '.join((f'{script} {line[0]}', *line[1:]))} |", flush=True)
+        started = (Worker(checkout.resolve(), script, args.threads) for checkout in (HERE, args.other))
+        with closing(next(started)) as ours, closing(next(started)) as other:
+            for table in [()] if script == "job" else tables:
+                for line in compared(ours, other, table, args.pairs):
+                    lines.append((script, *line))
+                    print(f"| {' | '.join((f'{script} {line[0]}', *line[1:]))} |", flush=True)
     return lines
 
 

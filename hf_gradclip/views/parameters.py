@@ -39,6 +39,12 @@ class Parameters(Here):
 
     def __init__(self, source: Watched) -> None:
         self._trainable = Trainable(source)
+        named = zip(self._trainable.names, self._trainable.parameters, strict=True)
+        if (name := next((name for name, p in named if p.is_meta), None)) is not None:
+            raise UnsupportedBackendError(
+                f"{name} is on the meta device, where it has no memory. Make the clipper, or an optimizer that clips, "
+                "after the model has its weights: after to_empty() or loading them."
+            )
         self._units: Units | None = None
         self._read()
 
@@ -73,11 +79,6 @@ class Parameters(Here):
         """Make the layout."""
         names, parameters = self._trainable.names, self._trainable.parameters
         self._sizes: list[Any] = []  # where this fails, so does the next look
-        if (name := next((name for name, p in zip(names, parameters, strict=True) if p.is_meta), None)) is not None:
-            raise UnsupportedBackendError(
-                f"{name} is on the meta device, where it has no memory. Make the clipper, or an optimizer that clips, "
-                "after the model has its weights: after to_empty() or loading them."
-            )
         owned_P = self._take(names, parameters)
         device = parameters[0].device
         if self._units is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_gradclip import optim
 from hf_gradclip.guard import NonFiniteError
 from hf_gradclip.state import flatten
+from hf_gradclip.strategy import SpecError
 
 NAMES = ["AdamW", "Adam", "RMSprop", "SGD"]
 ZCLIP = "zclip:warmup_steps=5,max_norm=inf"
@@ -193,6 +194,19 @@ def test_a_new_group_is_clipped_and_the_clip_state_starts_anew(caplog: Any) -> N
     assert optimizer.clipper is clipper
     for made in (clipper, optimizer.update_clipper):
         assert made.steps == made.report.summary()["steps"] == 20, "the report is of the whole run"
+
+
+def test_a_new_group_that_no_pattern_finds_is_refused_in_each_step() -> None:
+    net = model()
+    named = [(f"old.{name}", p) for name, p in net[0].named_parameters()]
+    optimizer = optim.SGD(named, lr=1.0, clip="old.*=global_norm:max_norm=0.01")
+    optimizer.add_param_group({"params": [(f"new.{name}", p) for name, p in net[2].named_parameters()]})
+    before = [p.detach().clone() for p in net.parameters()]
+    net(torch.ones(2, net[0].in_features)).sum().backward()
+    for _ in range(2):
+        with pytest.raises(SpecError, match=r"new\.weight"):
+            optimizer.step()
+    assert all(map(torch.equal, net.parameters(), before))
 
 
 def test_skips_in_a_row_go_on_over_a_new_group() -> None:

@@ -607,7 +607,13 @@ def two_workers(tmp_path):
         words = ["--task", "recurrent", "--lr", "0.004", "--clip", "adaptive", "--seeds", "2", "--data", "sound"]
         command = [sys.executable, str(ROOT / "scripts" / "compare_strategies.py"), *words]
         command += ["--steps", str(steps), "--out", str(tmp_path)]
-        script = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        script = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+        )
         started.append(script)
         until(lambda: len(workers_of(script.pid)) == 2)
         workers = [psutil.Process(pid) for pid in workers_of(script.pid)]
