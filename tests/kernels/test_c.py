@@ -5,6 +5,7 @@ The numbers are in test_whole.py, test_units.py and test_step.py.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import math
 import os
@@ -153,9 +154,10 @@ def ends_in_time(work: Callable[[], None], seconds: float = 20) -> bool:
     """Whether a forked child comes to the end of its work."""
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(seconds, exit=True)  # says where it hangs
         work()
         os._exit(0)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 2 * seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
