@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -155,8 +156,13 @@ def ends_in_time(work: Callable[[], None], seconds: float = 20) -> bool:
     child = os.fork()
     if child == 0:
         faulthandler.dump_traceback_later(seconds, exit=True)  # says where it hangs
-        work()
-        os._exit(0)
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)  # whatever it is, no second pytest goes on
     deadline = time.monotonic() + 2 * seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
