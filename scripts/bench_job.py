@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = [strategy.row() for strategy in timed]
     elements = sum(p.numel() for p in model.parameters())
     tensors = len(list(model.parameters()))
-    what = f"{elements:,} parameters in {tensors} tensors, batches of {size} x {data_args.block_size}"
+    what = f"{elements:,} parameters in {tensors} tensors, batches of {size} x {len(data[0]['input_ids'])}"
     report = {**circumstances("bench_job", argv, torch.device("cpu"), "time.perf_counter"), "job": what, "rows": rows}
     print(f"\n{what}\n\n{table_of(rows)}")
     if options.out is not None:

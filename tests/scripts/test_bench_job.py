@@ -29,5 +29,5 @@ def test_shares_of_a_step(tmp_path, monkeypatch, capsys) -> None:
         assert row["clipping_share"] == pytest.approx(row["clipping_ms"] / row["step_ms"])
         assert row["recording_share"] == pytest.approx(row["recording_ms"] / row["step_ms"])
         assert f"| {row['strategy']} | 2 |" in printed
-    assert "4,212,992 parameters in 38 tensors" in report["job"]
+    assert report["job"] == "4,212,992 parameters in 38 tensors, batches of 8 x 128"
     assert str(tmp_path) not in written.read_text("utf-8")
