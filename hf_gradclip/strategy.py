@@ -199,9 +199,8 @@ def limit_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
 def torch_scale(limit: Tensor | float, norm: Tensor) -> Tensor:
     """The factor of torch's `clip_grad_norm_`: min(1, limit / (norm + 1e-6)); 1 where there is nothing to scale."""
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    if not isinstance(limit, Tensor) and limit >= 1e-6:
-        return scale  # a norm of 0 has a factor of 1 by itself
-    return torch.where(norm == 0, 1.0, scale)
+    plain = not isinstance(limit, Tensor) and limit >= 1e-6  # a norm of 0 has a factor of 1 by itself
+    return scale if plain else torch.where(norm == 0, 1.0, scale)
 
 
 def where(ok: Tensor, new: State, old: State) -> State:

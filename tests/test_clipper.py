@@ -789,8 +789,8 @@ def test_nothing_of_a_zero_is_clipped(spec) -> None:
     for value in 4 * [3e-8] + 4 * [0.0]:
         model.w.grad = torch.full((1,), value)
         clipper.step()
-        assert model.w.grad.item() <= value
         counts.append(clipper.report.summary()["clipped"])
+        assert (model.w.grad.item() < torch.tensor(value).item()) == (counts[-1] > sum(counts[-2:-1]))
     assert counts[3:] == 5 * [counts[3]]
     assert counts[3] == 4 or "1e-9" not in spec
     assert clipper.report.scalars()["clip/rate"] == counts[7] / 8
